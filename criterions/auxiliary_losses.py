@@ -1,0 +1,101 @@
+"""A mixin for any fairseq criterion: adds the routers' auxiliary losses to its loss, and their metrics to its log.
+
+The logged `loss` stays the criterion's own, so that it compares with a dense model's; the gradient is that of
+
+    loss + sample_size * sum over layers of (balance_weight * balance + z_weight * router_z).
+
+fairseq divides the summed gradient by the summed sample size, so that gradient accumulation and data parallelism
+average the auxiliary losses by sample size, whatever the number of batches.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+from fairseq.dataclass import FairseqDataclass
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.criterions.load_log import LoadLog
+from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_log, sum_routing_logs
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe_layer import MoELayer
+
+
+@dataclass
+class AuxiliaryLossConfig(FairseqDataclass):
+    """The flags that the mixin adds to a criterion."""
+
+    moe_balance_loss_weight: float = field(
+        default=0.01, metadata={"help": "weight of the load-balancing loss, summed over MoE layers (paper: 0.01)"}
+    )
+    moe_z_loss_weight: float = field(
+        default=0.0, metadata={"help": "weight of the router z-loss, summed over MoE layers (ST-MoE: 0.001)"}
+    )
+    moe_load_file: Optional[str] = field(
+        default=None, metadata={"help": "append the tokens of each expert in training to this file, as JSON lines"}
+    )
+    moe_load_interval: int = field(default=100, metadata={"help": "updates between two lines of --moe-load-file"})
+
+
+def moe_layers(model: nn.Module) -> List[Tuple[str, MoELayer]]:
+    """(name, layer) of the model's MoE layers; the name is that of the transformer layer around it."""
+    suffix = ".fc1.moe"
+    return [
+        (name[: -len(suffix)] if name.endswith(suffix) else name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer)
+    ]
+
+
+class AuxiliaryLosses:
+    """Mixin, to stand before a FairseqCriterion in the bases; its dataclass extends AuxiliaryLossConfig."""
+
+    @classmethod
+    def build_criterion(cls, cfg: AuxiliaryLossConfig, task: Any):
+        """See FairseqCriterion. Raises ConfigurationError for negative weights."""
+        for name in ("moe_balance_loss_weight", "moe_z_loss_weight"):
+            if getattr(cfg, name) < 0:
+                raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
+        if cfg.moe_load_interval < 1:
+            raise ConfigurationError(f"--moe-load-interval {cfg.moe_load_interval} must be at least 1")
+        # fairseq calls reduce_metrics on the class: a class of this criterion's own can carry its load log
+        state = {"load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None}
+        criterion = super().build_criterion.__func__(type(cls.__name__, (cls,), state), cfg, task)
+        criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight}
+        criterion.balance_weight = cfg.moe_balance_loss_weight
+        return criterion
+
+    load_log: Optional[LoadLog] = None
+
+    def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
+        """See FairseqCriterion.forward: (loss with the auxiliary losses, sample size, logging output without)."""
+        layers = moe_layers(model)
+        for _, layer in layers:
+            layer.routing = None  # a layer skipped by LayerDrop must not report its last batch again
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        if not layers:
+            return loss, sample_size, logging_output
+        logging_output.update(routing_log([layer for _, layer in layers], sample_size))
+        if self.load_log is not None:
+            self.load_log.watch([name for name, _ in layers], getattr(model, "num_updates", 0) if model.training else None)
+        if reduce:
+            loss = loss + sample_size * self.auxiliary_loss([layer for _, layer in layers])
+        return loss, sample_size, logging_output
+
+    def auxiliary_loss(self, layers: List[MoELayer]) -> Tensor:
+        """The weighted sum over the layers that ran: a scalar with gradient. All but the z-loss weigh as balance does."""
+        return sum(
+            self.aux_weights.get(name, self.balance_weight) * loss
+            for layer in layers
+            if layer.routing is not None
+            for name, loss in layer.routing.aux_losses.items()
+        )
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
+        """fairseq's own metrics, then the routers'."""
+        super().reduce_metrics(logging_outputs)
+        totals = sum_routing_logs(logging_outputs)
+        if totals:
+            log_routing_metrics(totals, sum(log.get("sample_size", 0) for log in logging_outputs))
+            if cls.load_log is not None:
+                cls.load_log.add(totals["load"].sum(1))

@@ -1,0 +1,50 @@
+"""The tokens of each expert during training, one JSON line every few updates, for the load plots."""
+
+import json
+from pathlib import Path
+from typing import List, Optional
+
+from torch import Tensor
+from torch import distributed as dist
+
+from fairseq_sparsemixer.errors import ConfigurationError
+
+
+class LoadLog:
+    """Adds up loads over `interval` updates and appends `{"num_updates", "layers", "load"}` to the file, on rank 0.
+
+    load is [layers][experts], the tokens of each expert since the line before. Raises ConfigurationError when the file
+    cannot be written.
+    """
+
+    def __init__(self, path: str, interval: int):
+        self.path, self.interval = Path(path), interval
+        self.layers: List[str] = []
+        self.num_updates: Optional[int] = None
+        self.sum: Optional[Tensor] = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise ConfigurationError(f"--moe-load-file {path} cannot be written ({error.strerror}); give another path") from None
+
+    def watch(self, layers: List[str], num_updates: Optional[int]) -> None:
+        """Note whose loads come next, and at which update; None stands for validation, which is not recorded."""
+        self.layers, self.num_updates = layers, num_updates
+
+    def add(self, load: Tensor) -> None:
+        """load [L, E] of one update, summed over ranks."""
+        if self.num_updates is None:
+            return
+        self.sum = load if self.sum is None else self.sum + load
+        done = self.num_updates + 1
+        if done % self.interval == 0:
+            self._write(done)
+
+    def _write(self, num_updates: int) -> None:
+        load, self.sum = self.sum, None
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return
+        line = {"num_updates": num_updates, "layers": self.layers, "load": load.round().long().tolist()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

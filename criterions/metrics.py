@@ -1,0 +1,76 @@
+"""The routers' metrics: sums in the logging output of a batch, figures in fairseq's log.
+
+Names are those of fairseq's `moe` branch where it has them. L MoE layers, E experts, k choices.
+"""
+
+import math
+from typing import Any, Dict, List
+
+import torch
+from fairseq.logging import metrics
+from torch import Tensor
+
+from fairseq_sparsemixer.gates import Routing
+from fairseq_sparsemixer.moe_layer import MoELayer
+
+PREFIX = "moe/"  # of our entries in a logging output
+AUX = "aux/"
+AUX_METRICS = {"balance": "moe_gate_loss", "router_z": "moe_z_loss"}
+FIFTH = 0.2  # of the experts, rounded up: the most and the least used ones that `expert1_balance_*` speaks of
+
+
+def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
+    """What a batch adds to fairseq's logging output: tensors that add up over ranks and accumulated batches.
+
+    Each has the layers as its first dimension. A layer that did not run (LayerDrop) adds zeros.
+    """
+    ran = [layer.routing for layer in layers if layer.routing is not None]
+    if not ran:
+        return {}
+    sums = [_layer_sums(routing, sample_size) for routing in ran]
+    template = {name: torch.zeros_like(value) for name, value in sums[0].items()}
+    rows = iter(sums)
+    by_layer = [template if layer.routing is None else next(rows) for layer in layers]
+    return {PREFIX + name: torch.stack([row[name] for row in by_layer]) for name in template}
+
+
+def _layer_sums(routing: Routing, sample_size: Any) -> Dict[str, Tensor]:
+    sums = routing.statistics()
+    for name, loss in routing.aux_losses.items():
+        sums[AUX + name] = loss.detach() * sample_size
+    return sums
+
+
+def sum_routing_logs(logging_outputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+    """The entries of routing_log added up over logging outputs; empty when the model has no experts."""
+    names = {name for log in logging_outputs for name in log if name.startswith(PREFIX)}
+    return {
+        name[len(PREFIX) :]: sum(log[name] for log in logging_outputs if name in log).detach() for name in sorted(names)
+    }
+
+
+def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
+    """Hand the figures to fairseq's metrics. All are means over the MoE layers, but losses, which are sums over them."""
+    weight = sample_size
+    divisor = sample_size if torch.is_tensor(sample_size) else max(sample_size, 1)
+    for name in (name for name in totals if name.startswith(AUX)):
+        short = name[len(AUX) :]
+        metrics.log_scalar(AUX_METRICS.get(short, f"moe_{short}_loss"), totals[name].sum() / divisor, weight, round=3)
+    tokens = totals["tokens"].clamp(min=1)  # [L]
+    metrics.log_scalar("entropy_gating", (totals["entropy"] / tokens).mean(), weight, round=3)
+    metrics.log_scalar("moe_argmax_share", (totals["argmax"] / tokens).mean(), weight, round=3)
+    for choice in range(totals["load"].size(1)):
+        _log_load(f"expert{choice + 1}", totals["load"][:, choice], totals["dropped"][:, choice], tokens, weight)
+    spread = totals["load"].sum(1) / totals["load"].sum((1, 2)).clamp(min=1).unsqueeze(1) * totals["load"].size(2)  # [L, E]
+    metrics.log_scalar("moe_load_max", spread.amax(1).mean(), weight, round=2)
+    metrics.log_scalar("moe_load_min", spread.amin(1).mean(), weight, round=2)
+
+
+def _log_load(name: str, load: Tensor, dropped: Tensor, tokens: Tensor, weight: Any) -> None:
+    """load [L, E] and dropped [L] of one choice: shares of the fifths in %, unused experts, dropped tokens in %."""
+    fifth = max(math.ceil(FIFTH * load.size(1)), 1)
+    share = 100 * load.sort(dim=1, descending=True).values / load.sum(1, keepdim=True).clamp(min=1)
+    metrics.log_scalar(f"{name}_balance_top", share[:, :fifth].sum(1).mean(), weight, round=2)
+    metrics.log_scalar(f"{name}_balance_bottom", share[:, -fifth:].sum(1).mean(), weight, round=2)
+    metrics.log_scalar(f"unused_{name}_count", (load == 0).sum(1).to(share.dtype).mean(), weight, round=2)
+    metrics.log_scalar(f"overflow_{name}", (100 * dropped / tokens).mean(), weight, round=2)

@@ -1,0 +1,20 @@
+"""fairseq-sparsemixer: Mixture-of-Experts training in fairseq. This folder is both the package and the `--user-dir`."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+if find_spec(f"{__name__}.criterions") is None and (_REPOSITORY / "criterions" / "__init__.py").is_file():
+    __path__.append(str(_REPOSITORY))  # in a clone, criterions/ stands beside this folder
+
+from fairseq_sparsemixer.gates import Routing, build_gate  # noqa: E402
+from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer  # noqa: E402
+
+if find_spec("fairseq") is not None:
+    from fairseq_sparsemixer import checkpoint, criterions, models  # noqa: E402,F401
+
+    checkpoint.allow_fairseq_checkpoints()
+
+__all__ = ["MoELayer", "Routing", "build_gate", "build_moe_layer"]

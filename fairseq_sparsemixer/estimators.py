@@ -1,0 +1,105 @@
+"""Gradient estimators of the router: what multiplies an expert's output, and what the router learns from it.
+
+The gradient term that Switch drops is a sum over experts of g(a) - g(0), with a = pi_i f_i, and each difference is an
+ODE step from 0 to a. An estimator is a quadrature of that step by the one expert that ran: it evaluates the
+downstream loss g at s*a for a random node s, and sends `gain` times the gradient of the multiplier to the router.
+
+    estimator   node s                                gain   what it is in expectation over s
+    switch      1                                     1      only the term that scales the chosen expert
+    euler       1                                     2      first order for the dropped term, plus switch's term
+    midpoint    1/2 or 1, equally likely              2      second order, plus switch's term (SparseMixer, arXiv 2310.00811)
+    heun3       1 with probability 1/4, else 1/3      1      third order (GRIN, arXiv 2409.12136)
+    inf         1, or uniform on [0, 1], equally      2      exact for any smooth g, plus switch's term
+
+For the arg-max expert the node is always 1 (first order), as both papers have it.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+HEUN_THIRD = 1 / 3  # the second node of Heun's third-order method, of weight 3/4
+
+
+class _ScaleApart(torch.autograd.Function):
+    """Multiply by one number forward and by another backward."""
+
+    @staticmethod
+    def forward(ctx, probability: Tensor, node: Tensor, gain: float) -> Tensor:
+        ctx.gain = gain
+        return probability * node
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None, None]:
+        return grad * ctx.gain, None, None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """One row of the table above.
+
+    `node` maps a uniform coin in [0, 1) to s; `quadrature` lists (s, probability) for expectations without sampling.
+    """
+
+    name: str
+    gain: float
+    node: Callable[[Tensor], Tensor]
+    quadrature: Tuple[Tuple[float, float], ...]
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether s is 1 whatever the coin."""
+        return self.quadrature == ((1.0, 1.0),)
+
+    def multiplier(self, probability: Tensor, coin: Tensor, is_argmax: Tensor) -> Tensor:
+        """The factor of the chosen expert's output, with the router's gradient attached.
+
+        Args: probability [...] of the chosen expert; coin [...] uniform in [0, 1); is_argmax [...] bool.
+        Returns: [...], `probability * s`; its backward sends `gain` times the incoming gradient to `probability`.
+        """
+        if self.deterministic and self.gain == 1:
+            return probability
+        node = torch.where(is_argmax, torch.ones_like(coin), self.node(coin)).to(probability.dtype)
+        return _ScaleApart.apply(probability, node, self.gain)
+
+
+def _uniform_quadrature(points: int = 8) -> List[Tuple[float, float]]:
+    """Gauss-Legendre nodes and weights on [0, 1]: exact for polynomials of degree 15."""
+    from numpy.polynomial.legendre import leggauss
+
+    nodes, weights = leggauss(points)
+    return [((node + 1) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist())]
+
+
+_ALWAYS_ONE = ((1.0, 1.0),)
+
+ESTIMATORS: Dict[str, Estimator] = {
+    estimator.name: estimator
+    for estimator in (
+        Estimator("switch", 1.0, torch.ones_like, _ALWAYS_ONE),
+        Estimator("euler", 2.0, torch.ones_like, _ALWAYS_ONE),
+        Estimator("midpoint", 2.0, lambda coin: 0.5 + 0.5 * (coin >= 0.5).to(coin.dtype), ((1.0, 0.5), (0.5, 0.5))),
+        Estimator(
+            "heun3",
+            1.0,
+            lambda coin: torch.where(coin < 0.25, torch.ones_like(coin), torch.full_like(coin, HEUN_THIRD)),
+            ((1.0, 0.25), (HEUN_THIRD, 0.75)),
+        ),
+        Estimator(
+            "inf",
+            2.0,
+            # below one half the coin, stretched back to [0, 1), is the uniform node itself
+            lambda coin: torch.where(coin < 0.5, 2 * coin, torch.ones_like(coin)),
+            ((1.0, 0.5),) + tuple((node, weight / 2) for node, weight in _uniform_quadrature()),
+        ),
+    )
+}
+
+
+def get_estimator(name: str) -> Estimator:
+    """The estimator of that name. Raises ValueError, listing the known names, for any other."""
+    if name not in ESTIMATORS:
+        raise ValueError(f"--gradient-estimator {name} is unknown; choose from {', '.join(ESTIMATORS)}")
+    return ESTIMATORS[name]

@@ -1,0 +1,99 @@
+"""SparseMixer (Liu, Gao, Chen, 2023; arXiv 2310.00811): one sampled expert, and the router gradient Switch drops."""
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.estimators import Estimator, get_estimator
+from fairseq_sparsemixer.gates.gate import Gate, hide_padding, require_jitter
+from fairseq_sparsemixer.gates.losses import balance_loss, router_z_loss
+from fairseq_sparsemixer.gates.registry import register_gate
+from fairseq_sparsemixer.gates.routing import Routing
+
+
+class SamplingNoise(NamedTuple):
+    """The randomness of one forward pass: gumbel [S, E] picks the expert, coin [S] in [0, 1) the estimator's node."""
+
+    gumbel: Tensor
+    coin: Tensor
+
+
+def draw_sampling_noise(logits: Tensor) -> SamplingNoise:
+    """Fresh noise for logits [S, E], from torch's default generator."""
+    return SamplingNoise(
+        gumbel=-torch.empty_like(logits).exponential_().log(),
+        coin=torch.rand(logits.size(0), dtype=logits.dtype, device=logits.device),
+    )
+
+
+def mask_unlikely(logits: Tensor, jitter_eps: float) -> Tensor:
+    """logits [S, E] with -inf for experts that jitter of +-eps could never lift to the top.
+
+    Expert i is out when (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps. The arg-max always stays.
+    """
+    with torch.no_grad():
+        top = logits.amax(-1, keepdim=True)  # [S, 1]
+        out = (top - logits) / torch.maximum(logits.abs(), top) > 2 * jitter_eps  # 0 / 0 is not greater: stays in
+    return logits.masked_fill(out, float("-inf"))
+
+
+def sparsemixer_routing(
+    logits: Tensor,
+    padding_mask: Optional[Tensor],
+    jitter_eps: float,
+    estimator: Estimator,
+    noise: Optional[SamplingNoise] = None,
+) -> Routing:
+    """Sample one expert a token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
+
+    The multiplier is the expert's probability times the estimator's node; see estimators.py for its gradient.
+    """
+    masked = mask_unlikely(logits, jitter_eps)  # [S, E]
+    probabilities = masked.softmax(-1)  # [S, E]
+    argmax = logits.argmax(-1, keepdim=True)  # [S, 1]
+    if noise is None:
+        expert_index = argmax
+        weight = probabilities.gather(1, expert_index)
+    else:
+        expert_index = (masked.detach() + noise.gumbel).argmax(-1, keepdim=True)
+        chosen = probabilities.gather(1, expert_index)
+        weight = estimator.multiplier(chosen, noise.coin.unsqueeze(-1), expert_index == argmax)
+    return Routing(
+        expert_index=expert_index,
+        combine_weight=hide_padding(weight, padding_mask),
+        aux_losses={
+            "balance": balance_loss(probabilities, expert_index, padding_mask),
+            "router_z": router_z_loss(logits, padding_mask),
+        },
+        probabilities=probabilities.detach(),
+        padding_mask=padding_mask,
+    )
+
+
+@register_gate("sparsemixer")
+class SparseMixerGate(Gate):
+    """SparseMixer's gate, with its trainable vector omega [M] on the layer's output.
+
+    `jitter_eps` masks experts before sampling; `gradient_estimator` is one of estimators.ESTIMATORS.
+    """
+
+    def __init__(
+        self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, gradient_estimator: str = "midpoint"
+    ):
+        super().__init__(model_dim, num_experts)
+        self.jitter_eps = require_jitter(jitter_eps)
+        self.estimator = get_estimator(gradient_estimator)
+        self.omega = nn.Parameter(torch.ones(model_dim))
+
+    def draw_noise(self, logits: Tensor) -> Optional[SamplingNoise]:
+        """The noise of one forward pass over logits [S, E]; None at inference."""
+        return draw_sampling_noise(logits) if self.training else None
+
+    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """See sparsemixer_routing."""
+        routing = sparsemixer_routing(
+            logits, padding_mask, self.jitter_eps, self.estimator, self.draw_noise(logits)
+        )
+        routing.output_scale = self.omega
+        return routing

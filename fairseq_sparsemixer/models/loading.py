@@ -1,0 +1,35 @@
+"""A checkpoint must hold the experts that the flags describe."""
+
+from typing import Dict
+
+from torch import Tensor, nn
+
+EXPERT_PREFIX = ".experts."
+
+
+def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
+    """End with one sentence when state_dict's experts are not the model's.
+
+    Raises SystemExit and nothing below it: fairseq's trainer turns every Exception here into advice about architectures.
+    """
+    expected = {name: value for name, value in model.state_dict().items() if EXPERT_PREFIX in name}
+    found = {name: value for name, value in state_dict.items() if EXPERT_PREFIX in name}
+    for name in sorted(set(expected) ^ set(found)):
+        layer, holder, other = name.split(EXPERT_PREFIX)[0], "checkpoint", "flags"
+        if name in expected:
+            holder, other = other, holder
+        raise SystemExit(
+            f"fairseq-sparsemixer: the {holder} has experts in {layer} and the {other} have none there;"
+            " give the --router and --moe-freq the checkpoint was trained with"
+        )
+    for name, value in expected.items():
+        if value.size(0) != found[name].size(0):
+            raise SystemExit(
+                f"fairseq-sparsemixer: --num-experts {value.size(0)} does not match the checkpoint,"
+                f" which has {found[name].size(0)} experts in {name.split(EXPERT_PREFIX)[0]}"
+            )
+        if value.shape != found[name].shape:
+            raise SystemExit(
+                f"fairseq-sparsemixer: {name} is {tuple(found[name].shape)} in the checkpoint and {tuple(value.shape)}"
+                " by the flags; give the embedding and feed-forward sizes the checkpoint was trained with"
+            )

@@ -1,0 +1,126 @@
+"""fairseq's transformer layers with the feed-forward network replaced by an MoE layer.
+
+A layer's feed-forward network is fc2(dropout(activation(fc1(x)))): fc1 becomes the MoE layer, which does all of it, and the
+others identities. Attention, residuals, normalisation and incremental decoding stay fairseq's own lines.
+"""
+
+from contextlib import nullcontext
+from typing import Any, Callable, Optional
+
+import torch
+from fairseq import utils
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fairseq_sparsemixer.gates import DENSE
+from fairseq_sparsemixer.models.config import router_options
+from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+class _FeedForward(nn.Module):
+    """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask is left here beforehand."""
+
+    def __init__(self, moe: MoELayer):
+        super().__init__()
+        self.moe = moe
+        self.padding_mask: Optional[Tensor] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x, self.padding_mask)
+
+
+class _MoEBlock:
+    """What both kinds of layer share: the hooks that build the feed-forward network, and the way of the padding mask."""
+
+    def _prepare(self, cfg: Any) -> None:
+        # plain attributes, set before fairseq's constructor calls the build hooks; a decoder layer keeps no cfg itself
+        self.__dict__["moe_cfg"] = cfg
+
+    def _finish(self) -> None:
+        self.activation_fn = _identity  # the experts have applied both
+        self.activation_dropout_module = nn.Identity()
+
+    def build_fc1(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
+        cfg = self.moe_cfg
+        return _FeedForward(
+            build_moe_layer(
+                cfg.router,
+                input_dim,
+                output_dim,
+                cfg.num_experts,
+                activation=utils.get_activation_fn(str(cfg.activation_fn)),
+                dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+                **router_options(cfg),
+            )
+        )
+
+    def build_fc2(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
+        return nn.Identity()
+
+    def _run(self, forward: Callable, padding_mask: Optional[Tensor], *args, **kwargs):
+        """fairseq's forward, with the padding mask [B, T] at hand as the layer's x [T, B, M] needs it."""
+
+        def with_mask(*args, **kwargs):  # inside what is recomputed: another forward may have run before the backward
+            self.fc1.padding_mask = None if padding_mask is None else padding_mask.t()
+            return forward(*args, **kwargs)
+
+        if not (self.moe_cfg.checkpoint_activations and self.training and torch.is_grad_enabled()):
+            return with_mask(*args, **kwargs)
+        # Not reentrant: the auxiliary losses, which are no outputs of this call, keep their graph.
+        with torch.autograd.graph.save_on_cpu() if self.moe_cfg.offload_activations else nullcontext():
+            return checkpoint(with_mask, *args, use_reentrant=False, **kwargs)
+
+
+class MoEEncoderLayer(_MoEBlock, TransformerEncoderLayerBase):
+    """fairseq's encoder layer with experts."""
+
+    def __init__(self, cfg: Any, return_fc: bool = False):
+        self._prepare(cfg)
+        super().__init__(cfg, return_fc=return_fc)
+        self._finish()
+
+    def forward(self, x: Tensor, encoder_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor] = None):
+        """See TransformerEncoderLayerBase.forward."""
+        return self._run(super().forward, encoder_padding_mask, x, encoder_padding_mask, attn_mask)
+
+
+class MoEDecoderLayer(_MoEBlock, TransformerDecoderLayerBase):
+    """fairseq's decoder layer with experts."""
+
+    def __init__(self, cfg: Any, no_encoder_attn: bool = False):
+        self._prepare(cfg)
+        super().__init__(cfg, no_encoder_attn)
+        self._finish()
+
+    def forward(self, x: Tensor, *args, self_attn_padding_mask: Optional[Tensor] = None, **kwargs):
+        """See TransformerDecoderLayerBase.forward."""
+        return self._run(
+            super().forward, self_attn_padding_mask, x, *args, self_attn_padding_mask=self_attn_padding_mask, **kwargs
+        )
+
+
+class RoutesEveryNth:
+    """Mixed into an encoder or decoder: of the layers built one after the other, which ones route."""
+
+    _built = 0
+
+    def routes_next_layer(self, cfg: Any) -> bool:
+        """Whether the layer being built now is an MoE layer; to be asked once a layer."""
+        index, self._built = self._built, self._built + 1
+        return cfg.router != DENSE and index % cfg.moe_freq == 0
+
+
+class RemembersUpdates:
+    """Mixed into a model: keeps the number of updates that fairseq tells it, for what depends on it in training."""
+
+    num_updates = 0
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq with the updates done so far."""
+        super().set_num_updates(num_updates)
+        self.num_updates = num_updates

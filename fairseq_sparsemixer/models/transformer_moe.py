@@ -1,0 +1,114 @@
+"""`transformer_moe`: fairseq's encoder-decoder transformer with experts in every n-th layer of both stacks."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.distributed import fsdp_wrap
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import (
+    TransformerConfig,
+    TransformerDecoderBase,
+    TransformerEncoderBase,
+    TransformerModel,
+    transformer_legacy,
+)
+from torch import nn
+
+from fairseq_sparsemixer.models.architectures import fill_defaults
+from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.loading import check_checkpoint_fits
+from fairseq_sparsemixer.models.moe_block import MoEDecoderLayer, MoEEncoderLayer, RemembersUpdates, RoutesEveryNth
+
+
+@dataclass
+class TransformerMoEConfig(MoEOptions, TransformerConfig):
+    """fairseq's TransformerConfig with the options of the experts."""
+
+
+def wrap_for_fsdp(cfg: Any, layer: nn.Module) -> nn.Module:
+    """As fairseq does it: a checkpointed layer is always wrapped, any other when it is large enough."""
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
+    """fairseq's encoder; every n-th layer has experts."""
+
+    def build_encoder_layer(self, cfg: Any) -> nn.Module:
+        if not self.routes_next_layer(cfg):
+            return super().build_encoder_layer(cfg)
+        return wrap_for_fsdp(cfg, MoEEncoderLayer(cfg, return_fc=self.return_fc))
+
+
+class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
+    """fairseq's decoder; every n-th layer has experts."""
+
+    def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
+        if not self.routes_next_layer(cfg):
+            return super().build_decoder_layer(cfg, no_encoder_attn)
+        return wrap_for_fsdp(cfg, MoEDecoderLayer(cfg, no_encoder_attn))
+
+
+@register_model("transformer_moe")
+class TransformerMoEModel(RemembersUpdates, TransformerModel):
+    """fairseq's transformer with experts; `--router dense` makes it the plain transformer of the same flags."""
+
+    @classmethod
+    def add_args(cls, parser) -> None:
+        """One flag for each field of TransformerMoEConfig; the architectures below give the defaults."""
+        gen_parser_from_dataclass(parser, TransformerMoEConfig(), delete_default=True, with_prefix="")
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> "TransformerMoEModel":
+        """See TransformerModel. Raises ConfigurationError for options that make no model."""
+        cfg = TransformerMoEConfig.from_namespace(args)
+        check_options(cfg)
+        warn_of_plain_criterion(args, cfg.router)
+        return super().build_model(cfg, task)
+
+    @classmethod
+    def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Module) -> MoEEncoder:
+        return MoEEncoder(cfg, src_dict, embed_tokens)
+
+    @classmethod
+    def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> MoEDecoder:
+        return MoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
+
+    def load_state_dict(self, state_dict, strict: bool = True, model_cfg: Any = None, args: Optional[Any] = None):
+        """See BaseFairseqModel. Ends with one sentence when the checkpoint's experts do not match the flags."""
+        check_checkpoint_fits(self, state_dict)
+        return super().load_state_dict(state_dict, strict, model_cfg, args)
+
+
+@register_model_architecture("transformer_moe", "transformer_moe")
+def base(args: Any) -> None:
+    """The paper's translation model: Transformer-base, experts in every second layer."""
+    fill_defaults(args, MoEOptions)
+    transformer_legacy.base_architecture(args)
+
+
+@register_model_architecture("transformer_moe", "transformer_moe_base")
+def base_by_name(args: Any) -> None:
+    """The same under its full name."""
+    base(args)
+
+
+@register_model_architecture("transformer_moe", "transformer_moe_tiny")
+def tiny(args: Any) -> None:
+    """fairseq's transformer_tiny with experts; for tests."""
+    fill_defaults(args, MoEOptions)
+    transformer_legacy.tiny_architecture(args)
+
+
+@register_model_architecture("transformer_moe", "transformer_moe_iwslt")
+def iwslt(args: Any) -> None:
+    """fairseq's transformer_iwslt_de_en with experts."""
+    fill_defaults(args, MoEOptions)
+    transformer_legacy.transformer_iwslt_de_en(args)
+
+
+@register_model_architecture("transformer_moe", "transformer_moe_big")
+def big(args: Any) -> None:
+    """fairseq's transformer_vaswani_wmt_en_de_big with experts."""
+    fill_defaults(args, MoEOptions)
+    transformer_legacy.transformer_vaswani_wmt_en_de_big(args)

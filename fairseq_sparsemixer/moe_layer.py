@@ -1,0 +1,77 @@
+"""The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine."""
+
+import warnings
+from typing import Any, Callable, Dict, Optional, Union
+
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.dispatch import dispatch_locally
+from fairseq_sparsemixer.experts import Experts
+from fairseq_sparsemixer.gates import Routing, build_gate
+
+with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old names
+    warnings.simplefilter("ignore", FutureWarning)
+    from fairscale.nn.moe import MOELayer
+
+
+class MoELayer(MOELayer):
+    """A feed-forward layer of E experts behind a gate, in the place of fairscale's MOELayer.
+
+    The forward is linear in tokens, and needs neither a process group nor a token count divisible by anything.
+    `routing` is the Routing of the last forward; None before the first.
+    """
+
+    def __init__(self, gate: nn.Module, experts: nn.Module):
+        nn.Module.__init__(self)  # fairscale's own __init__ asks for a process group
+        self.gate = gate
+        self.experts = experts
+        self.group = None
+        self.world_size = 1
+        self.num_local_experts = gate.num_experts
+        self.routing: Optional[Routing] = None
+
+    @property
+    def l_aux(self) -> Optional[Tensor]:
+        """The unweighted balance loss of the last forward, under fairscale's name."""
+        return None if self.routing is None else self.routing.aux_losses.get("balance")
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+        """x [..., M], padding_mask [...] (True = padding) -> [..., M], zero at padding.
+
+        Raises ValueError when the shapes do not fit.
+        """
+        model_dim = self.gate.model_dim
+        if x.size(-1) != model_dim:
+            raise ValueError(f"x has width {x.size(-1)}, and the layer was built for model_dim={model_dim}")
+        if padding_mask is not None:
+            if padding_mask.shape != x.shape[:-1]:
+                raise ValueError(f"padding_mask is {tuple(padding_mask.shape)}, and x {tuple(x.shape)}")
+            padding_mask = padding_mask.reshape(-1).bool()
+        tokens = x.reshape(-1, model_dim)  # [S, M]
+        self.routing = self.gate(tokens, padding_mask)
+        output = dispatch_locally(tokens, self.routing, self.experts)
+        if self.routing.output_scale is not None:
+            output = output * self.routing.output_scale.to(output.dtype)
+        return output.reshape(x.shape)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along
+        return {**self.__dict__, "routing": None}
+
+
+def build_moe_layer(
+    router: str,
+    model_dim: int,
+    hidden_dim: int,
+    num_experts: int,
+    activation: Union[str, Callable[[Tensor], Tensor]] = "relu",
+    dropout: float = 0.0,
+    **gate_options,
+) -> MoELayer:
+    """A layer of num_experts experts model_dim -> hidden_dim -> model_dim behind the gate `router`.
+
+    `activation` and `dropout` are the experts' (see Experts), gate_options the gate's (see build_gate).
+    Raises ValueError, naming the option, for values that make no layer.
+    """
+    gate = build_gate(router, model_dim, num_experts, **gate_options)
+    return MoELayer(gate, Experts(num_experts, model_dim, hidden_dim, activation, dropout))
