@@ -11,7 +11,8 @@ downstream loss g at s*a for a random node s, and sends `gain` times the gradien
     heun3       1 with probability 1/4, else 1/3      1      third order (GRIN, arXiv 2409.12136)
     inf         1, or uniform on [0, 1], equally      2      exact for any smooth g, plus switch's term
 
-For the arg-max expert the node is always 1 (first order), as both papers have it.
+For the arg-max expert the node is always 1 (first order), as both papers have it; `first_order_argmax` says so, and
+`dataclasses.replace(estimator, first_order_argmax=False)` is the estimator without that rule.
 """
 
 from dataclasses import dataclass
@@ -41,12 +42,15 @@ class Estimator:
     """One row of the table above.
 
     `node` maps a uniform coin in [0, 1) to s; `quadrature` lists (s, probability) for expectations without sampling.
+    `keeps_scale_term`: whether the expectation holds the term that scales the chosen expert ("plus switch's term").
     """
 
     name: str
     gain: float
     node: Callable[[Tensor], Tensor]
     quadrature: Tuple[Tuple[float, float], ...]
+    keeps_scale_term: bool = True
+    first_order_argmax: bool = True
 
     @property
     def deterministic(self) -> bool:
@@ -61,7 +65,13 @@ class Estimator:
         """
         if self.deterministic and self.gain == 1:
             return probability
-        node = torch.where(is_argmax, torch.ones_like(coin), self.node(coin)).to(probability.dtype)
+        node = self.node(coin)
+        if self.first_order_argmax:
+            node = torch.where(is_argmax, torch.ones_like(coin), node)
+        return self.multiplier_at(probability, node.to(probability.dtype))
+
+    def multiplier_at(self, probability: Tensor, node: Tensor) -> Tensor:
+        """The same for a node s [...] that is given rather than drawn."""
         return _ScaleApart.apply(probability, node, self.gain)
 
 
@@ -86,6 +96,7 @@ ESTIMATORS: Dict[str, Estimator] = {
             1.0,
             lambda coin: torch.where(coin < 0.25, torch.ones_like(coin), torch.full_like(coin, HEUN_THIRD)),
             ((1.0, 0.25), (HEUN_THIRD, 0.75)),
+            keeps_scale_term=False,
         ),
         Estimator(
             "inf",

@@ -5,6 +5,6 @@ from fairseq_sparsemixer.gates.registry import DENSE, GATES, build_gate, gate_cl
 from fairseq_sparsemixer.gates.routing import Routing
 
 # every module here registers its router
-from fairseq_sparsemixer.gates import sparsemixer, switch  # noqa: F401  isort:skip
+from fairseq_sparsemixer.gates import dense_st, sparsemixer, sparsemixer_v2, switch  # noqa: F401  isort:skip
 
 __all__ = ["DENSE", "GATES", "Gate", "Routing", "build_gate", "gate_class", "gate_options", "register_gate"]

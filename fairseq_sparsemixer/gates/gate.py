@@ -1,6 +1,6 @@
 """The base of every gate: it owns the projection to logits, and leaves the decision to `route`."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ class Gate(nn.Module):
     """
 
     top_k = 1  # experts a token; a gate that can choose more takes it as an option
+    balance_group: Any = None  # the ranks whose tokens the balance loss is about; None: this rank's own
 
     def __init__(self, model_dim: int, num_experts: int):
         super().__init__()
@@ -45,6 +46,13 @@ def require_jitter(jitter_eps: float) -> float:
     if jitter_eps < 0:
         raise ValueError(f"--jitter-eps {jitter_eps} must not be negative; the papers use 0.1, and 0 switches it off")
     return jitter_eps
+
+
+def require_top_k(top_k: int, num_experts: int) -> int:
+    """The number of experts a token itself. Raises ValueError when there are not that many."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"--moe-top-k {top_k} must lie between 1 and --num-experts {num_experts}")
+    return top_k
 
 
 def hide_padding(weight: Tensor, padding_mask: Optional[Tensor]) -> Tensor:

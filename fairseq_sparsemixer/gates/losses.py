@@ -1,31 +1,42 @@
 """Auxiliary losses a gate can report. All are means over the tokens that are not padding; no token gives zero."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.parallel import SumOverRanks
 
-def masked_mean(values: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-    """Mean over the first dimension of values [S, ...], padding_mask [S] (True = padding) left out; zero when S is empty."""
+
+def masked_mean(values: Tensor, padding_mask: Optional[Tensor], group: Any = None) -> Tensor:
+    """Mean over the first dimension of values [S, ...], padding_mask [S] (True = padding) left out; zero when S is empty.
+
+    With a process group, over the tokens of all its ranks: a collective, differentiable.
+    """
     if padding_mask is None:
-        return values.sum(0) / max(values.size(0), 1)
-    mask = padding_mask.view(-1, *[1] * (values.dim() - 1))
-    return values.masked_fill(mask, 0).sum(0) / (~padding_mask).sum().clamp(min=1)
+        total, count = values.sum(0), values.new_tensor(values.size(0))
+    else:
+        mask = padding_mask.view(-1, *[1] * (values.dim() - 1))
+        total, count = values.masked_fill(mask, 0).sum(0), (~padding_mask).sum().to(values.dtype)
+    if group is not None:
+        both = SumOverRanks.apply(torch.cat([total.reshape(-1), count.reshape(1)]), group)
+        total, count = both[:-1].view(total.shape), both[-1]
+    return total / count.clamp(min=1)
 
 
-def balance_loss(probabilities: Tensor, expert_index: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+def balance_loss(probabilities: Tensor, expert_index: Tensor, padding_mask: Optional[Tensor] = None, group: Any = None) -> Tensor:
     """Load-balancing loss E * sum_e f_e * P_e (Switch, arXiv 2101.03961, Eq. 4): 1 when balanced, E when collapsed.
 
     Args: probabilities [S, E], differentiable; expert_index [S, k]; padding_mask [S].
-    f_e is the share of choices given to expert e, P_e the mean probability of e. Returns a scalar; 0 without tokens.
+    f_e is the share of choices given to expert e, P_e the mean probability of e, over this batch, or over those of all
+    ranks of a process group. Returns a scalar; 0 without tokens.
     """
     num_experts = probabilities.size(-1)
     with torch.no_grad():
         weight = probabilities.new_full(expert_index.shape, 1 / expert_index.size(1))
         hits = torch.zeros_like(probabilities).scatter_add_(1, expert_index, weight)  # [S, E]
-        share = masked_mean(hits, padding_mask)  # [E]
-    return num_experts * (share * masked_mean(probabilities, padding_mask)).sum()
+        share = masked_mean(hits, padding_mask, group)  # [E]
+    return num_experts * (share * masked_mean(probabilities, padding_mask, group)).sum()
 
 
 def router_z_loss(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:

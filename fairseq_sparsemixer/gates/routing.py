@@ -17,6 +17,8 @@ class Routing:
     probabilities: [S, E] float32, detached: the distribution the gate chose by.
     padding_mask: [S] bool, True = padding; None when there is none.
     dropped: [S, k] bool, True where a choice did not fit in the expert's capacity; None when the gate drops nothing.
+    num_chosen: the first columns that are the gate's choice; columns behind them run for the gradient's sake, at weight
+        zero (dense_st). None: all are.
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
     """
 
@@ -27,6 +29,7 @@ class Routing:
     padding_mask: Optional[Tensor] = None
     dropped: Optional[Tensor] = None
     output_scale: Optional[Tensor] = None
+    num_chosen: Optional[int] = None
 
     @property
     def num_experts(self) -> int:
@@ -48,13 +51,14 @@ class Routing:
         chosen: [k, E] the same before dropping. entropy: scalar, sum of the entropies of the gate, in nats.
         argmax: scalar, tokens whose first choice is the most probable expert. dropped: [k].
         """
+        k = self.expert_index.size(1) if self.num_chosen is None else self.num_chosen
         real = self.probabilities.new_ones(len(self.expert_index))
         if self.padding_mask is not None:
             real = 1 - self.padding_mask.to(real.dtype)
-        kept = real.unsqueeze(-1).expand(self.expert_index.shape)
+        kept = real.unsqueeze(-1).expand(-1, k)
         chosen = self._count(kept)
         if self.dropped is not None:
-            kept = kept * (~self.dropped).to(kept.dtype)
+            kept = kept * (~self.dropped[:, :k]).to(kept.dtype)
         load = chosen if self.dropped is None else self._count(kept)
         entropy = torch.special.entr(self.probabilities).sum(-1)
         is_argmax = self.probabilities.gather(1, self.expert_index[:, :1]).squeeze(1) >= self.probabilities.amax(1)
@@ -69,5 +73,5 @@ class Routing:
 
     def _count(self, weight: Tensor) -> Tensor:
         """[k, E]: the weights [S, k] added up by choice and expert. Sums of ones below 2**24: exact in any order."""
-        counts = weight.new_zeros(self.expert_index.size(1), self.num_experts)
-        return counts.scatter_add_(1, self.expert_index.t(), weight.t())
+        counts = weight.new_zeros(weight.size(1), self.num_experts)
+        return counts.scatter_add_(1, self.expert_index[:, : weight.size(1)].t(), weight.t())

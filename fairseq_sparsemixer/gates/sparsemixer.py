@@ -1,6 +1,6 @@
 """SparseMixer (Liu, Gao, Chen, 2023; arXiv 2310.00811): one sampled expert, and the router gradient Switch drops."""
 
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -38,32 +38,46 @@ def mask_unlikely(logits: Tensor, jitter_eps: float) -> Tensor:
     return logits.masked_fill(out, float("-inf"))
 
 
+class Draw(NamedTuple):
+    """One expert a token: expert_index [S, 1], its multiplier weight [S, 1], and the masked softmax [S, E] it came from."""
+
+    expert_index: Tensor
+    weight: Tensor
+    probabilities: Tensor
+
+
+def draw_expert(logits: Tensor, jitter_eps: float, estimator: Estimator, noise: Optional[SamplingNoise] = None) -> Draw:
+    """Sample one expert a token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
+
+    The multiplier is the expert's probability times the estimator's node; see estimators.py for its gradient. Experts
+    whose logit is -inf are never drawn.
+    """
+    masked = mask_unlikely(logits, jitter_eps)  # [S, E]
+    probabilities = masked.softmax(-1)  # [S, E]
+    argmax = logits.argmax(-1, keepdim=True)  # [S, 1]
+    if noise is None:
+        return Draw(argmax, probabilities.gather(1, argmax), probabilities)
+    expert_index = (masked.detach() + noise.gumbel).argmax(-1, keepdim=True)
+    chosen = probabilities.gather(1, expert_index)
+    weight = estimator.multiplier(chosen, noise.coin.unsqueeze(-1), expert_index == argmax)
+    return Draw(expert_index, weight, probabilities)
+
+
 def sparsemixer_routing(
     logits: Tensor,
     padding_mask: Optional[Tensor],
     jitter_eps: float,
     estimator: Estimator,
     noise: Optional[SamplingNoise] = None,
+    balance_group: Any = None,
 ) -> Routing:
-    """Sample one expert a token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
-
-    The multiplier is the expert's probability times the estimator's node; see estimators.py for its gradient.
-    """
-    masked = mask_unlikely(logits, jitter_eps)  # [S, E]
-    probabilities = masked.softmax(-1)  # [S, E]
-    argmax = logits.argmax(-1, keepdim=True)  # [S, 1]
-    if noise is None:
-        expert_index = argmax
-        weight = probabilities.gather(1, expert_index)
-    else:
-        expert_index = (masked.detach() + noise.gumbel).argmax(-1, keepdim=True)
-        chosen = probabilities.gather(1, expert_index)
-        weight = estimator.multiplier(chosen, noise.coin.unsqueeze(-1), expert_index == argmax)
+    """One expert a token of logits [S, E], drawn by draw_expert; without noise (inference), the arg-max."""
+    expert_index, weight, probabilities = draw_expert(logits, jitter_eps, estimator, noise)
     return Routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -78,9 +92,7 @@ class SparseMixerGate(Gate):
     `jitter_eps` masks experts before sampling; `gradient_estimator` is one of estimators.ESTIMATORS.
     """
 
-    def __init__(
-        self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, gradient_estimator: str = "midpoint"
-    ):
+    def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, gradient_estimator: str = "midpoint"):
         super().__init__(model_dim, num_experts)
         self.jitter_eps = require_jitter(jitter_eps)
         self.estimator = get_estimator(gradient_estimator)
@@ -93,7 +105,7 @@ class SparseMixerGate(Gate):
     def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_routing."""
         routing = sparsemixer_routing(
-            logits, padding_mask, self.jitter_eps, self.estimator, self.draw_noise(logits)
+            logits, padding_mask, self.jitter_eps, self.estimator, self.draw_noise(logits), self.balance_group
         )
         routing.output_scale = self.omega
         return routing

@@ -1,6 +1,6 @@
 """Switch (Fedus, Zoph, Shazeer, 2021; arXiv 2101.03961): the arg-max expert, scaled by its probability."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from fairseq_sparsemixer.gates.registry import register_gate
 from fairseq_sparsemixer.gates.routing import Routing
 
 
-def switch_routing(logits: Tensor, padding_mask: Optional[Tensor] = None, jitter: Optional[Tensor] = None) -> Routing:
+def switch_routing(
+    logits: Tensor,
+    padding_mask: Optional[Tensor] = None,
+    jitter: Optional[Tensor] = None,
+    balance_group: Any = None,
+) -> Routing:
     """Top-1 routing of logits [S, E]; jitter [S, E], when given, multiplies the logits (exploration, in training)."""
     if jitter is not None:
         logits = logits * jitter
@@ -21,7 +26,7 @@ def switch_routing(logits: Tensor, padding_mask: Optional[Tensor] = None, jitter
         expert_index=expert_index,
         combine_weight=hide_padding(probabilities.gather(1, expert_index), padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -45,4 +50,4 @@ class SwitchGate(Gate):
 
     def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See switch_routing."""
-        return switch_routing(logits, padding_mask, self.draw_noise(logits))
+        return switch_routing(logits, padding_mask, self.draw_noise(logits), self.balance_group)
