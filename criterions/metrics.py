@@ -44,9 +44,7 @@ def _layer_sums(routing: Routing, sample_size: Any) -> Dict[str, Tensor]:
 def sum_routing_logs(logging_outputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
     """The entries of routing_log added up over logging outputs; empty when the model has no experts."""
     names = {name for log in logging_outputs for name in log if name.startswith(PREFIX)}
-    return {
-        name[len(PREFIX) :]: sum(log[name] for log in logging_outputs if name in log).detach() for name in sorted(names)
-    }
+    return {name[len(PREFIX) :]: sum(log[name] for log in logging_outputs if name in log).detach() for name in sorted(names)}
 
 
 def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:

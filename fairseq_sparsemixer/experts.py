@@ -91,6 +91,8 @@ class Experts(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.num_experts = num_experts
+        self.first_expert = 0
         self.gated = activation in GATED_ACTIVATIONS
         self.activation = resolve_activation(activation)
         self.dropout = dropout
@@ -119,8 +121,21 @@ class Experts(nn.Module):
         hidden = F.dropout(hidden, self.dropout, self.training)
         return grouped_linear(hidden, self.weight_out, self.bias_out, counts)
 
+    def keep(self, first: int, count: int) -> None:
+        """Keep `count` experts from `first` on; the others live on other ranks. Full checkpoints load into the share kept."""
+        self.first_expert = first
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach().narrow(0, first, count).clone()))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name, parameter in self.named_parameters():
+            whole = state_dict.get(prefix + name)
+            if whole is not None and whole.size(0) == self.num_experts:
+                state_dict[prefix + name] = whole.narrow(0, self.first_expert, parameter.size(0))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
-        experts, model_dim, _ = self.weight_in.shape
+        experts, model_dim, _ = self.weight_in.shape  # experts: those kept here
         return f"num_experts={experts}, model_dim={model_dim}, hidden_dim={self.weight_out.size(1)}, gated={self.gated}"
 
 

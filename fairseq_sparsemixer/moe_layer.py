@@ -5,9 +5,10 @@ from typing import Any, Callable, Dict, Optional, Union
 
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.dispatch import dispatch_locally
+from fairseq_sparsemixer.dispatch import dispatch_all_to_all, dispatch_locally
 from fairseq_sparsemixer.experts import Experts
 from fairseq_sparsemixer.gates import Routing, build_gate
+from fairseq_sparsemixer.parallel import ExpertGroup
 
 with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old names
     warnings.simplefilter("ignore", FutureWarning)
@@ -25,15 +26,18 @@ class MoELayer(MOELayer):
         nn.Module.__init__(self)  # fairscale's own __init__ asks for a process group
         self.gate = gate
         self.experts = experts
-        self.group = None
-        self.world_size = 1
-        self.num_local_experts = gate.num_experts
+        self.ranks: Optional[ExpertGroup] = None  # the ranks that share the experts; see spread
         self.routing: Optional[Routing] = None
 
     @property
     def l_aux(self) -> Optional[Tensor]:
         """The unweighted balance loss of the last forward, under fairscale's name."""
         return None if self.routing is None else self.routing.aux_losses.get("balance")
+
+    @property
+    def num_local_experts(self) -> int:
+        """The experts that live on this rank."""
+        return self.gate.num_experts // (1 if self.ranks is None else self.ranks.size)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
         """x [..., M], padding_mask [...] (True = padding) -> [..., M], zero at padding.
@@ -49,10 +53,26 @@ class MoELayer(MOELayer):
             padding_mask = padding_mask.reshape(-1).bool()
         tokens = x.reshape(-1, model_dim)  # [S, M]
         self.routing = self.gate(tokens, padding_mask)
-        output = dispatch_locally(tokens, self.routing, self.experts)
+        output = self.dispatch(tokens)
         if self.routing.output_scale is not None:
             output = output * self.routing.output_scale.to(output.dtype)
         return output.reshape(x.shape)
+
+    def dispatch(self, tokens: Tensor) -> Tensor:
+        """tokens [S, M] through the experts that self.routing gives them, wherever they are."""
+        if self.ranks is None:
+            return dispatch_locally(tokens, self.routing, self.experts)
+        return dispatch_all_to_all(tokens, self.routing, self.experts, self.ranks.group)
+
+    def spread(self, ranks: ExpertGroup) -> None:
+        """Keep this rank's share of the experts; forward then is a collective of the group.
+
+        The parameters kept are marked `expert`, by which fairseq and fairscale leave them out of gradient reduction.
+        """
+        self.ranks = ranks
+        self.experts.keep(ranks.index * self.num_local_experts, self.num_local_experts)
+        for parameter in self.experts.parameters():
+            parameter.expert = True
 
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along

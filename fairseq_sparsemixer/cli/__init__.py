@@ -11,7 +11,9 @@ COMMANDS = {"user-dir": "user_dir"}
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="fairseq-sparsemixer", description="Tools around Mixture-of-Experts training in fairseq.")
+    parser = argparse.ArgumentParser(
+        prog="fairseq-sparsemixer", description="Tools around Mixture-of-Experts training in fairseq."
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {fairseq_sparsemixer.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module_name in COMMANDS.items():

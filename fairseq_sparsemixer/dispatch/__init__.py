@@ -1,5 +1,6 @@
 """Where tokens go once they are routed. A dispatcher knows nothing of routers, and experts nothing of dispatchers."""
 
+from fairseq_sparsemixer.dispatch.all_to_all import dispatch_all_to_all
 from fairseq_sparsemixer.dispatch.local import dispatch_locally
 
-__all__ = ["dispatch_locally"]
+__all__ = ["dispatch_all_to_all", "dispatch_locally"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Optional
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
 
 
@@ -28,7 +29,22 @@ class MoEOptions:
     )
     jitter_eps: float = field(
         default=0.1,
-        metadata={"help": "switch: logits are multiplied by noise within 1 +- eps; sparsemixer: masks experts that such noise could not lift to the top"},
+        metadata={
+            "help": "switch: noise within 1 +- eps multiplies the logits; sparsemixer: masks experts such noise could not lift to the top"
+        },
+    )
+    gradient_estimator: Optional[str] = field(
+        default=None,
+        metadata={"help": f"what a sampling router learns from: {', '.join(ESTIMATORS)} (default: the router's own)"},
+    )
+    expert_parallel_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "ranks that share one set of experts (default: the largest divisor of ranks and experts; 1: all on every rank)"
+        },
+    )
+    sharded_checkpoints: bool = field(
+        default=False, metadata={"help": "each rank writes its own experts, for models too large for one file"}
     )
 
 

@@ -1,0 +1,120 @@
+"""Expert parallelism: which ranks hold which experts, and the collectives between them.
+
+W ranks form groups of G consecutive ranks. A group holds the E experts once, E / G on each of its ranks; the W / G ranks
+at the same place of their groups hold replicas of the same experts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Where this rank stands.
+
+    size: G. index: this rank's place in its group. group: the G ranks that hold the experts once. replicas: the W / G
+    ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
+    """
+
+    size: int
+    index: int
+    group: Any
+    replicas: Any
+    world_size: int
+    first_group: bool
+
+    @property
+    def num_replicas(self) -> int:
+        """W / G."""
+        return self.world_size // self.size
+
+    def __deepcopy__(self, memo: dict) -> "ExpertGroup":
+        return self  # process groups cannot be copied, and a copied model talks to the same ranks
+
+
+def expert_parallel_size(requested: Optional[int], world_size: int, num_experts: int) -> int:
+    """G: the requested one, else the largest divisor of both world_size and num_experts.
+
+    Raises ValueError when the request divides one of them not.
+    """
+    if requested is None:
+        return math.gcd(world_size, num_experts)
+    if requested < 1:
+        raise ValueError(f"--expert-parallel-size {requested} must be at least 1")
+    if num_experts % requested:
+        divisors = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0 and world_size % n == 0)
+        raise ValueError(
+            f"--num-experts {num_experts} cannot be split over --expert-parallel-size {requested};"
+            f" with {world_size} ranks, use one of {divisors}"
+        )
+    if world_size % requested:
+        raise ValueError(
+            f"--expert-parallel-size {requested} does not divide the {world_size} ranks;"
+            f" use a divisor of {math.gcd(world_size, num_experts)}"
+        )
+    return requested
+
+
+def form_expert_group(size: int) -> ExpertGroup:
+    """Make the process groups; every rank of the default group must call it, with the same size G."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    groups = [list(range(first, first + size)) for first in range(0, world_size, size)]
+    replicas = [list(range(index, world_size, size)) for index in range(size)]
+    return ExpertGroup(
+        size=size,
+        index=rank % size,
+        group=_own_group(groups, rank),
+        replicas=_own_group(replicas, rank),
+        world_size=world_size,
+        first_group=rank < size,
+    )
+
+
+def _own_group(partition: List[List[int]], rank: int) -> Any:
+    """Torch wants every rank to take part in making every group."""
+    made = [dist.new_group(ranks) for ranks in partition]
+    return next(group for group, ranks in zip(made, partition) if rank in ranks)
+
+
+class AllToAllRows(torch.autograd.Function):
+    """Rows to other ranks and rows from them: the first send[0] rows go to rank 0 of the group, and so on.
+
+    rows [sum(send), M] -> [sum(receive), M], in the order of the ranks they come from. The backward sends gradients home.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = list(send), list(receive), group
+        return _exchange(rows, ctx.send, ctx.receive, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(rows: Tensor, send: List[int], receive: List[int], group: Any) -> Tensor:
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over ranks; every rank's loss sends its gradient to every rank's tensor."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
