@@ -83,26 +83,37 @@ def _uniform_quadrature(points: int = 8) -> List[Tuple[float, float]]:
     return [((node + 1) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist())]
 
 
+# The nodes by the coin: functions with a name, so that a model can be pickled.
+def _one(coin: Tensor) -> Tensor:
+    return torch.ones_like(coin)
+
+
+def _half_or_one(coin: Tensor) -> Tensor:
+    return 0.5 + 0.5 * (coin >= 0.5).to(coin.dtype)
+
+
+def _third_or_one(coin: Tensor) -> Tensor:
+    return torch.where(coin < 0.25, torch.ones_like(coin), torch.full_like(coin, HEUN_THIRD))
+
+
+def _uniform_or_one(coin: Tensor) -> Tensor:
+    # below one half the coin, stretched back to [0, 1), is the uniform node itself
+    return torch.where(coin < 0.5, 2 * coin, torch.ones_like(coin))
+
+
 _ALWAYS_ONE = ((1.0, 1.0),)
 
 ESTIMATORS: Dict[str, Estimator] = {
     estimator.name: estimator
     for estimator in (
-        Estimator("switch", 1.0, torch.ones_like, _ALWAYS_ONE),
-        Estimator("euler", 2.0, torch.ones_like, _ALWAYS_ONE),
-        Estimator("midpoint", 2.0, lambda coin: 0.5 + 0.5 * (coin >= 0.5).to(coin.dtype), ((1.0, 0.5), (0.5, 0.5))),
-        Estimator(
-            "heun3",
-            1.0,
-            lambda coin: torch.where(coin < 0.25, torch.ones_like(coin), torch.full_like(coin, HEUN_THIRD)),
-            ((1.0, 0.25), (HEUN_THIRD, 0.75)),
-            keeps_scale_term=False,
-        ),
+        Estimator("switch", 1.0, _one, _ALWAYS_ONE),
+        Estimator("euler", 2.0, _one, _ALWAYS_ONE),
+        Estimator("midpoint", 2.0, _half_or_one, ((1.0, 0.5), (0.5, 0.5))),
+        Estimator("heun3", 1.0, _third_or_one, ((1.0, 0.25), (HEUN_THIRD, 0.75)), keeps_scale_term=False),
         Estimator(
             "inf",
             2.0,
-            # below one half the coin, stretched back to [0, 1), is the uniform node itself
-            lambda coin: torch.where(coin < 0.5, 2 * coin, torch.ones_like(coin)),
+            _uniform_or_one,
             ((1.0, 0.5),) + tuple((node, weight / 2) for node, weight in _uniform_quadrature()),
         ),
     )

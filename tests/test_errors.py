@@ -1,0 +1,16 @@
+"""The error a command line ends with."""
+
+import pytest
+
+from fairseq_sparsemixer.errors import ConfigurationError
+
+
+def test_it_ends_a_program_with_status_one_and_one_sentence():
+    with pytest.raises(SystemExit) as caught:
+        raise ConfigurationError("--num-experts 0 must be at least 1")
+    assert caught.value.code == "fairseq-sparsemixer: --num-experts 0 must be at least 1"  # a string: printed, status 1
+
+
+def test_a_library_caller_can_catch_it_as_a_value_error():
+    with pytest.raises(ValueError, match="must be at least 1"):
+        raise ConfigurationError("--num-experts 0 must be at least 1")
