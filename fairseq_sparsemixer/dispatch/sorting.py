@@ -54,4 +54,4 @@ def gather(tokens: Tensor, pairs: Tensor, k: int) -> Tensor:
 def spread(rows: Tensor, pairs: Tensor, num_tokens: int, k: int) -> Tensor:
     """rows [N, M] of pairs [N] -> [S, M]: each token gets the sum of its pairs' rows, zero where it has none."""
     slots = rows.new_zeros(num_tokens * k, rows.size(1)).index_copy(0, pairs, rows)
-    return slots if k == 1 else slots.view(num_tokens, k, -1).sum(1)
+    return slots if k == 1 else slots.view(num_tokens, k, rows.size(1)).sum(1)

@@ -30,7 +30,8 @@ class MoEOptions:
     jitter_eps: float = field(
         default=0.1,
         metadata={
-            "help": "switch: noise within 1 +- eps multiplies the logits; sparsemixer: masks experts such noise could not lift to the top"
+            "help": "switch: noise within 1 +- eps multiplies the logits; "
+            "sparsemixer: masks experts such noise could not lift to the top"
         },
     )
     gradient_estimator: Optional[str] = field(
@@ -40,7 +41,8 @@ class MoEOptions:
     expert_parallel_size: Optional[int] = field(
         default=None,
         metadata={
-            "help": "ranks that share one set of experts (default: the largest divisor of ranks and experts; 1: all on every rank)"
+            "help": "ranks that share one set of experts "
+            "(default: the largest divisor of ranks and experts; 1: all on every rank)"
         },
     )
     sharded_checkpoints: bool = field(

@@ -62,11 +62,8 @@ def test_statistics_are_sums_over_the_tokens_that_are_not_padding(tokens, expert
 def test_statistics_of_parts_add_up_to_those_of_the_whole(tokens, experts, k, seed):
     whole = random_routing(tokens, experts, k, seed)
     half = tokens // 2
-    parts = [
-        Routing(*(getattr(whole, name)[rows] for name in ("expert_index", "combine_weight")), probabilities=whole.probabilities[rows],
-                padding_mask=whole.padding_mask[rows], dropped=whole.dropped[rows])
-        for rows in (slice(0, half), slice(half, None))
-    ]  # fmt: skip
+    fields = ("expert_index", "combine_weight", "probabilities", "padding_mask", "dropped")
+    parts = [Routing(**{name: getattr(whole, name)[rows] for name in fields}) for rows in (slice(0, half), slice(half, None))]
     sums = [part.statistics() for part in parts]
     for name, value in whole.statistics().items():
         torch.testing.assert_close(sums[0][name] + sums[1][name], value)
