@@ -1,11 +1,12 @@
 """The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine."""
 
 import warnings
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
+import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.dispatch import dispatch_all_to_all, dispatch_locally
+from fairseq_sparsemixer.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.experts import Experts
 from fairseq_sparsemixer.gates import Routing, build_gate
 from fairseq_sparsemixer.parallel import ExpertGroup
@@ -19,7 +20,8 @@ class MoELayer(MOELayer):
     """A feed-forward layer of E experts behind a gate, in the place of fairscale's MOELayer.
 
     The forward is linear in tokens, and needs neither a process group nor a token count divisible by anything.
-    `routing` is the Routing of the last forward; None before the first.
+    `routing` is the Routing of the last forward; None before the first. While `idle` is set, every token counts as
+    padding: a rank that has run out of data takes part in the collectives, and in nothing else.
     """
 
     def __init__(self, gate: nn.Module, experts: nn.Module):
@@ -28,6 +30,7 @@ class MoELayer(MOELayer):
         self.experts = experts
         self.ranks: Optional[ExpertGroup] = None  # the ranks that share the experts; see spread
         self.routing: Optional[Routing] = None
+        self.idle = False
 
     @property
     def l_aux(self) -> Optional[Tensor]:
@@ -52,6 +55,8 @@ class MoELayer(MOELayer):
                 raise ValueError(f"padding_mask is {tuple(padding_mask.shape)}, and x {tuple(x.shape)}")
             padding_mask = padding_mask.reshape(-1).bool()
         tokens = x.reshape(-1, model_dim)  # [S, M]
+        if self.idle:
+            padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
         self.routing = self.gate(tokens, padding_mask)
         output = self.dispatch(tokens)
         if self.routing.output_scale is not None:
@@ -62,7 +67,9 @@ class MoELayer(MOELayer):
         """tokens [S, M] through the experts that self.routing gives them, wherever they are."""
         if self.ranks is None:
             return dispatch_locally(tokens, self.routing, self.experts)
-        return dispatch_all_to_all(tokens, self.routing, self.experts, self.ranks.group)
+        with_capacity = self.routing.dropped is not None
+        dispatch = dispatch_equal_split if with_capacity else dispatch_all_to_all
+        return dispatch(tokens, self.routing, self.experts, self.ranks)
 
     def spread(self, ranks: ExpertGroup) -> None:
         """Keep this rank's share of the experts; forward then is a collective of the group.
@@ -77,6 +84,26 @@ class MoELayer(MOELayer):
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along
         return {**self.__dict__, "routing": None}
+
+
+def moe_layers(model: nn.Module) -> List[MoELayer]:
+    """The MoE layers of a model, in its order."""
+    return [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+
+
+def spread_experts(model: nn.Module, ranks: ExpertGroup) -> None:
+    """Spread the experts of every layer of `model`, before it is wrapped for data parallelism; see MoELayer.spread.
+
+    Raises ValueError for a layer whose experts cannot be shared out evenly.
+    """
+    for layer in moe_layers(model):
+        if layer.gate.num_experts % ranks.size:
+            raise ValueError(f"{layer.gate.num_experts} experts cannot be split over {ranks.size} ranks")
+        layer.spread(ranks)
+    # torch's DistributedDataParallel reads this list: experts differ by rank
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")
+    ]
 
 
 def build_moe_layer(

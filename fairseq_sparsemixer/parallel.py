@@ -5,12 +5,52 @@ at the same place of their groups hold replicas of the same experts.
 """
 
 import math
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, List, Optional, Sequence
+from datetime import timedelta
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+
+class Elapsed(NamedTuple):
+    """Milliseconds: cpu of the calling thread, waiting included; cuda on the device's stream, 0 without one."""
+
+    cpu: float
+    cuda: float
+
+
+class Clock:
+    """The time that all-to-alls take, forward and backward, since the last reading."""
+
+    def __init__(self) -> None:
+        self._cpu = 0.0
+        self._events: List[Tuple[Any, Any]] = []
+
+    @contextmanager
+    def measure(self, device: torch.device) -> Iterator[None]:
+        """Add the time of the block. Waits for nothing on the device."""
+        events = None
+        if device.type == "cuda":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+        start = time.perf_counter()
+        yield
+        self._cpu += 1000 * (time.perf_counter() - start)
+        if events:
+            events[1].record()
+            self._events.append(events)
+
+    def read(self) -> Elapsed:
+        """The time so far; starts again from zero. Waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        elapsed = Elapsed(self._cpu, sum(start.elapsed_time(stop) for start, stop in self._events))
+        self._cpu, self._events = 0.0, []
+        return elapsed
 
 
 @dataclass(frozen=True)
@@ -19,6 +59,7 @@ class ExpertGroup:
 
     size: G. index: this rank's place in its group. group: the G ranks that hold the experts once. replicas: the W / G
     ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
+    clock: measures the all-to-alls; None leaves them unmeasured.
     """
 
     size: int
@@ -27,6 +68,7 @@ class ExpertGroup:
     replicas: Any
     world_size: int
     first_group: bool
+    clock: Optional[Clock] = None
 
     @property
     def num_replicas(self) -> int:
@@ -36,11 +78,20 @@ class ExpertGroup:
     def __deepcopy__(self, memo: dict) -> "ExpertGroup":
         return self  # process groups cannot be copied, and a copied model talks to the same ranks
 
+    @contextmanager
+    def measured(self, device: torch.device) -> Iterator[None]:
+        """The block's time on the clock, where there is one."""
+        if self.clock is None:
+            yield
+        else:
+            with self.clock.measure(device):
+                yield
+
 
 def expert_parallel_size(requested: Optional[int], world_size: int, num_experts: int) -> int:
     """G: the requested one, else the largest divisor of both world_size and num_experts.
 
-    Raises ValueError when the request divides one of them not.
+    Raises ValueError when the request does not divide both.
     """
     if requested is None:
         return math.gcd(world_size, num_experts)
@@ -60,24 +111,28 @@ def expert_parallel_size(requested: Optional[int], world_size: int, num_experts:
     return requested
 
 
-def form_expert_group(size: int) -> ExpertGroup:
-    """Make the process groups; every rank of the default group must call it, with the same size G."""
+def form_expert_group(size: int, timeout: Optional[timedelta] = None, clock: Optional[Clock] = None) -> ExpertGroup:
+    """Make the process groups; every rank of the default group must call it, with the same size G.
+
+    timeout: how long a collective waits for the other ranks; None is torch's default for the backend.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = [list(range(first, first + size)) for first in range(0, world_size, size)]
     replicas = [list(range(index, world_size, size)) for index in range(size)]
     return ExpertGroup(
         size=size,
         index=rank % size,
-        group=_own_group(groups, rank),
-        replicas=_own_group(replicas, rank),
+        group=_own_group(groups, rank, timeout),
+        replicas=_own_group(replicas, rank, timeout),
         world_size=world_size,
         first_group=rank < size,
+        clock=clock,
     )
 
 
-def _own_group(partition: List[List[int]], rank: int) -> Any:
+def _own_group(partition: List[List[int]], rank: int, timeout: Optional[timedelta]) -> Any:
     """Torch wants every rank to take part in making every group."""
-    made = [dist.new_group(ranks) for ranks in partition]
+    made = [dist.new_group(ranks, timeout=timeout) for ranks in partition]
     return next(group for group, ranks in zip(made, partition) if rank in ranks)
 
 
@@ -88,18 +143,19 @@ class AllToAllRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = list(send), list(receive), group
-        return _exchange(rows, ctx.send, ctx.receive, group)
+    def forward(ctx, rows: Tensor, send: Sequence[int], receive: Sequence[int], ranks: ExpertGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.ranks = list(send), list(receive), ranks
+        return _exchange(rows, ctx.send, ctx.receive, ranks)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+        return _exchange(grad, ctx.receive, ctx.send, ctx.ranks), None, None, None
 
 
-def _exchange(rows: Tensor, send: List[int], receive: List[int], group: Any) -> Tensor:
+def _exchange(rows: Tensor, send: List[int], receive: List[int], ranks: ExpertGroup) -> Tensor:
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    with ranks.measured(rows.device):
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=ranks.group)
     return received
 
 

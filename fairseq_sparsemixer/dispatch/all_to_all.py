@@ -4,16 +4,16 @@ Ranks G, local experts L = E / G. Rows travel sorted by expert, so that those of
 sorted by (sender, local expert), and are put in the order of the local experts for the computation.
 """
 
-from typing import Any, List, NamedTuple
+from typing import List, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from fairseq_sparsemixer.dispatch.local import ExpertsFunction
-from fairseq_sparsemixer.dispatch.sorting import gather, sort_pairs, spread
+from fairseq_sparsemixer.dispatch.sorting import gather, order_pairs, spread
 from fairseq_sparsemixer.gates.routing import Routing
-from fairseq_sparsemixer.parallel import AllToAllRows
+from fairseq_sparsemixer.parallel import AllToAllRows, ExpertGroup
 
 
 class Travel(NamedTuple):
@@ -25,38 +25,43 @@ class Travel(NamedTuple):
     counts: List[int]
 
 
-def plan_travel(counts: List[int], group: Any, device: torch.device) -> Travel:
-    """Tell every rank how many rows it will get for each of its experts, from counts [E], the rows this rank has."""
-    ranks = dist.get_world_size(group)
-    outgoing = torch.tensor(counts, device=device).view(ranks, -1)  # [G, L]
+@torch.no_grad()
+def plan_travel(counts: Tensor, ranks: ExpertGroup) -> Travel:
+    """Tell every rank how many rows it will get for each of its experts, from counts [E], the rows this rank has.
+
+    One host synchronisation, to read the sizes.
+    """
+    outgoing = counts.view(ranks.size, -1)  # [G, L]
     incoming = torch.empty_like(outgoing)
-    dist.all_to_all_single(incoming, outgoing, group=group)
-    incoming = incoming.cpu()
+    with ranks.measured(counts.device):
+        dist.all_to_all_single(incoming, outgoing, group=ranks.group)
+    send, receive = torch.stack([outgoing, incoming]).cpu()
     return Travel(
-        send=[sum(counts[i : i + outgoing.size(1)]) for i in range(0, len(counts), outgoing.size(1))],
-        receive=incoming.sum(1).tolist(),
-        order=_by_local_expert(incoming).to(device),
-        counts=incoming.sum(0).tolist(),
+        send=send.sum(1).tolist(),
+        receive=receive.sum(1).tolist(),
+        order=_by_local_expert(incoming, int(receive.sum())),
+        counts=receive.sum(0).tolist(),
     )
 
 
-def _by_local_expert(incoming: Tensor) -> Tensor:
-    """The permutation from (sender, local expert) to (local expert, sender), for incoming counts [G, L]."""
-    local_expert = torch.arange(incoming.size(1)).repeat(incoming.size(0)).repeat_interleave(incoming.flatten())
-    return local_expert.argsort(stable=True)
+def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
+    """The permutation from (sender, local expert) to (local expert, sender), for incoming counts [G, L] of that total."""
+    local_expert = torch.arange(incoming.size(1), device=incoming.device).repeat(incoming.size(0))  # [G * L]
+    return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
 
 
-def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFunction, group: Any) -> Tensor:
-    """As dispatch_locally, with experts spread over the ranks of `group`; every rank of it must call this.
+def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFunction, ranks: ExpertGroup) -> Tensor:
+    """As dispatch_locally, with experts spread over the ranks of a group; every rank of it must call this.
 
     tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's share of the experts.
     """
     k = routing.expert_index.size(1)
-    pairs, counts = sort_pairs(routing)
-    travel = plan_travel(counts, group, tokens.device)
-    arrived = AllToAllRows.apply(gather(tokens, pairs, k), travel.send, travel.receive, group)
+    pairs, counts = order_pairs(routing)
+    travel = plan_travel(counts, ranks)
+    pairs = pairs[: sum(travel.send)]
+    arrived = AllToAllRows.apply(gather(tokens, pairs, k), travel.send, travel.receive, ranks)
     outputs = experts(_permute(arrived, travel.order), travel.counts)
-    home = AllToAllRows.apply(_permute(outputs, invert(travel.order)), travel.receive, travel.send, group)
+    home = AllToAllRows.apply(_permute(outputs, invert(travel.order)), travel.receive, travel.send, ranks)
     weight = routing.combine_weight.reshape(-1).index_select(0, pairs)
     return spread(home * weight.unsqueeze(-1).to(home.dtype), pairs, tokens.size(0), k)
 

@@ -3,7 +3,7 @@
 Pair p = s * k + j is the j-th choice of token s. Pairs that are not routed (padding, dropped) are left out.
 """
 
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,23 @@ class SortedPairs(NamedTuple):
 
 
 @torch.no_grad()
-def sort_pairs(routing: Routing) -> SortedPairs:
-    """Group the routed pairs of a Routing by expert. One host synchronisation, to read the counts."""
+def order_pairs(routing: Routing) -> Tuple[Tensor, Tensor]:
+    """All pairs [S * k] grouped by expert, those not routed at the end; and the routed ones of each expert [E].
+
+    Waits for nothing on the device.
+    """
     num_experts = routing.num_experts
     expert = routing.expert_index.reshape(-1)  # [S * k]
     unrouted = routing.unrouted()
     if unrouted is not None:
         expert = expert.masked_fill(unrouted.reshape(-1), num_experts)  # behind the last expert
-    pairs = expert.argsort(stable=True)
-    counts = torch.bincount(expert, minlength=num_experts + 1)[:num_experts].tolist()
+    return expert.argsort(stable=True), torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
+
+
+def sort_pairs(routing: Routing) -> SortedPairs:
+    """Group the routed pairs of a Routing by expert. One host synchronisation, to read the counts."""
+    pairs, counts = order_pairs(routing)
+    counts = counts.tolist()
     return SortedPairs(pairs[: sum(counts)], counts)
 
 

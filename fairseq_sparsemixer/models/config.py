@@ -45,6 +45,19 @@ class MoEOptions:
             "(default: the largest divisor of ranks and experts; 1: all on every rank)"
         },
     )
+    balance_scope: str = field(
+        default="local",
+        metadata={"help": "whose tokens the load-balancing loss is about: those of each rank (local), or of all (global)"},
+    )
+    record_a2a_perf_stats: bool = field(
+        default=False, metadata={"help": "log the milliseconds that this rank spends in all-to-alls in each update"}
+    )
+    collective_timeout: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "seconds a rank waits for another before it ends with an error (default: torch's, 600 with nccl, 1800 with gloo)"
+        },
+    )
     sharded_checkpoints: bool = field(
         default=False, metadata={"help": "each rank writes its own experts, for models too large for one file"}
     )
