@@ -1,12 +1,11 @@
 """What expert parallelism adds to fairseq's Trainer; without experts, or on one rank, it is fairseq's own.
 
 fairseq builds its Trainer by name in fairseq_cli.train, so that is where `install` puts this subclass. It spreads the
-experts over ranks before the model reaches a device, keeps their gradients on the scale of all others, and writes
-checkpoints that know nothing of ranks.
+experts over ranks before the model reaches a device, and keeps their gradients on the scale of all others. What it
+writes and reads is in checkpoints/trainer.py.
 """
 
 import logging
-import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +19,8 @@ from omegaconf import open_dict
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fairseq_sparsemixer import gathering, gradients
+from fairseq_sparsemixer import gradients
+from fairseq_sparsemixer.checkpoints.trainer import CheckpointingTrainer
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe_layer import moe_layers, spread_experts
 from fairseq_sparsemixer.parallel import Clock, ExpertGroup, expert_parallel_size, form_expert_group
@@ -32,7 +32,7 @@ LOST_CONTACT = (  # in gloo's and NCCL's words
 )  # fmt: skip
 
 
-class MoETrainer(Trainer):
+class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `ranks` is None where every rank holds all of them."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
@@ -44,25 +44,17 @@ class MoETrainer(Trainer):
             set_balance_scope(cfg, model, timeout)
             keep_one_state_a_parameter(cfg)
         self.sharded = self.ranks is not None and getattr(cfg.model, "sharded_checkpoints", False)
-        self._gathered: Optional[gathering.Gathered] = None
-        self._in_train_step = False
-        if self.sharded:
-            prepare_sharded_checkpoints(cfg)
+        self.has_experts = bool(self.moe_layers)
         super().__init__(cfg, task, model, criterion, quantizer)
-
-    def _build_optimizer(self) -> None:
-        super()._build_optimizer()
-        if self.ranks is not None:
-            gathering.load_own_share(self._optimizer.optimizer, self.ranks)
 
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
         """See Trainer. A rank that runs out of memory ends the run: the others wait for it in the middle of the batch."""
-        self._in_train_step = True
+        self.in_train_step = True
         try:
             with self._explaining_lost_ranks():
                 output = super().train_step(samples, raise_oom or self.ranks is not None)
         finally:
-            self._in_train_step = False
+            self.in_train_step = False
         if self.ranks is not None and self.ranks.clock is not None:
             elapsed = self.ranks.clock.read()
             metrics.log_scalar("all_to_all_cpu_time_ms", elapsed.cpu, round=2)
@@ -108,53 +100,9 @@ class MoETrainer(Trainer):
             raise
 
     def consolidate_optimizer(self) -> None:
-        """Called by fairseq on every rank before one of them saves: the time to gather the experts."""
-        super().consolidate_optimizer()
-        # in a failing train step the other ranks are elsewhere: a collective would wait for them in vain
-        if self.ranks is not None and not self.sharded and not self._in_train_step:
-            with_optimizer = not self.cfg.checkpoint.no_save_optimizer_state
-            with self._explaining_lost_ranks():
-                self._gathered = gathering.gather_experts(
-                    models=[self.get_model()] + ([self.ema.get_model()] if self.cfg.ema.store_ema else []),
-                    optimizer=self.optimizer.optimizer if with_optimizer else None,
-                    ranks=self.ranks,
-                )
-
-    def state_dict(self) -> Dict[str, Any]:
-        """See Trainer; with the experts of all ranks where they were gathered."""
-        state = super().state_dict()
-        if self._gathered is not None:
-            gathering.fill_in(state, self._gathered)
-            self._gathered = None
-        if self.sharded:
-            state["expert_parallel"] = {"size": self.ranks.size, "index": self.ranks.index}
-        return state
-
-    def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
-        """See Trainer. No crash.pt when experts are spread: one rank has only its own."""
-        if self.ranks is not None and not self.sharded and self._gathered is None:
-            if self.should_save_checkpoint_on_current_rank:
-                logger.warning("%s is not written: experts are spread over ranks, and this one holds only its own", filename)
-            return None
-        return super().save_checkpoint(filename, extra_state)
-
-    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
-        """See Trainer. In a run with --sharded-checkpoints, a file of the whole model is found as well."""
-        if self.sharded and not os.path.exists(filename):
-            filename = filename.replace(self.checkpoint_suffix + ".pt", ".pt")
-        if not os.path.exists(filename) and self.cfg.checkpoint.restore_file != "checkpoint_last.pt":
-            raise ConfigurationError(f"--restore-file {self.cfg.checkpoint.restore_file} does not exist ({filename})")
-        return super().load_checkpoint(filename, *args, **kwargs)
-
-    @property
-    def checkpoint_suffix(self) -> str:
-        """See Trainer; `-rank-N` with --sharded-checkpoints, N the rank's place in its group."""
-        return super().checkpoint_suffix + (f"-rank-{self.ranks.index}" if self.sharded else "")
-
-    @property
-    def should_save_checkpoint_on_current_rank(self) -> bool:
-        """See Trainer; with --sharded-checkpoints, every rank of the first group."""
-        return self.ranks.first_group if self.sharded else super().should_save_checkpoint_on_current_rank
+        """See CheckpointingTrainer."""
+        with self._explaining_lost_ranks():
+            super().consolidate_optimizer()
 
 
 def share_out_experts(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
@@ -237,13 +185,6 @@ def keep_one_state_a_parameter(cfg: Any) -> None:
         logger.info("experts: --fp16-no-flatten-grads is set, so that checkpoints move between world sizes")
         with open_dict(cfg):
             cfg.common.fp16_no_flatten_grads = True
-
-
-def prepare_sharded_checkpoints(cfg: Any) -> None:
-    """Let every rank read its own file."""
-    os.makedirs(cfg.checkpoint.save_dir, exist_ok=True)
-    with open_dict(cfg):
-        cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
 
 
 def install() -> None:

@@ -4,6 +4,8 @@ from typing import Dict
 
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.experts import Experts
+
 EXPERT_PREFIX = ".experts."
 
 
@@ -22,13 +24,15 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
             f"fairseq-sparsemixer: the {holder} has experts in {layer} and the {other} have none there;"
             " give the --router and --moe-freq the checkpoint was trained with"
         )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     for name, value in expected.items():
-        if value.size(0) != found[name].size(0):
+        layer = name.split(EXPERT_PREFIX)[0]
+        whole, own, rows = layers[layer + EXPERT_PREFIX[:-1]].num_experts, value.size(0), found[name].size(0)
+        if rows not in (whole, own):  # a rank takes its own experts out of all, or is given them alone
             raise SystemExit(
-                f"fairseq-sparsemixer: --num-experts {value.size(0)} does not match the checkpoint,"
-                f" which has {found[name].size(0)} experts in {name.split(EXPERT_PREFIX)[0]}"
+                f"fairseq-sparsemixer: --num-experts {whole} does not match the checkpoint, which has {rows} experts in {layer}"
             )
-        if value.shape != found[name].shape:
+        if value.shape[1:] != found[name].shape[1:]:
             raise SystemExit(
                 f"fairseq-sparsemixer: {name} is {tuple(found[name].shape)} in the checkpoint and {tuple(value.shape)}"
                 " by the flags; give the embedding and feed-forward sizes the checkpoint was trained with"

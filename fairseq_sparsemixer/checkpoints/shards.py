@@ -1,0 +1,100 @@
+"""A sharded checkpoint is a set of files, one for each rank that shares the experts, all of one save.
+
+Its files cannot all be replaced in one instant. So each rank first writes its file under a name of its own, all wait for
+each other, and only then each gives the file its name: a kill in between leaves everything needed to finish, and `mend`
+does that when the set is next read.
+"""
+
+import logging
+import os
+import shutil
+from glob import escape, glob
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import distributed as dist
+
+from fairseq_sparsemixer.checkpoints.layout import layout_of, shard_path, suffix
+from fairseq_sparsemixer.checkpoints.reading import read_checkpoint
+from fairseq_sparsemixer.checkpoints.writing import STAGED, replace_atomically
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.parallel import ExpertGroup
+
+logger = logging.getLogger(__name__)
+
+
+def agree_on_number(ranks: ExpertGroup, number: int, device: torch.device) -> Optional[int]:
+    """The number that rank 0 proposes, on all ranks of its group; None on others."""
+    if not ranks.first_group:
+        return None
+    shared = torch.tensor(number, device=device)
+    dist.broadcast(shared, src=0, group=ranks.group)
+    return int(shared)
+
+
+def read_set(path: str) -> List[Dict[str, Any]]:
+    """The checkpoints of all ranks of the set called `path`, tensors left in their files.
+
+    Raises ConfigurationError when one is missing, or when they are not of one save.
+    """
+    first = read_checkpoint(shard_path(path, 0))
+    paths = [shard_path(path, index) for index in range(layout_of(first)["size"])]
+    states = {shard: read_checkpoint(shard) for shard in paths}
+    refuse_mixture(path, states)
+    return list(states.values())
+
+
+def mend(path: str, size: int) -> None:
+    """Where a kill left a set of `size` files half replaced, finish what the killed ranks had begun.
+
+    Raises ConfigurationError when the set cannot be made of one save.
+    """
+    paths = [shard_path(path, index) for index in range(size)]
+    states = {shard: read_checkpoint(shard) for shard in paths if os.path.exists(shard)}
+    if not states:
+        return
+    newest = layout_of(max(states.values(), key=updates))["save"]
+    for state in states.values():
+        require_size(path, layout_of(state)["size"], size)
+    for index, shard in enumerate(paths):
+        if shard not in states or layout_of(states[shard])["save"] != newest:
+            found = _find(path, index, newest)
+            if found:
+                logger.info("%s is not of the last save, which was interrupted; taken from %s", shard, found)
+                replace_atomically(shard, lambda unfinished: shutil.copyfile(found, unfinished))
+                states[shard] = read_checkpoint(shard)
+    for shard in paths:
+        if shard not in states:
+            raise ConfigurationError(f"{shard} is missing from the sharded checkpoint {path}; use another one")
+    refuse_mixture(path, states)
+
+
+def require_size(path: str, found: int, wanted: int) -> None:
+    """Raise ConfigurationError when a set of `found` files meets a run whose experts are spread over `wanted` ranks."""
+    if found != wanted:
+        raise ConfigurationError(
+            f"{path} was written with its experts spread over {found} ranks, and this run has --expert-parallel-size {wanted};"
+            f" convert it: fairseq-sparsemixer reshard IN OUT --expert-parallel-size {wanted}"
+        )
+
+
+def _find(path: str, index: int, save: Optional[int]) -> Optional[str]:
+    """A file of rank `index` of that save, under any name, in the folder of the set."""
+    pattern = os.path.join(escape(os.path.dirname(path) or "."), f"checkpoint*{suffix(index)}.pt")
+    for candidate in glob(pattern + STAGED) + glob(pattern):
+        if layout_of(read_checkpoint(candidate))["save"] == save:
+            return candidate
+    return None
+
+
+def refuse_mixture(path: str, states: Dict[str, Dict[str, Any]]) -> None:
+    """Raise ConfigurationError when the files of a set, by name, are not of one save."""
+    if len({(layout_of(state)["size"], layout_of(state)["save"], updates(state)) for state in states.values()}) > 1:
+        each = ", ".join(f"{os.path.basename(name)} at update {updates(state)}" for name, state in states.items())
+        raise ConfigurationError(f"the files of the sharded checkpoint {path} are of different saves ({each}); use another one")
+
+
+def updates(state: Dict[str, Any]) -> int:
+    """The number of updates behind a checkpoint."""
+    history = state.get("optimizer_history") or [{}]
+    return history[-1].get("num_updates", 0)
