@@ -1,0 +1,88 @@
+"""`fairseq-sparsemixer fidelity`: what it prints and writes, and what it refuses."""
+
+import json
+
+import pytest
+
+from fairseq_sparsemixer.cli import main
+
+SMALL = ["fidelity", "--tokens", "3", "--num-experts", "4", "--model-dim", "4"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No timing: it says nothing on a shared machine."""
+    monkeypatch.setattr("fairseq_sparsemixer.fidelity.study.relative_times", lambda methods, num_experts, seed: {})
+
+
+def without_time(path):
+    figures = json.loads(path.read_text())
+    return {**figures, "estimators": [{**row, "time": None} for row in figures["estimators"]]}
+
+
+def test_prints_the_table_and_the_conclusions_and_writes_both_files(quick, tmp_path, capsys):
+    assert main([*SMALL, "--draws", "300", "--json", str(tmp_path / "f.json"), "--png", str(tmp_path / "f.png")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "midpoint*" in printed and "300 draws" in printed and "- The choice term is" in printed
+    figures = json.loads((tmp_path / "f.json").read_text())
+    found = {row["estimator"] for row in figures["estimators"]}
+    assert found >= {"switch", "euler", "midpoint", "midpoint*", "heun3", "inf", "reinforce", "dense_st"}
+    assert figures["exact"]["autograd_difference"] < 1e-12 and figures["conclusions"]
+    assert (tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.png"]
+
+
+def test_the_same_seed_writes_the_same_figures_but_for_the_times(tmp_path, capsys):
+    for name in ("a.json", "b.json"):
+        main([*SMALL, "--draws", "100", "--seed", "7", "--json", str(tmp_path / name)])
+    assert without_time(tmp_path / "a.json") == without_time(tmp_path / "b.json")
+
+
+def test_expectations_show_midpoint_exact_on_a_quadratic(quick, tmp_path, capsys):
+    main([*SMALL, "--loss", "quadratic", "--expectation", "--json", str(tmp_path / "f.json"), "--png", str(tmp_path / "f.png")])
+    rows = {row["estimator"]: row for row in json.loads((tmp_path / "f.json").read_text())["estimators"]}
+    assert rows["midpoint*"]["bias_full"] < 1e-10 < 1e-2 < rows["euler"]["bias_full"]
+    assert rows["midpoint*"]["unbiased"] and not rows["midpoint"]["unbiased"]
+
+
+def test_what_masking_does_is_said(quick, capsys):
+    main([*SMALL, "--jitter-eps", "0.1", "--expectation", "--estimators", "midpoint"])
+    assert "Masking at jitter 0.1 leaves" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--estimators", "simpson"], "--estimators simpson is unknown; choose from switch-argmax, switch"),
+        (["--num-experts", "1"], "--num-experts 1 must be at least 2"),
+        (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--draws", "1"], "--draws 1 must be at least 2"),
+        (["--jitter-eps", "0"], "--jitter-eps 0 would mask all experts but one"),
+        (["--expectation", "--draws", "9"], "--expectation draws nothing; leave out --draws 9"),
+        (["--text", "a.en"], "--text a.en needs --checkpoint FILE"),
+        (["--checkpoint", "m.pt"], "--checkpoint needs sentences to run on: give --text FILE and --target FILE"),
+        (["--checkpoint", "m.pt", "--loss", "cubic"], "--loss describes a synthetic problem; leave it out"),
+        (["--checkpoint", "m.pt", "--text", "no.en", "--target", "no.de"], "--text no.en cannot be read"),
+    ],
+)
+def test_bad_flags_end_with_one_sentence(flags, message):
+    with pytest.raises(SystemExit, match="fairseq-sparsemixer: ") as stopped:
+        main(["fidelity", *flags])
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("content", [None, b"no checkpoint"])
+def test_a_checkpoint_that_cannot_be_loaded_ends_with_one_sentence(content, tmp_path):
+    for name in ("a.en", "a.de"):
+        (tmp_path / name).write_text("w1\n")
+    checkpoint = tmp_path / "m.pt"
+    if content is not None:
+        checkpoint.write_bytes(content)
+    flags = ["--checkpoint", str(checkpoint), "--text", str(tmp_path / "a.en"), "--target", str(tmp_path / "a.de")]
+    with pytest.raises(SystemExit, match="--checkpoint .*m.pt (is not there|cannot be loaded by fairseq)"):
+        main(["fidelity", *flags])
+
+
+def test_a_file_that_cannot_be_written_ends_with_one_sentence(quick, tmp_path):
+    with pytest.raises(SystemExit, match="--json .* cannot be written"):
+        main([*SMALL, "--expectation", "--json", str(tmp_path / "missing" / "f.json")])
