@@ -1,6 +1,17 @@
-"""fairseq's criterions with the routers' auxiliary losses and metrics added."""
+"""fairseq's criterions with the routers' auxiliary losses and metrics added, and ELECTRA's."""
 
+from fairseq_sparsemixer.criterions.electra import ElectraCriterion
+from fairseq_sparsemixer.criterions.moe_adaptive_loss import MoEAdaptiveLoss
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from fairseq_sparsemixer.criterions.moe_label_smoothed_cross_entropy import MoELabelSmoothedCrossEntropyCriterion
+from fairseq_sparsemixer.criterions.moe_masked_lm import MoEMaskedLmLoss
+from fairseq_sparsemixer.criterions.moe_sentence_prediction import MoESentencePredictionCriterion
 
-__all__ = ["MoECrossEntropyCriterion", "MoELabelSmoothedCrossEntropyCriterion"]
+__all__ = [
+    "ElectraCriterion",
+    "MoEAdaptiveLoss",
+    "MoECrossEntropyCriterion",
+    "MoELabelSmoothedCrossEntropyCriterion",
+    "MoEMaskedLmLoss",
+    "MoESentencePredictionCriterion",
+]

@@ -13,9 +13,10 @@ from fairseq_sparsemixer.gates import Routing, build_gate  # noqa: E402
 from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer  # noqa: E402
 
 if find_spec("fairseq") is not None:
-    from fairseq_sparsemixer import checkpoints, criterions, models, trainer  # noqa: E402,F401
+    from fairseq_sparsemixer import checkpoints, compatibility, criterions, models, trainer  # noqa: E402,F401
 
     checkpoints.install()
+    compatibility.restore_numpy_long()
     trainer.install()
 
 __all__ = ["MoELayer", "Routing", "build_gate", "build_moe_layer"]

@@ -79,3 +79,77 @@ def translation_batch(dictionary):
         return collate(samples, dictionary.pad(), dictionary.eos(), input_feeding=True)
 
     return batch
+
+
+@pytest.fixture(scope="session")
+def masked_lm_task(dictionary):
+    """fairseq's masked_lm task without data; the dictionary has one symbol more, <mask>."""
+    from copy import deepcopy
+
+    from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
+
+    return MaskedLMTask(MaskedLMConfig(tokens_per_sample=32), deepcopy(dictionary))
+
+
+@pytest.fixture
+def masked_lm_batch(masked_lm_task):
+    """batch(lengths) -> a sample as fairseq's masked_lm task collates it: random words, every third one masked."""
+
+    def batch(*lengths: int):
+        words = masked_lm_task.dictionary
+        tokens = torch.full((len(lengths), max(lengths)), words.pad())
+        for row, length in zip(tokens, lengths):
+            row[:length] = torch.randint(words.nspecial, len(words) - 1, (length,))
+        masked = tokens.ne(words.pad()) & (torch.arange(tokens.size(1)) % 3 == 1)
+        return {
+            "net_input": {"src_tokens": tokens.masked_fill(masked, masked_lm_task.mask_idx)},
+            "target": tokens.masked_fill(~masked, words.pad()),
+            "ntokens": sum(lengths),
+            "nsentences": len(lengths),
+            "id": torch.arange(len(lengths)),
+        }
+
+    return batch
+
+
+@pytest.fixture(scope="session")
+def run_fairseq():
+    """run("train", argument, ...) -> what that command of fairseq returns, run in this process, without --user-dir."""
+    from importlib import import_module
+
+    import fairseq_sparsemixer  # noqa: F401
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    parsers = {
+        "train": options.get_training_parser,
+        "generate": options.get_generation_parser,
+        "interactive": options.get_interactive_generation_parser,
+        "eval_lm": options.get_eval_lm_parser,
+        "preprocess": options.get_preprocessing_parser,
+        "validate": options.get_validation_parser,
+    }
+
+    def run(command: str, *arguments):
+        main = import_module(f"fairseq_cli.{command}").main
+        parser, arguments = parsers[command](), [str(argument) for argument in arguments]
+        if command == "preprocess":
+            return main(parser.parse_args(arguments))
+        return main(convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def wikitext(shared_data, run_fairseq, tmp_path_factory) -> Path:
+    """WikiText-2 in fairseq's binary form: `train` is its test.txt, `valid` the first fifth of its valid.txt."""
+    folder = tmp_path_factory.mktemp("wikitext")
+    for split, source, share in (("train", "test.txt", 1), ("valid", "valid.txt", 5)):
+        lines = [line.strip() for line in (shared_data / "wikitext2" / source).read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line]
+        (folder / f"{split}.txt").write_text("\n".join(lines[: len(lines) // share]) + "\n", encoding="utf-8")
+    run_fairseq(
+        "preprocess", "--only-source", "--trainpref", folder / "train.txt", "--validpref", folder / "valid.txt",
+        "--destdir", folder / "bin", "--thresholdsrc", 10, "--workers", 1,
+    )  # fmt: skip
+    return folder / "bin"

@@ -11,6 +11,9 @@ from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
 
 logger = logging.getLogger(__name__)
 
+# fairseq's, each of which has a twin of ours, named moe_..., with the auxiliary losses
+PLAIN_CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy", "masked_lm", "sentence_prediction")
+
 
 @dataclass
 class MoEOptions:
@@ -33,6 +36,10 @@ class MoEOptions:
             "help": "switch: noise within 1 +- eps multiplies the logits; "
             "sparsemixer: masks experts such noise could not lift to the top"
         },
+    )
+    expert_dropout: Optional[float] = field(
+        default=None,
+        metadata={"help": "dropout inside the experts (default: --activation-dropout); fine-tuning likes more, such as 0.4"},
     )
     gradient_estimator: Optional[str] = field(
         default=None,
@@ -71,6 +78,10 @@ def check_options(cfg: Any) -> None:
         raise ConfigurationError(f"--num-experts {cfg.num_experts} must be at least 1")
     if cfg.router == DENSE:
         return
+    if cfg.expert_dropout is not None and not 0 <= cfg.expert_dropout < 1:
+        raise ConfigurationError(f"--expert-dropout {cfg.expert_dropout} must be at least 0 and less than 1")
+    if getattr(cfg, "scale_fc", False):
+        raise ConfigurationError("--scale-fc normalises inside feed-forward layers that are no experts; leave it out, or use --router dense")
     try:
         gate_class(cfg.router)
         options = router_options(cfg)
@@ -96,9 +107,8 @@ def router_options(cfg: Any) -> Dict[str, Any]:
 def warn_of_plain_criterion(args: Any, router: str) -> None:
     """Warn when training with a criterion that leaves the auxiliary losses out."""
     criterion = getattr(args, "criterion", None)  # fairseq-train keeps all flags in one namespace
-    with_losses = {"cross_entropy": "moe_cross_entropy", "label_smoothed_cross_entropy": "moe_label_smoothed_cross_entropy"}
-    if router != DENSE and criterion in with_losses:
+    if router != DENSE and criterion in PLAIN_CRITERIONS:
         logger.warning(
             "--criterion %s ignores the load-balancing loss of --router %s, and experts may collapse; use --criterion %s",
-            criterion, router, with_losses[criterion],
+            criterion, router, f"moe_{criterion}",
         )  # fmt: skip

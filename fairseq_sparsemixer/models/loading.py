@@ -1,6 +1,6 @@
 """A checkpoint must hold the experts that the flags describe."""
 
-from typing import Dict
+from typing import Any, Dict, Optional
 
 from torch import Tensor, nn
 
@@ -37,3 +37,14 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
                 f"fairseq-sparsemixer: {name} is {tuple(found[name].shape)} in the checkpoint and {tuple(value.shape)}"
                 " by the flags; give the embedding and feed-forward sizes the checkpoint was trained with"
             )
+
+
+class ChecksCheckpoints:
+    """Mixed into a fairseq model, before its class: check_checkpoint_fits before anything is loaded."""
+
+    def load_state_dict(
+        self, state_dict: Dict[str, Tensor], strict: bool = True, model_cfg: Any = None, args: Optional[Any] = None
+    ):
+        """See BaseFairseqModel. Ends with one sentence when the checkpoint's experts do not match the flags."""
+        check_checkpoint_fits(self, state_dict)
+        return super().load_state_dict(state_dict, strict, model_cfg, args)

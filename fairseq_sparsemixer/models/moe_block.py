@@ -22,6 +22,13 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+def expert_dropout(cfg: Any) -> float:
+    """The dropout inside an expert: its own flag, or what fairseq's feed-forward layers have."""
+    if cfg.expert_dropout is not None:
+        return cfg.expert_dropout
+    return float(cfg.activation_dropout or cfg.relu_dropout or 0)
+
+
 class _FeedForward(nn.Module):
     """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask is left here beforehand."""
 
@@ -54,7 +61,7 @@ class _MoEBlock:
                 output_dim,
                 cfg.num_experts,
                 activation=utils.get_activation_fn(str(cfg.activation_fn)),
-                dropout=float(cfg.activation_dropout or cfg.relu_dropout or 0),
+                dropout=expert_dropout(cfg),
                 **router_options(cfg),
             )
         )

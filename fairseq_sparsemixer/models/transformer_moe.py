@@ -1,7 +1,7 @@
 """`transformer_moe`: fairseq's encoder-decoder transformer with experts in every n-th layer of both stacks."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed import fsdp_wrap
@@ -17,7 +17,7 @@ from torch import nn
 
 from fairseq_sparsemixer.models.architectures import fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
-from fairseq_sparsemixer.models.loading import check_checkpoint_fits
+from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import MoEDecoderLayer, MoEEncoderLayer, RemembersUpdates, RoutesEveryNth
 
 
@@ -50,7 +50,7 @@ class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
 
 
 @register_model("transformer_moe")
-class TransformerMoEModel(RemembersUpdates, TransformerModel):
+class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel):
     """fairseq's transformer with experts; `--router dense` makes it the plain transformer of the same flags."""
 
     @classmethod
@@ -73,11 +73,6 @@ class TransformerMoEModel(RemembersUpdates, TransformerModel):
     @classmethod
     def build_decoder(cls, cfg: Any, tgt_dict: Any, embed_tokens: nn.Module) -> MoEDecoder:
         return MoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
-
-    def load_state_dict(self, state_dict, strict: bool = True, model_cfg: Any = None, args: Optional[Any] = None):
-        """See BaseFairseqModel. Ends with one sentence when the checkpoint's experts do not match the flags."""
-        check_checkpoint_fits(self, state_dict)
-        return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 
 @register_model_architecture("transformer_moe", "transformer_moe")

@@ -1,0 +1,60 @@
+"""Prepare a task of GLUE for fine-tuning: its TSV files, in the words of a pre-trained model.
+
+Prints the flags that fairseq-train needs for the task and its metric.
+
+example:
+  fairseq-sparsemixer glue CoLA --raw-dir glue/CoLA --dict bin/wiki/dict.txt --sentencepiece-model spm.model --dest-dir bin/CoLA
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Callable, Optional
+
+from fairseq_sparsemixer.errors import ConfigurationError
+
+HELP = "prepare a task of GLUE for fine-tuning"
+TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The task, where its files are, and how the pre-trained model reads text."""
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--raw-dir", type=Path, required=True, metavar="DIR", help="folder of the task's TSV files")
+    parser.add_argument("--dict", type=Path, required=True, metavar="FILE", help="dict.txt that the model was pre-trained with")
+    parser.add_argument("--dest-dir", type=Path, required=True, metavar="DIR", help="folder to write, for fairseq-train")
+    parser.add_argument(
+        "--sentencepiece-model", type=Path, metavar="FILE", help="splits sentences into pieces (default: at blanks)"
+    )
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that are no examples, and report them")
+
+
+def encoder(model: Optional[Path]) -> Callable[[str], str]:
+    """Sentence -> words separated by blanks."""
+    if model is None:
+        return lambda sentence: " ".join(sentence.split())
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(require_file(model, "--sentencepiece-model")))
+    return lambda sentence: " ".join(pieces.encode(sentence, out_type=str))
+
+
+def require_file(path: Path, flag: str) -> Path:
+    """The path itself. Raises ConfigurationError where there is no file."""
+    if not path.is_file():
+        raise ConfigurationError(f"{flag} {path} does not exist")
+    return path
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepare, and say what was written."""
+    from fairseq.data import Dictionary
+
+    from fairseq_sparsemixer import glue
+
+    dictionary = Dictionary.load(str(require_file(options.dict, "--dict")))
+    skip = (lambda message: print(message, file=sys.stderr)) if options.skip_bad_lines else None
+    counts = glue.prepare(options.task, options.raw_dir, options.dest_dir, dictionary, encoder(options.sentencepiece_model), skip)
+    for split, count in counts.items():
+        print(f"{options.dest_dir} {split}: {count} examples")
+    print(f"flags for fairseq-train: {glue.TASKS[options.task].flags()}")

@@ -1,0 +1,122 @@
+"""GLUE's files: what is read, what is written, what is refused with file and line; fine-tuning on a small separable task."""
+
+
+import pytest
+from fairseq.data import Dictionary, data_utils
+
+from fairseq_sparsemixer import glue
+from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.cli.glue import TASKS as CLI_TASKS
+from fairseq_sparsemixer.errors import ConfigurationError
+
+LINES = {  # header and one example of train.tsv, as GLUE has them
+    "CoLA": (None, "gj04\t0\t*\tw1 w2"),
+    "SST-2": ("sentence\tlabel", "w1 w2\t0"),
+    "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t1\t2\tw1 w2\tw3"),
+    "STS-B": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        "0\tm\tf\t2012\t1\tn\tn\tw1 w2\tw3\t2.5",
+    ),
+    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\tw1 w2\tw3\t0"),
+    "MNLI": (
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
+        "\tsentence1\tsentence2\tlabel1\tgold_label",
+        "0\t1\t1n\tg\tb\tb\tp\tp\tw1 w2\tw3\tneutral\tcontradiction",
+    ),
+    "QNLI": ("index\tquestion\tsentence\tlabel", "0\tw1 w2\tw3\tentailment"),
+    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\tw1 w2\tw3\tentailment"),
+}
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines if line is not None), encoding="utf-8")
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """raw(name) -> a folder with one example in each of the task's labelled files, and one in its first test file."""
+
+    def make(name):
+        folder, task, (header, line) = tmp_path / "raw", glue.TASKS[name], LINES[name]
+        for stem in ("train", *task.valid):
+            write(folder / f"{stem}.tsv", header, line)
+        sentences = ["w4 w5", "w6"][: len(task.inputs)]
+        write(folder / f"{task.test[0]}.tsv", "\t".join(["index", *task.inputs]), "\t".join(["0", *sentences]))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def dict_file(dictionary, tmp_path):
+    dictionary.save(str(tmp_path / "dict.txt"))
+    return tmp_path / "dict.txt"
+
+
+def stored(folder, split, index=0):
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    return dictionary.string(data_utils.load_indexed_dataset(str(folder / split), dictionary)[index])
+
+
+def test_the_command_line_names_every_task():
+    assert CLI_TASKS == tuple(glue.TASKS)
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_columns_go_where_they_belong(name, raw, dict_file, tmp_path, capsys):
+    assert main(["glue", name, "--raw-dir", str(raw(name)), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")]) == 0
+    out, task = tmp_path / "bin", glue.TASKS[name]
+    assert [stored(out / "input0", "train"), stored(out / "input0", "test")] == ["w1 w2", "w4 w5"]
+    assert (out / "input1").exists() == (len(task.inputs) == 2)
+    if (out / "input1").exists():
+        assert [stored(out / "input1", "valid"), stored(out / "input1", "test")] == ["w3", "w6"]
+    if task.classes:
+        assert stored(out / "label", "valid") == task.classes[0]
+        assert Dictionary.load(str(out / "label" / "dict.txt")).symbols[4:] == list(task.classes)
+    else:
+        assert (out / "label" / "valid.label").read_text() == "0.5\n"
+    assert (out / "input0" / "valid1.idx").exists() == (name == "MNLI")
+    assert task.flags() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("1\t2\t3\tw1\tw2", r"train.tsv:3: 5 columns where 6"),
+        ("1\t2\t3\tw1\tw2\t2", r"train.tsv:3: label '2' is none of 0, 1"),
+        ("1\t2\t3\tw1\t \t1", r"train.tsv:3: column 'question2' is empty"),
+        ("1\t2\t3\tw1\t\udce9\t1", r"train.tsv:3: no UTF-8 text"),
+    ],
+)
+def test_a_bad_line_is_named_and_can_be_skipped(line, complaint, raw, dict_file, tmp_path, capsys):
+    folder = raw("QQP")
+    with (folder / "train.tsv").open("ab") as file:
+        file.write(line.encode("utf-8", "surrogateescape") + b"\n" + LINES["QQP"][1].encode() + b"\n")
+    command = ["glue", "QQP", "--raw-dir", str(folder), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")]
+    with pytest.raises(ConfigurationError, match=complaint):
+        main(command)
+    assert not (tmp_path / "bin").exists()
+    main([*command, "--skip-bad-lines"])
+    printed = capsys.readouterr()
+    assert "train.tsv:3:" in printed.err and "train: 2 examples" in printed.out
+
+
+@pytest.mark.parametrize("score", ["5.1", "-0.5", "nan", "high"])
+def test_a_score_out_of_range_is_refused(score, raw):
+    path = raw("STS-B") / "train.tsv"
+    path.write_text(path.read_text().replace("2.5", score))
+    with pytest.raises(ConfigurationError, match=f"train.tsv:2: score '{score}'"):
+        list(glue.read_examples(path, glue.TASKS["STS-B"], labelled=True))
+
+
+def test_wrong_files_are_refused(raw, dict_file, tmp_path):
+    folder = raw("RTE")
+    command = ["--raw-dir", str(folder), "--dest-dir", str(tmp_path / "bin")]
+    with pytest.raises(ConfigurationError, match="train.tsv:1: no column 'question1' among index"):
+        main(["glue", "QQP", *command, "--dict", str(dict_file)])
+    with pytest.raises(ConfigurationError, match="--dict .*none.txt does not exist"):
+        main(["glue", "RTE", *command, "--dict", str(tmp_path / "none.txt")])
+    (folder / "dev.tsv").unlink()
+    with pytest.raises(ConfigurationError, match="dev.tsv is missing"):
+        main(["glue", "RTE", *command, "--dict", str(dict_file)])
