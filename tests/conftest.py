@@ -153,3 +153,74 @@ def wikitext(shared_data, run_fairseq, tmp_path_factory) -> Path:
         "--destdir", folder / "bin", "--thresholdsrc", 10, "--workers", 1,
     )  # fmt: skip
     return folder / "bin"
+
+
+@pytest.fixture(scope="session")
+def translation_data(dictionary, tmp_path_factory) -> Path:
+    """A folder in fairseq's binary form: German to English, 48 pairs to train and 8 to validate; the target is the source."""
+    from fairseq.data import indexed_dataset
+
+    folder = tmp_path_factory.mktemp("translation")
+    generator = torch.Generator().manual_seed(1)
+    for language in ("de", "en"):
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+    for part, count in (("train", 48), ("valid", 8)):
+        builders = {
+            language: indexed_dataset.make_builder(str(folder / f"{part}.de-en.{language}.bin"), "mmap", len(dictionary))
+            for language in ("de", "en")
+        }
+        for _ in range(count):
+            length = torch.randint(2, 9, (1,), generator=generator).item()
+            words = torch.randint(dictionary.nspecial, len(dictionary), (length,), generator=generator)
+            for builder in builders.values():
+                builder.add_item(torch.cat([words, words.new_tensor([dictionary.eos()])]).int())
+        for language, builder in builders.items():
+            builder.finalize(str(folder / f"{part}.de-en.{language}.idx"))
+    return folder
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """run("train", argument, ...): the command fairseq-train in this process, as its own main reads the arguments."""
+    from importlib import import_module
+
+    from fairseq import checkpoint_utils
+
+    def run(command: str, *arguments) -> None:
+        monkeypatch.setattr("sys.argv", [f"fairseq-{command}", *map(str, arguments)])
+        checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once in a process
+        import_module(f"fairseq_cli.{command}").cli_main()
+
+    return run
+
+
+@pytest.fixture
+def train(command_line, translation_data, tmp_path, caplog):
+    """train(flag, ...) -> fairseq-train's log, a list of {name: figure} for each tag ("train_inner", "train", "valid").
+
+    A tiny SparseMixer model on translation_data, unless flags say otherwise; one line of log an update.
+    """
+    import json
+    import logging
+
+    from fairseq_sparsemixer import __file__ as package
+
+    small = (
+        "--arch transformer_moe_tiny --encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --decoder-embed-dim 16"
+        " --decoder-ffn-embed-dim 32 --num-experts 4 --optimizer adam --lr 0.01 --max-tokens 100 --cpu --num-workers 0"
+        " --log-format json --log-interval 1 --no-epoch-checkpoints --criterion moe_label_smoothed_cross_entropy"
+    ).split()
+
+    def run(*flags, data: Path = translation_data):
+        caplog.set_level(logging.INFO)
+        caplog.clear()
+        save = () if "--no-save" in flags or "--save-dir" in flags else ("--save-dir", tmp_path / "run")
+        command_line("train", data, "--user-dir", Path(package).parent, *small, *save, *flags)
+        logs = {}
+        for record in caplog.records:
+            if record.name in ("train_inner", "train", "valid"):
+                figures = {name: float(value) for name, value in json.loads(record.message).items()}
+                logs.setdefault(record.name, []).append(figures)
+        return logs
+
+    return run

@@ -4,15 +4,13 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Optional
 
+from fairseq.criterions import CRITERION_REGISTRY
+
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
 
-
 logger = logging.getLogger(__name__)
-
-# fairseq's, each of which has a twin of ours, named moe_..., with the auxiliary losses
-PLAIN_CRITERIONS = ("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy", "masked_lm", "sentence_prediction")
 
 
 @dataclass
@@ -107,8 +105,11 @@ def router_options(cfg: Any) -> Dict[str, Any]:
 def warn_of_plain_criterion(args: Any, router: str) -> None:
     """Warn when training with a criterion that leaves the auxiliary losses out."""
     criterion = getattr(args, "criterion", None)  # fairseq-train keeps all flags in one namespace
-    if router != DENSE and criterion in PLAIN_CRITERIONS:
-        logger.warning(
-            "--criterion %s ignores the load-balancing loss of --router %s, and experts may collapse; use --criterion %s",
-            criterion, router, f"moe_{criterion}",
-        )  # fmt: skip
+    with_losses = sorted(name for name, cls in CRITERION_REGISTRY.items() if hasattr(cls, "auxiliary_loss"))
+    if router == DENSE or criterion is None or criterion in with_losses:
+        return
+    remedy = f"moe_{criterion}" if f"moe_{criterion}" in with_losses else " or ".join(with_losses)
+    logger.warning(
+        "--criterion %s ignores the load-balancing loss of --router %s, and experts may collapse; use --criterion %s",
+        criterion, router, remedy,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.experts import Experts
 
 EXPERT_PREFIX = ".experts."
+GATE_PREFIX = ".moe.gate."
 
 
 def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
@@ -25,6 +26,7 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
             " give the --router and --moe-freq the checkpoint was trained with"
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    _check_gates(model.state_dict(), state_dict)
     for name, value in expected.items():
         layer = name.split(EXPERT_PREFIX)[0]
         whole, own, rows = layers[layer + EXPERT_PREFIX[:-1]].num_experts, value.size(0), found[name].size(0)
@@ -37,6 +39,16 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
                 f"fairseq-sparsemixer: {name} is {tuple(found[name].shape)} in the checkpoint and {tuple(value.shape)}"
                 " by the flags; give the embedding and feed-forward sizes the checkpoint was trained with"
             )
+
+
+def _check_gates(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
+    """Routers differ in what they learn beside the projection: SparseMixer has its omega."""
+    for name in sorted({n for n in expected if GATE_PREFIX in n} ^ {n for n in found if GATE_PREFIX in n}):
+        holder, other = ("flags", "checkpoint") if name in expected else ("checkpoint", "flags")
+        raise SystemExit(
+            f"fairseq-sparsemixer: the router of the {holder} has {name} and that of the {other} has not;"
+            " give the --router the checkpoint was trained with"
+        )
 
 
 class ChecksCheckpoints:

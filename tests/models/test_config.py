@@ -1,0 +1,62 @@
+"""What must hold among the flags."""
+
+import logging
+from argparse import Namespace
+
+import pytest
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_options, warn_of_plain_criterion
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(router="sparsmixer"), "--router sparsmixer is unknown; choose from dense, .*sparsemixer, .*switch"),
+    (dict(num_experts=0), "--num-experts 0 must be at least 1"),
+    (dict(num_experts=2, router="sparsemixer_v2", moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
+    (dict(num_experts=2, moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
+    (dict(moe_top_k=2), "--moe-top-k 2 does not go with --router sparsemixer, which gives each token one expert"),
+    (dict(moe_freq=0), "--moe-freq 0 must be at least 1; 2 puts experts in every second layer"),
+    (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must not be negative"),
+    (dict(gradient_estimator="euclid"), "--gradient-estimator euclid is unknown; choose from switch, euler"),
+])  # fmt: skip
+def test_each_bad_option_is_named_with_its_value(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_options(MoEOptions(**options))
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(router="dense"), dict(num_experts=1), dict(moe_freq=1), dict(jitter_eps=0.0), dict(moe_top_k=1),
+])  # fmt: skip
+def test_good_options_pass(options):
+    check_options(MoEOptions(**options))
+
+
+def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
+    assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {"jitter_eps": 0.2}
+    assert router_options(MoEOptions(gradient_estimator="euler")) == {"jitter_eps": 0.1, "gradient_estimator": "euler"}
+    assert router_options(MoEOptions(router="sparsemixer_v2", moe_top_k=2)) == {"top_k": 2, "jitter_eps": 0.1}
+
+
+@pytest.mark.parametrize("criterion, remedy", [
+    ("cross_entropy", "use --criterion moe_cross_entropy$"),
+    ("label_smoothed_cross_entropy", "use --criterion moe_label_smoothed_cross_entropy$"),
+    ("composite_loss", "use --criterion .*moe_cross_entropy or "),
+])  # fmt: skip
+def test_a_criterion_without_auxiliary_losses_is_warned_of_and_the_right_one_named(caplog, criterion, remedy):
+    import re
+
+    with caplog.at_level(logging.WARNING):
+        warn_of_plain_criterion(Namespace(criterion=criterion), "switch")
+    (record,) = caplog.records
+    assert re.search(f"--criterion {criterion} ignores the load-balancing loss of --router switch.*{remedy}", record.message)
+
+
+@pytest.mark.parametrize("args, router", [
+    (Namespace(criterion="moe_cross_entropy"), "switch"),
+    (Namespace(criterion="cross_entropy"), "dense"),
+    (Namespace(), "switch"),
+])  # fmt: skip
+def test_there_is_no_warning_where_nothing_is_lost(caplog, args, router):
+    with caplog.at_level(logging.WARNING):
+        warn_of_plain_criterion(args, router)
+    assert not caplog.records
