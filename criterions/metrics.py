@@ -22,16 +22,19 @@ FIFTH = 0.2  # of the experts, rounded up: the most and the least used ones that
 def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
     """What a batch adds to fairseq's logging output: tensors that add up over ranks and accumulated batches.
 
-    Each has the layers as its first dimension. A layer that did not run (LayerDrop) adds zeros.
+    Each has the layers as its first dimension. A layer that did not run (LayerDrop) adds zeros: ranks add their logs up
+    entry by entry, so that all must have the same entries.
     """
-    ran = [layer.routing for layer in layers if layer.routing is not None]
-    if not ran:
-        return {}
-    sums = [_layer_sums(routing, sample_size) for routing in ran]
-    template = {name: torch.zeros_like(value) for name, value in sums[0].items()}
-    rows = iter(sums)
-    by_layer = [template if layer.routing is None else next(rows) for layer in layers]
-    return {PREFIX + name: torch.stack([row[name] for row in by_layer]) for name in template}
+    sums = [None if layer.routing is None else _layer_sums(layer.routing, sample_size) for layer in layers]
+    example = next((entry for entry in sums if entry is not None), None) or _layer_sums(_empty_routing(layers[0]), 0)
+    zeros = {name: torch.zeros_like(value) for name, value in example.items()}
+    return {PREFIX + name: torch.stack([(entry or zeros)[name] for entry in sums]) for name in zeros}
+
+
+@torch.no_grad()
+def _empty_routing(layer: MoELayer) -> Routing:
+    """The Routing of no tokens, for the names and shapes of what the layer reports."""
+    return layer.gate(next(layer.parameters()).new_zeros(0, layer.gate.model_dim))
 
 
 def _layer_sums(routing: Routing, sample_size: Any) -> Dict[str, Tensor]:

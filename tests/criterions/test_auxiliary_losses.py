@@ -1,0 +1,145 @@
+"""The auxiliary losses in a criterion: what is added to the loss, what is logged, and how both scale."""
+
+import pytest
+import torch
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from torch import nn
+
+from fairseq_sparsemixer.criterions import MoECrossEntropyCriterion
+from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
+from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
+from fairseq_sparsemixer.errors import ConfigurationError
+
+
+def build(task, **flags):
+    cfg = MoECrossEntropyCriterionConfig(sentence_avg=False, **flags)
+    return MoECrossEntropyCriterion.build_criterion(cfg, task)
+
+
+@pytest.fixture
+def model(build_translation_model):
+    """Switch without noise: the same routing whenever the same batch comes."""
+    return build_translation_model(router="switch", jitter_eps=0.0)
+
+
+def test_the_loss_is_fairseqs_plus_the_weighted_losses_of_the_layers_times_sample_size(
+    model, translation_task, translation_batch
+):
+    sample = translation_batch(3, 6)
+    criterion = build(translation_task, moe_balance_loss_weight=0.3, moe_z_loss_weight=0.2)
+    loss, sample_size, log = criterion(model, sample)
+    plain, plain_size, plain_log = CrossEntropyCriterion(translation_task, False)(model, sample)
+    layers = [layer for _, layer in moe_layers(model)]
+    expected = sum(0.3 * layer.routing.aux_losses["balance"] + 0.2 * layer.routing.aux_losses["router_z"] for layer in layers)
+    assert sample_size == plain_size
+    torch.testing.assert_close(loss, plain + sample_size * expected)
+    assert {name: log[name] for name in plain_log} == plain_log  # what is logged compares with a dense model's
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_validation_reports_fairseqs_loss_alone(model, translation_task, translation_batch, training):
+    model.train(training)
+    sample = translation_batch(3, 6)
+    _, _, log = build(translation_task)(model, sample)
+    _, _, plain = CrossEntropyCriterion(translation_task, False)(model, sample)
+    assert log["loss"] == plain["loss"]
+
+
+def test_a_dense_model_gets_fairseqs_criterion_unchanged(build_translation_model, translation_task, translation_batch):
+    dense, sample = build_translation_model(router="dense"), translation_batch(3, 6)
+    loss, size, log = build(translation_task)(dense, sample)
+    plain = CrossEntropyCriterion(translation_task, False)(dense, sample)
+    assert (loss, size, log) == plain
+
+
+def gradient(model, criterion, batches):
+    """What fairseq's trainer makes of batches accumulated into one update."""
+    model.zero_grad()
+    total = 0
+    for sample in batches:
+        loss, sample_size, _ = criterion(model, sample)
+        loss.backward()
+        total += sample_size
+    return {name: parameter.grad / total for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_two_accumulated_halves_average_the_auxiliary_losses_of_both(model, translation_task, translation_batch):
+    """The same half twice: balance, defined on each half, is then that of the whole batch, and so must its gradient be."""
+    criterion = build(translation_task, moe_balance_loss_weight=1.0, moe_z_loss_weight=0.1)
+    sample = translation_batch(4, 4)
+    once, twice = gradient(model, criterion, [sample]), gradient(model, criterion, [sample, sample])
+    for name in once:
+        torch.testing.assert_close(once[name], twice[name], rtol=1e-4, atol=1e-6)
+
+
+def test_halves_weigh_by_their_sample_size(model, translation_task, translation_batch):
+    """fairseq's loss cancels; what is left is the mean of the halves' balance losses, weighted by tokens."""
+    halves = [translation_batch(2), translation_batch(8, 8)]
+    with_aux = gradient(model, build(translation_task, moe_balance_loss_weight=1.0), halves)
+    without = gradient(model, build(translation_task, moe_balance_loss_weight=0.0), halves)
+    model.zero_grad()
+    tokens = [half["ntokens"] for half in halves]
+    for half, count in zip(halves, tokens):
+        model(**half["net_input"])
+        balance = sum(layer.routing.aux_losses["balance"] for _, layer in moe_layers(model))
+        (balance * count / sum(tokens)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(with_aux[name] - without[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_with_checkpointed_activations_are_the_same(build_translation_model, translation_task, translation_batch):
+    plain = build_translation_model(dropout=0.1)
+    checkpointed = build_translation_model(dropout=0.1, checkpoint_activations=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    sample, found = translation_batch(3, 6), []
+    for candidate in (plain, checkpointed):
+        torch.manual_seed(3)
+        criterion = build(translation_task, moe_balance_loss_weight=1.0, moe_z_loss_weight=1.0)
+        found.append(gradient(candidate, criterion, [sample]))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_that_layerdrop_skips_adds_nothing(build_translation_model, translation_task, translation_batch):
+    model = build_translation_model(encoder_layerdrop=0.999)
+    criterion, sample = build(translation_task, moe_balance_loss_weight=1.0), translation_batch(3, 6)
+    criterion(model.eval(), sample)  # all layers run
+    _, _, log = criterion(model.train(), sample)
+    (_, skipped), (_, ran) = moe_layers(model)
+    assert skipped.routing is None and ran.routing is not None
+    assert log["moe/tokens"].tolist() == [0, sample["ntokens"]] and log["moe/aux/balance"][0] == 0
+
+
+def test_the_log_has_the_same_entries_when_layerdrop_skips_every_layer(
+    build_translation_model, translation_task, translation_batch
+):
+    """Ranks add their logs up entry by entry, and would wait for each other in vain."""
+    model = build_translation_model(encoder_layerdrop=0.999, decoder_layerdrop=0.999)
+    criterion, sample = build(translation_task), translation_batch(3, 6)
+    _, _, full = criterion(model.eval(), sample)
+    loss, _, empty = criterion(model.train(), sample)
+    assert {name: value.shape for name, value in empty.items() if name.startswith("moe/")} == {
+        name: value.shape for name, value in full.items() if name.startswith("moe/")
+    }
+    assert not any(value.any() for name, value in empty.items() if name.startswith("moe/"))
+    assert loss.isfinite()
+
+
+def test_layers_are_named_after_the_transformer_layers_around_them(model):
+    assert [name for name, _ in moe_layers(model)] == ["encoder.layers.0", "decoder.layers.0"]
+    assert [name for name, _ in moe_layers(nn.Sequential(model))] == ["0.encoder.layers.0", "0.decoder.layers.0"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(moe_balance_loss_weight=-1.0), "--moe-balance-loss-weight -1.0 must not be negative"),
+    (dict(moe_z_loss_weight=-0.5), "--moe-z-loss-weight -0.5 must not be negative"),
+    (dict(moe_load_interval=0), "--moe-load-interval 0 must be at least 1"),
+])  # fmt: skip
+def test_weights_that_make_no_sense_are_named(translation_task, flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(translation_task, **flags)
+
+
+def test_the_criterion_keeps_the_name_that_fairseqs_checkpoints_compare(translation_task):
+    assert type(build(translation_task)).__name__ == "MoECrossEntropyCriterion"

@@ -1,0 +1,41 @@
+"""The tokens of each expert, as lines of JSON."""
+
+import json
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.criterions.load_log import LoadLog
+from fairseq_sparsemixer.errors import ConfigurationError
+
+
+def test_a_line_holds_the_sum_over_its_interval(tmp_path):
+    log = LoadLog(str(tmp_path / "deep" / "load.jsonl"), interval=2)
+    for update in range(5):
+        log.watch(["encoder.layers.0"], update)
+        log.add(torch.tensor([[1.0, update]]))
+    lines = [json.loads(line) for line in (tmp_path / "deep" / "load.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"num_updates": 2, "layers": ["encoder.layers.0"], "load": [[2, 1]]},
+        {"num_updates": 4, "layers": ["encoder.layers.0"], "load": [[2, 5]]},
+    ]
+
+
+def test_validation_is_not_recorded(tmp_path):
+    log = LoadLog(str(tmp_path / "load.jsonl"), interval=1)
+    log.watch(["encoder.layers.0"], None)
+    log.add(torch.ones(1, 2))
+    assert (tmp_path / "load.jsonl").read_text() == ""
+
+
+def test_a_run_that_goes_on_appends(tmp_path):
+    for update in (0, 1):
+        log = LoadLog(str(tmp_path / "load.jsonl"), interval=1)
+        log.watch(["l"], update)
+        log.add(torch.ones(1, 2))
+    assert len((tmp_path / "load.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_file_that_cannot_be_written_is_named_before_training(tmp_path):
+    with pytest.raises(ConfigurationError, match="--moe-load-file .* cannot be written .*; give another path"):
+        LoadLog(str(tmp_path), interval=1)

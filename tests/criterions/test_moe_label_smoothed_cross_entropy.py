@@ -1,0 +1,24 @@
+"""`moe_label_smoothed_cross_entropy`: fairseq's label_smoothed_cross_entropy and the flags of the auxiliary losses."""
+
+from dataclasses import fields
+
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+
+from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
+
+
+def test_it_is_registered_with_the_flags_of_both():
+    criterion = CRITERION_REGISTRY["moe_label_smoothed_cross_entropy"]
+    assert issubclass(criterion, AuxiliaryLosses) and issubclass(criterion, LabelSmoothedCrossEntropyCriterion)
+    flags = {field.name for field in fields(CRITERION_DATACLASS_REGISTRY["moe_label_smoothed_cross_entropy"])}
+    assert flags == {
+        field.name for config in (AuxiliaryLossConfig, LabelSmoothedCrossEntropyCriterionConfig) for field in fields(config)
+    }
+
+
+def test_every_flag_of_ours_has_a_help_text():
+    assert all(field.metadata.get("help") for field in fields(AuxiliaryLossConfig) if not field.name.startswith("_"))
