@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # for subprocesses
 
 
+torch.set_num_threads(1)  # tensors here are tiny: more threads cost more than they give
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state."""
