@@ -150,6 +150,7 @@ def set_balance_scope(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) 
     if scope not in ("local", "global"):
         raise ConfigurationError(f"--balance-scope {scope} is unknown; choose local or global")
     if scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
+        refuse_unequal_forwards(cfg, "use --balance-scope local, with --expert-parallel-size 1")
         everyone = dist.new_group(timeout=timeout)  # its own: DistributedDataParallel keeps the default group busy
         for layer in moe_layers(model):
             layer.gate.balance_group = everyone
@@ -169,14 +170,24 @@ def refuse_incompatible(cfg: Any, size: int) -> None:
             f"--zero-sharding {distributed.zero_sharding} hands every parameter's update to one rank, and experts spread over"
             f" {size} ranks differ; {remedy}"
         )
+    if cfg.optimization.use_bmuf:
+        raise ConfigurationError(f"--use-bmuf averages models over ranks, and experts differ by rank; {remedy}")
+    refuse_unequal_forwards(cfg, remedy)
+
+
+def refuse_unequal_forwards(cfg: Any, remedy: str) -> None:
+    """Raise ConfigurationError for options by which one rank runs a layer, a collective, more often than another."""
     for flag in ("encoder_layerdrop", "decoder_layerdrop"):
         if getattr(cfg.model, flag, 0):
             raise ConfigurationError(
                 f"--{flag.replace('_', '-')} {getattr(cfg.model, flag)} may skip a layer on one rank while another waits in"
                 f" it; set it to 0, or {remedy}"
             )
-    if cfg.optimization.use_bmuf:
-        raise ConfigurationError(f"--use-bmuf averages models over ranks, and experts differ by rank; {remedy}")
+    if getattr(cfg.task, "eval_bleu", False):
+        raise ConfigurationError(
+            "--eval-bleu generates as many words on each rank as its own sentences need, while the others wait in a layer;"
+            f" score checkpoints with fairseq-generate, or {remedy}"
+        )
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:

@@ -82,6 +82,11 @@ def collect(ranks: List[Rank], deadline: float) -> List[Any]:
             rank.process.join()
 
 
+def rank_number() -> int:
+    """This process's rank, also before there is a group."""
+    return int(multiprocessing.current_process().name.split()[-1])
+
+
 def _serve(rank: int, world_size: int, meeting: str, connection: Connection, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)

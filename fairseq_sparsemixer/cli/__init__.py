@@ -6,7 +6,7 @@ from typing import List, Optional
 
 import fairseq_sparsemixer
 
-COMMANDS = {"user-dir": "user_dir", "fidelity": "fidelity", "glue": "glue"}
+COMMANDS = {"user-dir": "user_dir", "fidelity": "fidelity", "glue": "glue", "launch": "launch"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,54 @@
+"""What MoETrainer refuses, and where it is installed. tests/distributed has what it does."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import fairseq_cli.train
+import pytest
+from fairseq.trainer import Trainer
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.trainer import MoETrainer, install, refuse_incompatible
+
+
+def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, eval_bleu=False, **model):
+    return SimpleNamespace(
+        distributed_training=SimpleNamespace(ddp_backend=ddp_backend, zero_sharding=zero_sharding),
+        optimization=SimpleNamespace(use_bmuf=use_bmuf),
+        model=SimpleNamespace(**model),
+        task=SimpleNamespace(eval_bleu=eval_bleu),
+    )
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"])
+def test_plain_data_parallelism_is_accepted(backend):
+    refuse_incompatible(configuration(backend, encoder_layerdrop=0), size=2)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(ddp_backend="fully_sharded"), "--ddp-backend fully_sharded"),
+        (dict(ddp_backend="slowmo"), "--ddp-backend slowmo"),
+        (dict(zero_sharding="os"), "--zero-sharding os"),
+        (dict(use_bmuf=True), "--use-bmuf"),
+        (dict(decoder_layerdrop=0.2), "--decoder-layerdrop 0.2"),
+        (dict(eval_bleu=True), "--eval-bleu"),
+    ],
+)
+def test_what_takes_ranks_for_equals_is_refused_with_the_remedy(options, sentence):
+    with pytest.raises(ConfigurationError, match=f"{sentence} .*--expert-parallel-size 1"):
+        refuse_incompatible(configuration(**options), size=2)
+
+
+def test_fairseq_train_builds_this_trainer():
+    assert fairseq_cli.train.Trainer is MoETrainer
+
+
+@pytest.mark.parametrize("name", ["__main__", "__mp_main__"])
+def test_so_does_fairseq_train_run_as_a_script_and_in_spawned_processes(name, monkeypatch):
+    module = ModuleType(name)
+    module.Trainer = Trainer
+    monkeypatch.setitem(sys.modules, name, module)
+    install()
+    assert module.Trainer is MoETrainer
