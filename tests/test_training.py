@@ -73,6 +73,30 @@ def test_a_checkpoint_holds_nothing_but_tensors_plain_values_and_the_arguments(t
         torch.serialization.add_safe_globals(allowed)
 
 
+def test_hydra_trains_it_too_in_bf16_and_its_checkpoint_needs_no_allow_list(translation_data, tmp_path):
+    """fairseq composes the configuration before it imports the user-dir: names of ours are overrides, not groups."""
+    small = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in
+             (("embed_dim", 16), ("ffn_embed_dim", 32), ("attention_heads", 2), ("layers", 2))}  # fmt: skip
+    overrides = [
+        f"common.user_dir={USER_DIR}", "common.cpu=true", "common.bf16=true", "task=translation", f"task.data={translation_data}",
+        "criterion._name=moe_cross_entropy", "++model._name=transformer_moe", "+model.num_experts=4", "optimizer=adam",
+        "lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=2", "dataset.max_tokens=100",
+        "dataset.num_workers=0", f"checkpoint.save_dir={tmp_path}", f"hydra.run.dir={tmp_path}",
+        *(f"+model.{name}={size}" for name, size in small.items()),
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "fairseq_cli.hydra_train", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+    assert state["cfg"]["model"]["num_experts"] == 4
+    assert state["model"]["encoder.layers.0.fc1.moe.experts.weight_in"].shape == (4, 16, 32)
+
+
 class RunsCode:
     """A pickle that writes a file when it is loaded."""
 
