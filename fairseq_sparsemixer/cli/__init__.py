@@ -6,7 +6,14 @@ from typing import List, Optional
 
 import fairseq_sparsemixer
 
-COMMANDS = {"user-dir": "user_dir", "fidelity": "fidelity", "glue": "glue", "launch": "launch"}
+COMMANDS = {  # by name, the module
+    "user-dir": "user_dir",
+    "doctor": "doctor",
+    "fidelity": "fidelity",
+    "glue": "glue",
+    "inspect": "inspect",
+    "launch": "launch",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,13 +15,14 @@ import argparse
 
 from rich.console import Console
 
+from fairseq_sparsemixer.cli.json_file import write_json
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.fidelity.conclusions import conclusions
 from fairseq_sparsemixer.fidelity.losses import LOSSES, STEP, synthetic_problem
 from fairseq_sparsemixer.fidelity.methods import METHODS, select_methods
 from fairseq_sparsemixer.fidelity.plots import plot_study
 from fairseq_sparsemixer.fidelity.problem import Problem
-from fairseq_sparsemixer.fidelity.report import print_study, write_json
+from fairseq_sparsemixer.fidelity.report import print_study
 from fairseq_sparsemixer.fidelity.study import study
 
 HELP = "compare every gradient estimator with the exact router gradient"

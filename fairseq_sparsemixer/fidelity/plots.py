@@ -20,6 +20,7 @@ COLOURS = {
     "reinforce-baseline": "#CC79A7",
     "dense_st": "#56B4E9",
 }
+OTHER = "#666666"  # an estimator that has no colour here yet
 MARKERS = {"switch": "s", "euler": "^", "midpoint": "o", "heun3": "D", "inf": "v", "reinforce": "P", "reinforce-baseline": "X"}
 STYLE = {
     "font.size": 9,
@@ -63,13 +64,13 @@ def plot_study(study: Study, path: str) -> None:
 def _style(method: Any) -> Dict[str, Any]:
     open_marker = method.argmax_rule is False
     return {
-        "color": COLOURS[method.name],
+        "color": COLOURS.get(method.name, OTHER),
         "markersize": 4,
         "linewidth": 1.3,
         "label": method.label,
         "linestyle": "--" if open_marker or method.name.endswith("baseline") else "-",
         "marker": MARKERS.get(method.name, "o"),
-        "markerfacecolor": "white" if open_marker else COLOURS[method.name],
+        "markerfacecolor": "white" if open_marker else COLOURS.get(method.name, OTHER),
     }
 
 
@@ -90,7 +91,7 @@ def _plot_history(study: Study, axis: Any) -> None:
 def _plot_bias(study: Study, axis: Any) -> None:
     labels = [found.method.label for found in study.figures]
     for index, found in enumerate(study.figures):
-        colour = COLOURS[found.method.name]
+        colour = COLOURS.get(found.method.name, OTHER)
         axis.plot(max(found.bias_aim, FLOOR), index, "o", color=colour, markersize=6)
         axis.plot(max(found.bias_full, FLOOR), index, "D", color=colour, markersize=5, markerfacecolor="white")
     axis.plot([], [], "ko", label="the term it aims at")

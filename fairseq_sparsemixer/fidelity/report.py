@@ -1,15 +1,11 @@
-"""A fidelity study on the screen and in a file."""
+"""A fidelity study on the screen."""
 
-import json
-import os
-from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Tuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.fidelity.conclusions import conclusions
 from fairseq_sparsemixer.fidelity.measure import Fidelity
 from fairseq_sparsemixer.fidelity.study import Study
@@ -65,14 +61,3 @@ def with_noise(bias: float, noise: float) -> str:
 def brief(bias: float) -> str:
     """Four decimals, or the magnitude of what is smaller."""
     return f"{bias:.4f}" if bias >= 1e-4 else f"{bias:.0e}"
-
-
-def write_json(path: str, content: Dict[str, Any]) -> None:
-    """Write the whole file or nothing. Raises ConfigurationError where it cannot be written."""
-    target = Path(path)
-    partial = target.with_name(target.name + ".part")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
-    except OSError as error:
-        raise ConfigurationError(f"--json {path} cannot be written ({error.strerror}); give another path") from None

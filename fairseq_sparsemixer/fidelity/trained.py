@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fairseq import checkpoint_utils, utils
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.fidelity.problem import Problem
@@ -78,7 +79,7 @@ def trained_problem(
         loss=DownstreamLoss(model, criterion, moe, scenes, len(inputs)),
         jitter_eps=jitter_eps,
         description=f"{name} of {Path(checkpoint).name} (router {moe.gate.router}, {moe.gate.num_experts} experts),"
-        f" {len(inputs)} tokens of {len(scenes)} sentences",
+        f" {len(inputs)} tokens of {len(scenes)} sentence{'s' * (len(scenes) > 1)}",
     )
 
 
@@ -101,19 +102,17 @@ def read_sentences(text: str, target: str) -> List[Tuple[str, str]]:
 
 def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.Module, Any]:
     """(model in float64 and eval mode, its training criterion, task). Raises ConfigurationError."""
-    if not Path(checkpoint).is_file():
-        raise ConfigurationError(f"--checkpoint {checkpoint} is not there")
     overrides = {} if data_bin is None else {"data": str(data_bin)}
+    with one_sentence_for(checkpoint):
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), overrides)
     try:
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides, state=state)
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"--checkpoint {checkpoint} needs the dictionaries it was trained with ({error}); give their folder by --data-bin"
+            f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder by --data-bin"
         ) from None
-    except Exception as error:  # whatever torch, fairseq or pickle make of a file that is no checkpoint
-        raise ConfigurationError(f"--checkpoint {checkpoint} cannot be loaded by fairseq ({error})") from None
     if not hasattr(models[0], "encoder") or not hasattr(models[0], "decoder"):
-        raise ConfigurationError(f"--checkpoint {checkpoint} is no translation model; give a checkpoint of transformer_moe")
+        raise ConfigurationError(f"{checkpoint} is no translation model; give a checkpoint of transformer_moe")
     if "moe_load_file" in cfg.criterion:
         cfg.criterion.moe_load_file = None
     return models[0].double().eval().requires_grad_(False), task.build_criterion(cfg.criterion), task

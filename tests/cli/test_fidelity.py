@@ -48,6 +48,8 @@ def test_expectations_show_midpoint_exact_on_a_quadratic(quick, tmp_path, capsys
 def test_what_masking_does_is_said(quick, capsys):
     main([*SMALL, "--jitter-eps", "0.1", "--expectation", "--estimators", "midpoint"])
     assert "Masking at jitter 0.1 leaves" in " ".join(capsys.readouterr().out.split())
+    main([*SMALL, "--jitter-eps", "inf", "--expectation", "--estimators", "midpoint"])
+    assert "Masking" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -71,15 +73,39 @@ def test_bad_flags_end_with_one_sentence(flags, message):
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize("content", [None, b"no checkpoint"])
-def test_a_checkpoint_that_cannot_be_loaded_ends_with_one_sentence(content, tmp_path):
-    for name in ("a.en", "a.de"):
-        (tmp_path / name).write_text("w1\n")
-    checkpoint = tmp_path / "m.pt"
+def test_a_layer_of_a_checkpoint_is_measured_on_text(quick, trained, tmp_path, capsys):
+    flags, _ = trained
+    main(
+        [
+            "fidelity",
+            *flags,
+            "--layer",
+            "decoder.layers.0",
+            "--estimators",
+            "midpoint,reinforce",
+            "--json",
+            str(tmp_path / "f.json"),
+        ]
+    )
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["problem"] == "decoder.layers.0 of m.pt (router sparsemixer, 4 experts), 4 tokens of 1 sentence"
+    assert figures["jitter_eps"] == 0.1 and figures["draws"] is None
+    assert figures["exact"]["autograd_difference"] < 1e-10
+
+
+def test_missing_dictionaries_are_asked_for(quick, trained, tmp_path):
+    flags, _ = trained
+    with pytest.raises(SystemExit, match="needs the dictionaries it was trained with .*; give their folder by --data-bin"):
+        main(["fidelity", *flags, "--data-bin", str(tmp_path / "elsewhere")])
+
+
+@pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"no checkpoint", "is no checkpoint")])
+def test_a_checkpoint_that_cannot_be_loaded_ends_with_one_sentence(trained, content, message):
+    flags, checkpoint = trained
+    checkpoint.unlink()
     if content is not None:
         checkpoint.write_bytes(content)
-    flags = ["--checkpoint", str(checkpoint), "--text", str(tmp_path / "a.en"), "--target", str(tmp_path / "a.de")]
-    with pytest.raises(SystemExit, match="--checkpoint .*m.pt (is not there|cannot be loaded by fairseq)"):
+    with pytest.raises(SystemExit, match=f"m.pt {message}"):
         main(["fidelity", *flags])
 
 

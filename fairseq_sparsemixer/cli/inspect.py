@@ -1,0 +1,91 @@
+"""Show what a checkpoint holds: experts, parameters (total and active), FLOPs per token, and how alike the experts are.
+
+The file alone is enough. With --text and --target the model also runs on sentences, and the load of each expert is shown.
+
+examples:
+  fairseq-sparsemixer inspect checkpoint_best.pt
+  fairseq-sparsemixer inspect checkpoint_best.pt --text val.bpe.en --target val.bpe.de --json report.json
+"""
+
+import argparse
+from dataclasses import asdict
+from itertools import islice
+from typing import Dict, List, Optional
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fairseq_sparsemixer.cli.json_file import write_json
+from fairseq_sparsemixer.errors import ConfigurationError
+
+HELP = "show the experts, parameters and cost of a checkpoint"
+SENTENCES = 200
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, and text to run it on."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of fairseq")
+    parser.add_argument("--text", metavar="FILE", help="source sentences, in subwords as the model was trained on")
+    parser.add_argument("--target", metavar="FILE", help="their translations, line by line")
+    parser.add_argument("--data-bin", metavar="DIR", help="where the dictionaries are (default: where the model was trained)")
+    parser.add_argument("--sentences", type=int, default=SENTENCES, metavar="N", help="run the first N (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Inspect, print, write. Raises ConfigurationError for flags and files that cannot be used."""
+    from fairseq_sparsemixer.inspection import inspect_checkpoint  # needs fairseq
+
+    if bool(options.text) != bool(options.target):
+        raise ConfigurationError("the load is measured on sentence pairs: give both --text FILE and --target FILE")
+    if options.sentences < 1:
+        raise ConfigurationError(f"--sentences {options.sentences} must be at least 1")
+    report = inspect_checkpoint(options.checkpoint)
+    load = measure_load(options) if options.text else None
+    console = Console()
+    print_report(report, load, console)
+    if options.json:
+        write_json(options.json, {"checkpoint": options.checkpoint, **asdict(report), "load": load})
+
+
+def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
+    """Tokens of each expert at inference by layer, over the first sentences, targets given."""
+    import torch
+
+    from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
+    from fairseq_sparsemixer.fidelity.trained import load_model, make_sample, read_sentences
+
+    sentences = read_sentences(options.text, options.target)
+    model, _, task = load_model(options.checkpoint, options.data_bin)
+    layers = moe_layers(model)
+    load = {name: torch.zeros(layer.gate.num_experts) for name, layer in layers}
+    with torch.no_grad():
+        for source, target in islice(sentences, options.sentences):
+            model(**make_sample(task, source, target)["net_input"])
+            for name, layer in layers:
+                load[name] += layer.routing.statistics()["load"].sum(0).float()
+    return {name: tokens.tolist() for name, tokens in load.items()}
+
+
+def print_report(report, load: Optional[Dict[str, List[float]]], console: Console) -> None:
+    """The totals, and a line a layer."""
+    flops = ", ".join(f"{count:,} a token of the {stack}" for stack, count in report.flops.items())
+    updates = "" if report.updates is None else f", {report.updates:,} updates"
+    experts = f"router {report.router}, {report.top_k} of the experts for a token" if report.layers else "no experts"
+    console.print(f"{experts}{updates}", highlight=False)
+    console.print(f"parameters: {report.parameters:,}, of which a token meets {report.active:,}", highlight=False)
+    if flops:
+        console.print(f"forward FLOPs: {flops} (matrices; attention weights and embeddings left out)", highlight=False)
+    if not report.layers:
+        return
+    columns = ["layer", "experts", "M", "H", "parameters", "router cosine", "expert cosine"]
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for layer in report.layers:
+        cells = [layer.name, f"{layer.num_experts}", f"{layer.model_dim}", f"{layer.hidden_dim}", f"{layer.parameters:,}"]
+        cells += ["-" if value is None else f"{value:.3f}" for value in (layer.router_similarity, layer.expert_similarity)]
+        table.add_row(*cells)
+    console.print(table)
+    for name, tokens in (load or {}).items():
+        shares = " ".join(f"{100 * count / max(sum(tokens), 1):.1f}" for count in tokens)
+        console.print(f"load of {name}, % of {sum(tokens):,.0f} choices by expert: {shares}", highlight=False)
