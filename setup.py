@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["fairseq_sparsemixer", "fairseq_sparsemixer.*"]) + ["fairseq_sparsemixer.criterions"],
     package_dir={"fairseq_sparsemixer.criterions": "criterions"},
     install_requires=[
-        "torch>=2.4,<3",
+        "torch>=2.4,<3",  # 2.4 has autocast by device type; the last for Python 3.8
         *FAIRSEQ,
         "fairscale==0.4.13",
         "sacrebleu>=2.3",
@@ -32,7 +32,7 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "test": ["pytest>=7", "hypothesis>=6", "Babel>=2.13", "scipy>=1.10", "tensorboardX>=2.6"],
+        "test": ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "Babel>=2.13", "scipy>=1.10", "tensorboardX>=2.6"],
         "quickstart": ["Babel>=2.13"],
     },
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},

@@ -1,5 +1,6 @@
 """fairseq-sparsemixer: Mixture-of-Experts training in fairseq. This folder is both the package and the `--user-dir`."""
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from fairseq_sparsemixer.gates import Routing, build_gate  # noqa: E402
 from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer  # noqa: E402
 
 if find_spec("fairseq") is not None:
-    from fairseq_sparsemixer import checkpoints, compatibility, criterions, models, trainer  # noqa: E402,F401
+    with warnings.catch_warnings():  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
+        warnings.simplefilter("ignore", FutureWarning)
+        from fairseq_sparsemixer import checkpoints, compatibility, criterions, models, trainer  # noqa: E402,F401
 
     checkpoints.install()
     compatibility.restore_numpy_long()

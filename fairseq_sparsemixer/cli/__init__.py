@@ -13,6 +13,7 @@ COMMANDS = {  # by name, the module
     "glue": "glue",
     "inspect": "inspect",
     "launch": "launch",
+    "plot": "plot",
 }
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from fairseq_sparsemixer.models.architectures import fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import MoEDecoderLayer, MoEEncoderLayer, RemembersUpdates, RoutesEveryNth
 
@@ -61,6 +62,7 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "TransformerMoEModel":
         """See TransformerModel. Raises ConfigurationError for options that make no model."""
+        check_option_names(args, cls, base)
         cfg = TransformerMoEConfig.from_namespace(args)
         check_options(cfg)
         warn_of_plain_criterion(args, cfg.router)

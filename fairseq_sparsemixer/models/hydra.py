@@ -1,0 +1,28 @@
+"""fairseq-hydra-train hands a model its options as they stand in the YAML: this sees that each is one the model has.
+
+fairseq checks them for models registered with a dataclass alone, and those cannot have architectures (`--arch`).
+"""
+
+from argparse import ArgumentParser, Namespace
+from difflib import get_close_matches
+from typing import Any, Callable
+
+from fairseq.models import BaseFairseqModel
+from omegaconf import DictConfig
+
+from fairseq_sparsemixer.errors import ConfigurationError
+
+
+def check_option_names(options: Any, model: BaseFairseqModel, architecture: Callable[[Any], None]) -> None:
+    """Raise ConfigurationError for a name in a hydra config that is neither a flag of the model nor set by its architecture."""
+    if not isinstance(options, DictConfig):  # argparse has checked a command line's
+        return
+    parser, filled = ArgumentParser(add_help=False), Namespace()
+    model.add_args(parser)
+    architecture(filled)
+    known = {action.dest for action in parser._actions} | set(vars(filled)) | {"_name"}
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, sorted(known), n=1)
+            remedy = f"did you mean {close[0]}?" if close else "options have the names of fairseq-train's flags"
+            raise ConfigurationError(f"model.{name} is not an option of {options.get('_name')}; {remedy}")

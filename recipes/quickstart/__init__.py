@@ -1,0 +1,1 @@
+"""The quickstart: see __main__.py."""

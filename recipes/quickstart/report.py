@@ -1,0 +1,83 @@
+"""The end of the quickstart: a table of the runs, on screen and as Markdown and JSON, and two plots."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import fairseq_sparsemixer
+from fairseq_sparsemixer.plotting import plot_expert_load, plot_valid_loss
+from fairseq_sparsemixer.runs import Run
+
+COLUMNS = {
+    "router": "{router}",
+    "parameters": "{parameters:,}",
+    "active": "{active_parameters:,}",
+    "updates": "{updates:,}",
+    "valid loss": "{valid_loss:.3f}",
+    "sacreBLEU": "{bleu:.1f}",
+    "words/s": "{words_per_second:,.0f}",
+    "expert load entropy": "{load_entropy:.3f}",
+}
+LEGEND = (
+    "active: parameters that one token meets. valid loss: label-smoothed cross-entropy, bits per token, the best validation."
+    " words/s: target tokens in training, median. expert load entropy: of the tokens' shares, over log E; 1 is even."
+)
+
+
+def report(results: List[Dict[str, Any]], runs: List[Run], data: str, folder: Path, console: Console) -> None:
+    """Show the table; write results.md, results.json, valid_loss.png and expert_load.png to folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [[_cell(form, result) for form in COLUMNS.values()] for result in results]
+    notes = [f"sacreBLEU {results[0]['signature']}", _speed(results), LEGEND, f"{data}; {_machine()}"]
+    notes = [note for note in notes if note]
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    (folder / "results.md").write_text("\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n", encoding="utf-8")
+    content = {"data": data, "machine": _machine(), "results": results}
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plot_valid_loss(runs, folder / "valid_loss.png")
+    plot_expert_load(runs, folder / "expert_load.png")
+    console.print(f"[green]✓[/] results.md, results.json, valid_loss.png and expert_load.png are in {folder}")
+
+
+def _cell(form: str, result: Dict[str, Any]) -> str:
+    try:
+        return form.format(**result)
+    except TypeError:  # a figure that this run does not have: a dense model's expert load
+        return "-"
+
+
+def _speed(results: List[Dict[str, Any]]) -> str:
+    """How much longer training takes with experts than without, at equal active floating-point operations."""
+    speeds = {result["router"]: result["words_per_second"] for result in results if result["words_per_second"]}
+    dense = speeds.pop("dense", None)
+    if not dense or not speeds:
+        return ""
+    ratios = ", ".join(f"{router} {dense / speed:.2f}" for router, speed in speeds.items())
+    return f"training time for a word against dense, with equal active FLOPs: {ratios} times"
+
+
+def _machine() -> str:
+    """Processor, cores in use, versions, date."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__},"
+        f" fairseq-sparsemixer {fairseq_sparsemixer.__version__}; {datetime.date.today().isoformat()}"
+    )

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Write the README's table of flags from the dataclasses that define them: `python scripts/flags.py`."""
+
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- flags: made by scripts/flags.py -->\n", "<!-- end of flags -->"
+
+
+def table() -> str:
+    """The flags of a model, then those of a criterion, as Markdown."""
+    from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig
+    from fairseq_sparsemixer.models import MoEOptions
+
+    own = [*fields(MoEOptions), *(option for option in fields(AuxiliaryLossConfig) if option.name != "_name")]
+    rows = [f"| `--{option.name.replace('_', '-')}` | {_default(option)} | {_help(option)} |" for option in own]
+    return "\n".join(["| flag | default | what it does |", "| --- | --- | --- |", *rows, ""])
+
+
+def _default(option) -> str:
+    value = option.default if option.default is not MISSING else option.default_factory()
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else f"`{value}`"
+
+
+def _help(option) -> str:
+    return option.metadata["help"].replace("|", "\\|")
+
+
+def updated(text: str) -> str:
+    """A README's text with the table as it should be."""
+    before, rest = text.split(START)
+    return before + START + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

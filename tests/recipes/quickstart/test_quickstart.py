@@ -1,0 +1,40 @@
+"""The whole quickstart, small."""
+
+import json
+
+import pytest
+
+from recipes.quickstart.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("quickstart")
+    main(["--out", str(out), "--pairs", "1200", "--updates", "40", "--routers", "sparsemixer"])
+    return out
+
+
+def test_it_ends_with_figures_and_plots(quickstart):
+    content = json.loads((quickstart / "results" / "results.json").read_text())
+    (result,) = content["results"]
+    assert result["router"] == "sparsemixer" and result["updates"] == 40
+    assert 0 < result["active_parameters"] < result["parameters"]
+    assert 0 < result["load_entropy"] <= 1 and result["words_per_second"] > 0 and result["valid_loss"] > 0
+    assert "version:" in result["signature"]
+    assert "| sparsemixer |" in (quickstart / "results" / "results.md").read_text()
+    for name in ("valid_loss.png", "expert_load.png"):
+        assert (quickstart / "results" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_test_sentence_is_translated(quickstart):
+    lines = (quickstart / "sparsemixer-test" / "translation.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len((quickstart / "data" / "raw" / "test.de").read_text(encoding="utf-8").splitlines()) == 30
+
+
+def test_a_second_run_does_nothing_again(quickstart, capsys):
+    checkpoint = quickstart / "sparsemixer" / "checkpoint_last.pt"
+    before = checkpoint.stat().st_mtime_ns
+    main(["--out", str(quickstart), "--pairs", "1200", "--updates", "40", "--routers", "sparsemixer"])
+    assert checkpoint.stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("done before") == 3

@@ -1,0 +1,87 @@
+"""What the README says is run: its commands, its Python, its table of flags, its links."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.flags import updated
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = (
+    "--cpu --num-workers 0 --max-update 1 --max-tokens 64 --update-freq 1 --num-experts 2 --encoder-layers 1 --decoder-layers 1"
+    " --encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16"
+    " --encoder-attention-heads 2 --decoder-attention-heads 2"
+).split()
+
+
+def blocks(language):
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands(program):
+    """The words of the README's shell commands that start with a program, variables filled in."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").replace("$USER_DIR", str(ROOT / "fairseq_sparsemixer")).splitlines()
+    found = [words for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == [program]]
+    assert found, f"the README has no {program} command"
+    return found
+
+
+@pytest.mark.parametrize("target", [words[1] for words in commands("make")])
+def test_make_targets_exist_and_install_first(target):
+    plan = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+    assert plan.stdout.splitlines()[0].endswith("scripts/install.py")
+
+
+def run_as_script(monkeypatch, entry_point, words):
+    """A console script's function, called with the words of a command."""
+    monkeypatch.setattr(sys, "argv", words)
+    entry_point()
+
+
+def test_the_commands_for_ones_own_data_train_translate_and_plot(monkeypatch, tmp_path, capsys):
+    from fairseq_cli import generate, preprocess, train
+
+    from fairseq_sparsemixer.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("corpus")
+    os.mkdir("run")
+    for split in ("train", "valid", "test"):
+        for language, words in (("en", "a b c d"), ("de", "A B C D")):
+            Path("corpus", f"{split}.{language}").write_text(f"{words}\n" * 9)
+    run_as_script(monkeypatch, preprocess.cli_main, commands("fairseq-preprocess")[0] + ["--workers", "1"])
+    words = [word for word in commands("fairseq-train")[0] if word != "--fp16"]  # not on a CPU
+    run_as_script(monkeypatch, train.cli_main, words + SMALL)
+    (words,) = commands("fairseq-generate")
+    run_as_script(monkeypatch, generate.cli_main, words[: words.index(">")] + ["--cpu", "--num-workers", "0"])
+    translated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("H-")]
+    assert len(translated) == 9  # a multiple of 8 and one: none is dropped
+    (words,) = commands("fairseq-sparsemixer")
+    assert main(words[1:]) == 0
+    assert Path("run", "valid_loss.png").is_file()
+
+
+def test_the_python_runs():
+    for code in blocks("python"):
+        exec(code, {})
+
+
+def test_the_table_of_flags_is_that_of_the_dataclasses():
+    assert updated(README) == README, "run: python scripts/flags.py"
+
+
+def test_results_are_those_of_the_quickstart():
+    assert (ROOT / "recipes" / "quickstart" / "results" / "results.md").read_text(encoding="utf-8") in README
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!https?:)[^)#]+)\)", README))))
+def test_links_within_the_repository_lead_somewhere(link):
+    assert (ROOT / link).exists()
