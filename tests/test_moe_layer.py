@@ -93,7 +93,7 @@ def test_padding_changes_no_output_no_loss_and_no_gradient(router):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("router", sorted(GATES))
+@pytest.mark.parametrize("router", sorted(name for name, gate in GATES.items() if gate.causal))
 def test_at_inference_a_token_does_not_depend_on_its_batch(router):
     layer = build_moe_layer(router, 8, 16, 4).eval()
     x = torch.randn(64, 8)

@@ -11,21 +11,26 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.gates.gate import Gate, hide_padding, require_top_k
+from fairseq_sparsemixer.gates.gate import Gate, biased, hide_padding, require_top_k
 from fairseq_sparsemixer.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.gates.registry import register_gate
 from fairseq_sparsemixer.gates.routing import Routing
 
 
 def dense_st_routing(
-    logits: Tensor, padding_mask: Optional[Tensor], top_k: int, every_expert: bool, balance_group: Any = None
+    logits: Tensor,
+    padding_mask: Optional[Tensor],
+    top_k: int,
+    every_expert: bool,
+    balance_group: Any = None,
+    bias: Optional[Tensor] = None,
 ) -> Routing:
     """The top_k experts of logits [S, E]; every_expert (training) adds the others behind them, at weight zero.
 
     With every_expert the Routing has E columns in the order of probability, and counts the first top_k as chosen.
     """
     probabilities = logits.softmax(-1)  # [S, E]
-    order = logits.argsort(dim=-1, descending=True, stable=True)  # [S, E]
+    order = biased(logits, bias).argsort(dim=-1, descending=True, stable=True)  # [S, E]
     expert_index = order if every_expert else order[:, :top_k]
     weight = probabilities.gather(1, expert_index)  # [S, E] or [S, k]
     # zero forward, one backward: the straight-through weight of the experts that were not chosen
@@ -47,10 +52,10 @@ def dense_st_routing(
 class DenseStraightThroughGate(Gate):
     """DenseMixer's gate: `top_k` experts forward, all of them in the router's gradient. Raises ValueError for a bad top_k."""
 
-    def __init__(self, model_dim: int, num_experts: int, top_k: int = 1):
-        super().__init__(model_dim, num_experts)
+    def __init__(self, model_dim: int, num_experts: int, top_k: int = 1, bias_update_rate: float = 0.0):
+        super().__init__(model_dim, num_experts, bias_update_rate=bias_update_rate)
         self.top_k = require_top_k(top_k, num_experts)
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See dense_st_routing."""
-        return dense_st_routing(logits, padding_mask, self.top_k, self.training, self.balance_group)
+        return dense_st_routing(logits, padding_mask, self.top_k, self.training, self.balance_group, self.selection_bias)

@@ -1,4 +1,4 @@
-"""The base of every gate: it owns the projection to logits, and leaves the decision to `route`."""
+"""The base of every gate: it owns the projection to logits, and leaves the decision to `decide`."""
 
 from typing import Any, Optional
 
@@ -6,39 +6,83 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.gates.bias import SelectionBias
+from fairseq_sparsemixer.gates.capacity import limit_capacity, require_capacity_factor
 from fairseq_sparsemixer.gates.routing import Routing
 
 
 class Gate(nn.Module):
     """Projects tokens [S, M] to logits [S, E] in float32, whatever the tokens' precision, and routes them.
 
-    A router is a subclass with `route`. Raises ValueError for fewer than one expert.
+    A router is a subclass with `decide`. Its constructor takes `**balancing` when it can be combined with both options
+    below, or the one it can honour by name; a flag for any other is refused before training.
+    `capacity_factor`: in training, an expert takes that many times its fair share of tokens and drops the rest; None and
+    infinity drop nothing. `bias_update_rate`: the step of the selection bias (see bias.py), 0 for none.
+    Raises ValueError for fewer than one expert, or an option out of range.
     """
 
     top_k = 1  # experts a token; a gate that can choose more takes it as an option
+    causal = True  # at inference, a token's routing depends on no other token: fit for autoregressive decoders
     balance_group: Any = None  # the ranks whose tokens the balance loss is about; None: this rank's own
 
-    def __init__(self, model_dim: int, num_experts: int):
+    def __init__(
+        self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None, bias_update_rate: float = 0.0
+    ):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"--num-experts {num_experts} must be at least 1")
         self.model_dim = model_dim
         self.num_experts = num_experts
+        self.capacity_factor = require_capacity_factor(capacity_factor)
         self.projection = nn.Linear(model_dim, num_experts, bias=False)
+        self.balancer = SelectionBias(num_experts, bias_update_rate) if bias_update_rate else None
+
+    @property
+    def experts_per_token(self) -> float:
+        """How many experts run for a token at inference, on average."""
+        return self.top_k
+
+    @property
+    def selection_bias(self) -> Optional[Tensor]:
+        """[E], added to the logits by which experts are selected, never to those that weigh them; None for none."""
+        return None if self.balancer is None else self.balancer.bias
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [S, M] -> logits [S, E] float32 (float64 stays so): routing in half precision is unstable."""
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            return F.linear(tokens.to(dtype), self.projection.weight.to(dtype))
+        return project(tokens, self.projection.weight)
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
-        """logits [S, E], padding_mask [S] (True = padding) -> Routing."""
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """logits [S, E], padding_mask [S] (True = padding) -> Routing, before any capacity."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
-        """tokens [S, M], padding_mask [S] (True = padding) -> Routing."""
+    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None, **inputs: Any) -> Routing:
+        """logits [S, E], padding_mask [S] (True = padding), and what else this gate's decide takes -> Routing."""
+        routing = self.decide(logits, padding_mask, **inputs)
+        if self.training and self.capacity_factor is not None:
+            routing = self.limit(routing)
+        if self.training and self.balancer is not None:
+            routing.combine_weight = self.balancer.watch(routing)
+        return routing
+
+    def limit(self, routing: Routing) -> Routing:
+        """The routing with what exceeds the capacity dropped."""
+        return limit_capacity(routing, self.capacity_factor)
+
+    def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
+        """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] where the model knows them -> Routing."""
         return self.route(self.logits(tokens), padding_mask)
+
+
+def project(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens [S, M], weight [E, M] -> [S, E] in float32 at least, whatever autocast says."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    with torch.autocast(tokens.device.type, enabled=False):
+        return F.linear(tokens.to(dtype), weight.to(dtype))
+
+
+def biased(logits: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """The logits [S, E] to select by: detached, with the selection bias [E]."""
+    return logits.detach() if bias is None else logits.detach() + bias.to(logits.dtype)
 
 
 def require_jitter(jitter_eps: float) -> float:

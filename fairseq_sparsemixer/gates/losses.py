@@ -8,16 +8,21 @@ from torch import Tensor
 from fairseq_sparsemixer.parallel import SumOverRanks
 
 
+def masked_sum(values: Tensor, padding_mask: Optional[Tensor], group: Any = None) -> Tensor:
+    """Sum over the first dimension of values [S, ...], padding_mask [S] (True = padding) left out; see masked_mean."""
+    if padding_mask is not None:
+        values = values.masked_fill(padding_mask.view(-1, *[1] * (values.dim() - 1)), 0)
+    total = values.sum(0)
+    return total if group is None else SumOverRanks.apply(total, group)
+
+
 def masked_mean(values: Tensor, padding_mask: Optional[Tensor], group: Any = None) -> Tensor:
     """Mean over the first dimension of values [S, ...], padding_mask [S] (True = padding) left out; zero when S is empty.
 
     With a process group, over the tokens of all its ranks: a collective, differentiable.
     """
-    if padding_mask is None:
-        total, count = values.sum(0), values.new_tensor(values.size(0))
-    else:
-        mask = padding_mask.view(-1, *[1] * (values.dim() - 1))
-        total, count = values.masked_fill(mask, 0).sum(0), (~padding_mask).sum().to(values.dtype)
+    total = masked_sum(values, padding_mask)
+    count = values.new_tensor(values.size(0)) if padding_mask is None else (~padding_mask).sum().to(values.dtype)
     if group is not None:
         both = SumOverRanks.apply(torch.cat([total.reshape(-1), count.reshape(1)]), group)
         total, count = both[:-1].view(total.shape), both[-1]
@@ -42,3 +47,8 @@ def balance_loss(probabilities: Tensor, expert_index: Tensor, padding_mask: Opti
 def router_z_loss(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
     """Mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, Eq. 5), keeps logits [S, E] small. Returns a scalar."""
     return masked_mean(logits.logsumexp(-1).square(), padding_mask)
+
+
+def cv_squared(values: Tensor) -> Tensor:
+    """Squared coefficient of variation of values [E], variance / mean^2 (arXiv 1701.06538, Eq. 7): 0 when equal. A scalar."""
+    return values.var(unbiased=False) / values.mean().square().clamp(min=1e-10)

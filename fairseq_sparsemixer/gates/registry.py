@@ -30,9 +30,18 @@ def gate_class(name: str) -> Type[Gate]:
 
 
 def gate_options(name: str) -> List[str]:
-    """The options a gate takes beside model_dim and num_experts."""
-    parameters = inspect.signature(gate_class(name).__init__).parameters
-    return [option for option in parameters if option not in ("self", "model_dim", "num_experts")]
+    """The options a gate takes beside model_dim and num_experts; `**balancing` in its signature stands for Gate's own."""
+    own = inspect.signature(gate_class(name).__init__).parameters
+    balancing = inspect.signature(Gate.__init__).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+    named = [option for option, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    options = named + (list(balancing) if open_ended else [])
+    return [option for option in dict.fromkeys(options) if option not in ("self", "model_dim", "num_experts")]
+
+
+def routers_with(option: str) -> List[str]:
+    """The routers that take an option, sorted."""
+    return [name for name in sorted(GATES) if option in gate_options(name)]
 
 
 def build_gate(name: str, model_dim: int, num_experts: int, **options) -> Gate:

@@ -1,7 +1,8 @@
 """What a gate decides: the Routing of S tokens to k of E experts, and the statistics read off it."""
 
+import functools
 from dataclasses import dataclass, field
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ class Routing:
     probabilities: [S, E] float32, detached: the distribution the gate chose by.
     padding_mask: [S] bool, True = padding; None when there is none.
     dropped: [S, k] bool, True where a choice did not fit in the expert's capacity; None when the gate drops nothing.
+    skipped: [S, k] bool, True where a column holds no choice at all, in gates that give tokens different numbers of
+        experts (expert_choice); None when every column is one.
     num_chosen: the first columns that are the gate's choice; columns behind them run for the gradient's sake, at weight
         zero (dense_st). None: all are.
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
@@ -30,6 +33,7 @@ class Routing:
     dropped: Optional[Tensor] = None
     output_scale: Optional[Tensor] = None
     num_chosen: Optional[int] = None
+    skipped: Optional[Tensor] = None
 
     @property
     def num_experts(self) -> int:
@@ -37,11 +41,52 @@ class Routing:
         return self.probabilities.size(-1)
 
     def unrouted(self) -> Optional[Tensor]:
-        """[S, k] bool, True where no expert runs (padding or dropped); None when every choice runs."""
+        """[S, k] bool, True where no expert runs (padding, dropped or skipped); None when every choice runs."""
         padding = None if self.padding_mask is None else self.padding_mask.unsqueeze(-1).expand_as(self.expert_index)
-        if padding is None or self.dropped is None:
-            return padding if self.dropped is None else self.dropped
-        return padding | self.dropped
+        masks = [mask for mask in (padding, self.dropped, self.skipped) if mask is not None]
+        return functools.reduce(torch.logical_or, masks) if masks else None
+
+    def num_real_tokens(self) -> Tensor:
+        """Scalar int64: the tokens that are not padding."""
+        if self.padding_mask is None:
+            return torch.tensor(len(self.expert_index), device=self.expert_index.device)
+        return (~self.padding_mask).sum()
+
+    @torch.no_grad()
+    def queue_positions(self) -> Tensor:
+        """[S, k] int64: the place of each routed choice in its expert's queue, from 0; meaningless where nothing runs.
+
+        The first choices of all tokens come first, by position, then the second ones: GShard's order.
+        """
+        unrouted = self.unrouted()
+        expert = self.expert_index if unrouted is None else self.expert_index.masked_fill(unrouted, self.num_experts)
+        expert = expert.t().reshape(-1)  # [k * S], choice by choice
+        order = expert.argsort(stable=True)
+        counts = expert.new_zeros(self.num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
+        first = counts.cumsum(0) - counts  # where each expert's choices begin in `order`
+        place = torch.arange(len(expert), device=expert.device) - first[expert[order]]
+        return torch.empty_like(place).scatter_(0, order, place).view(self.expert_index.size(1), -1).t()
+
+    def to_fairscale(self, capacity: Optional[int] = None) -> Tuple[Tensor, Tensor, Tensor]:
+        """What fairscale's gates return: (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C]).
+
+        capacity: C, by default the largest load of an expert, or 1; choices beyond it are left out. l_aux is on fairscale's
+        scale, the mean over experts of share times probability: the balance loss / E^2, 0 for a gate without one.
+        output_scale, of one number for each of M dimensions, has no place in this form: it is left to the caller.
+        """
+        position = self.queue_positions()  # [S, k]
+        unrouted = self.unrouted()
+        routed = torch.ones_like(position, dtype=torch.bool) if unrouted is None else ~unrouted
+        if capacity is None:
+            capacity = max(int(position.add(1).mul(routed).max()) if position.numel() else 0, 1)
+        routed = routed & (position < capacity)
+        slot = (self.expert_index * capacity + position.clamp(max=capacity - 1)).masked_fill(~routed, 0)  # in [0, E * C)
+        shape = (len(position), self.num_experts, capacity)
+        flat = self.combine_weight.new_zeros(len(position), self.num_experts * capacity)
+        combine = flat.scatter_add(1, slot, self.combine_weight.masked_fill(~routed, 0))
+        mask = torch.zeros_like(flat).scatter_add_(1, slot, routed.to(flat.dtype)) > 0
+        balance = self.aux_losses.get("balance", self.combine_weight.new_zeros(()))
+        return balance / self.num_experts**2, combine.view(shape), mask.view(shape)
 
     @torch.no_grad()
     def statistics(self) -> Dict[str, Tensor]:
@@ -50,26 +95,43 @@ class Routing:
         tokens: scalar. load: [k, E] tokens given to each expert by each choice, dropped ones not counted.
         chosen: [k, E] the same before dropping. entropy: scalar, sum of the entropies of the gate, in nats.
         argmax: scalar, tokens whose first choice is the most probable expert. dropped: [k].
+        Where tokens skip columns (expert_choice), all columns count as one choice, and dropped are the tokens without
+        any expert.
         """
-        k = self.expert_index.size(1) if self.num_chosen is None else self.num_chosen
-        real = self.probabilities.new_ones(len(self.expert_index))
-        if self.padding_mask is not None:
-            real = 1 - self.padding_mask.to(real.dtype)
-        kept = real.unsqueeze(-1).expand(-1, k)
-        chosen = self._count(kept)
+        real = self._real()
+        chosen = self.chosen_count()
+        load = chosen
+        dropped = chosen.new_zeros(chosen.size(0))
         if self.dropped is not None:
-            kept = kept * (~self.dropped[:, :k]).to(kept.dtype)
-        load = chosen if self.dropped is None else self._count(kept)
-        entropy = torch.special.entr(self.probabilities).sum(-1)
+            lost = self.dropped[:, : chosen.size(0)].to(real.dtype) * real.unsqueeze(-1)
+            load, dropped = chosen - self._count(lost), lost.sum(0)
         is_argmax = self.probabilities.gather(1, self.expert_index[:, :1]).squeeze(1) >= self.probabilities.amax(1)
+        if self.skipped is not None:
+            is_argmax = is_argmax & ~self.skipped[:, 0]
+            dropped = (self.skipped.all(1).to(real.dtype) * real).sum().view(1)
+        entropy = torch.special.entr(self.probabilities).sum(-1)
         return {
             "tokens": real.sum(),
             "load": load,
             "chosen": chosen,
             "entropy": torch.where(real > 0, entropy, torch.zeros_like(entropy)).sum(),
             "argmax": (is_argmax.to(real.dtype) * real).sum(),
-            "dropped": (chosen - load).sum(1),
+            "dropped": dropped,
         }
+
+    @torch.no_grad()
+    def chosen_count(self) -> Tensor:
+        """[k, E]: the tokens that chose each expert, by choice, padding left out; [1, E] where tokens skip columns."""
+        k = self.expert_index.size(1) if self.num_chosen is None else self.num_chosen
+        weight = self._real().unsqueeze(-1).expand(-1, k)
+        if self.skipped is not None:
+            return self._count(weight * (~self.skipped).to(weight.dtype)).sum(0, keepdim=True)
+        return self._count(weight)
+
+    def _real(self) -> Tensor:
+        """[S]: 1 for tokens, 0 for padding."""
+        real = self.probabilities.new_ones(len(self.expert_index))
+        return real if self.padding_mask is None else real.masked_fill(self.padding_mask, 0)
 
     def _count(self, weight: Tensor) -> Tensor:
         """[k, E]: the weights [S, k] added up by choice and expert. Sums of ones below 2**24: exact in any order."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.estimators import Estimator, get_estimator
-from fairseq_sparsemixer.gates.gate import Gate, hide_padding, require_jitter
+from fairseq_sparsemixer.gates.gate import Gate, biased, hide_padding, require_jitter
 from fairseq_sparsemixer.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.gates.registry import register_gate
 from fairseq_sparsemixer.gates.routing import Routing
@@ -46,18 +46,27 @@ class Draw(NamedTuple):
     probabilities: Tensor
 
 
-def draw_expert(logits: Tensor, jitter_eps: float, estimator: Estimator, noise: Optional[SamplingNoise] = None) -> Draw:
+def draw_expert(
+    logits: Tensor,
+    jitter_eps: float,
+    estimator: Estimator,
+    noise: Optional[SamplingNoise] = None,
+    bias: Optional[Tensor] = None,
+) -> Draw:
     """Sample one expert a token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
 
     The multiplier is the expert's probability times the estimator's node; see estimators.py for its gradient. Experts
-    whose logit is -inf are never drawn.
+    whose logit is -inf are never drawn. A bias [E] is added to the masked logits for the draw alone: the sample is then
+    from another distribution than the softmax that weighs it, and the estimators hold for b = 0 only.
     """
     masked = mask_unlikely(logits, jitter_eps)  # [S, E]
     probabilities = masked.softmax(-1)  # [S, E]
     argmax = logits.argmax(-1, keepdim=True)  # [S, 1]
+    selection = biased(masked, bias)
     if noise is None:
-        return Draw(argmax, probabilities.gather(1, argmax), probabilities)
-    expert_index = (masked.detach() + noise.gumbel).argmax(-1, keepdim=True)
+        expert_index = selection.argmax(-1, keepdim=True)
+        return Draw(expert_index, probabilities.gather(1, expert_index), probabilities)
+    expert_index = (selection + noise.gumbel).argmax(-1, keepdim=True)
     chosen = probabilities.gather(1, expert_index)
     weight = estimator.multiplier(chosen, noise.coin.unsqueeze(-1), expert_index == argmax)
     return Draw(expert_index, weight, probabilities)
@@ -70,9 +79,10 @@ def sparsemixer_routing(
     estimator: Estimator,
     noise: Optional[SamplingNoise] = None,
     balance_group: Any = None,
+    bias: Optional[Tensor] = None,
 ) -> Routing:
     """One expert a token of logits [S, E], drawn by draw_expert; without noise (inference), the arg-max."""
-    expert_index, weight, probabilities = draw_expert(logits, jitter_eps, estimator, noise)
+    expert_index, weight, probabilities = draw_expert(logits, jitter_eps, estimator, noise, bias)
     return Routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
@@ -92,8 +102,15 @@ class SparseMixerGate(Gate):
     `jitter_eps` masks experts before sampling; `gradient_estimator` is one of estimators.ESTIMATORS.
     """
 
-    def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, gradient_estimator: str = "midpoint"):
-        super().__init__(model_dim, num_experts)
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        jitter_eps: float = 0.1,
+        gradient_estimator: str = "midpoint",
+        **balancing,
+    ):
+        super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps)
         self.estimator = get_estimator(gradient_estimator)
         self.omega = nn.Parameter(torch.ones(model_dim))
@@ -102,10 +119,16 @@ class SparseMixerGate(Gate):
         """The noise of one forward pass over logits [S, E]; None at inference."""
         return draw_sampling_noise(logits) if self.training else None
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_routing."""
         routing = sparsemixer_routing(
-            logits, padding_mask, self.jitter_eps, self.estimator, self.draw_noise(logits), self.balance_group
+            logits,
+            padding_mask,
+            self.jitter_eps,
+            self.estimator,
+            self.draw_noise(logits),
+            self.balance_group,
+            self.selection_bias,
         )
         routing.output_scale = self.omega
         return routing

@@ -25,6 +25,7 @@ def sparsemixer_v2_routing(
     estimator: Estimator,
     noise: Optional[List[SamplingNoise]] = None,
     balance_group: Any = None,
+    bias: Optional[Tensor] = None,
 ) -> Routing:
     """top_k distinct experts a token of logits [S, E]; noise holds one SamplingNoise a draw, None means inference.
 
@@ -34,7 +35,7 @@ def sparsemixer_v2_routing(
     draws: List[Draw] = []
     remaining = logits
     for rank in range(top_k):
-        draws.append(draw_expert(remaining, jitter_eps, estimator, noise[rank] if noise else None))
+        draws.append(draw_expert(remaining, jitter_eps, estimator, noise[rank] if noise else None, bias))
         remaining = remaining.scatter(1, draws[-1].expert_index, float("-inf"))
     expert_index = torch.cat([draw.expert_index for draw in draws], 1)  # [S, k]
     probabilities = logits.softmax(-1)  # [S, E]
@@ -65,8 +66,9 @@ class SparseMixerV2Gate(Gate):
         top_k: int = 2,
         jitter_eps: float = 0.1,
         gradient_estimator: str = "heun3",
+        **balancing,
     ):
-        super().__init__(model_dim, num_experts)
+        super().__init__(model_dim, num_experts, **balancing)
         self.top_k = require_top_k(top_k, num_experts)
         self.jitter_eps = require_jitter(jitter_eps)
         self.estimator = get_estimator(gradient_estimator)
@@ -75,8 +77,15 @@ class SparseMixerV2Gate(Gate):
         """The noise of one forward pass over logits [S, E], fresh for each draw; None at inference."""
         return [draw_sampling_noise(logits) for _ in range(self.top_k)] if self.training else None
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_v2_routing."""
         return sparsemixer_v2_routing(
-            logits, padding_mask, self.top_k, self.jitter_eps, self.estimator, self.draw_noise(logits), self.balance_group
+            logits,
+            padding_mask,
+            self.top_k,
+            self.jitter_eps,
+            self.estimator,
+            self.draw_noise(logits),
+            self.balance_group,
+            self.selection_bias,
         )

@@ -5,7 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.gates.gate import Gate, hide_padding, require_jitter
+from fairseq_sparsemixer.gates.gate import Gate, biased, hide_padding, require_jitter
 from fairseq_sparsemixer.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.gates.registry import register_gate
 from fairseq_sparsemixer.gates.routing import Routing
@@ -16,12 +16,16 @@ def switch_routing(
     padding_mask: Optional[Tensor] = None,
     jitter: Optional[Tensor] = None,
     balance_group: Any = None,
+    bias: Optional[Tensor] = None,
 ) -> Routing:
-    """Top-1 routing of logits [S, E]; jitter [S, E], when given, multiplies the logits (exploration, in training)."""
+    """Top-1 routing of logits [S, E]; jitter [S, E], when given, multiplies the logits (exploration, in training).
+
+    bias [E], when given, is added to the logits for the choice alone.
+    """
     if jitter is not None:
         logits = logits * jitter
     probabilities = logits.softmax(-1)  # [S, E]
-    expert_index = logits.argmax(-1, keepdim=True)  # [S, 1]
+    expert_index = biased(logits, bias).argmax(-1, keepdim=True)  # [S, 1]
     return Routing(
         expert_index=expert_index,
         combine_weight=hide_padding(probabilities.gather(1, expert_index), padding_mask),
@@ -38,8 +42,8 @@ def switch_routing(
 class SwitchGate(Gate):
     """Switch's gate. `jitter_eps`: in training the logits are multiplied by noise uniform on [1 - eps, 1 + eps]."""
 
-    def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1):
-        super().__init__(model_dim, num_experts)
+    def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, **balancing):
+        super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps)
 
     def draw_noise(self, logits: Tensor) -> Optional[Tensor]:
@@ -48,6 +52,6 @@ class SwitchGate(Gate):
             return None
         return torch.empty_like(logits).uniform_(1 - self.jitter_eps, 1 + self.jitter_eps)
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See switch_routing."""
-        return switch_routing(logits, padding_mask, self.draw_noise(logits), self.balance_group)
+        return switch_routing(logits, padding_mask, self.draw_noise(logits), self.balance_group, self.selection_bias)

@@ -1,0 +1,43 @@
+"""DenseMixer: the top-k layer forward, the full router gradient backward, against a layer written out in float64."""
+
+import pytest
+import torch
+
+from fairseq_sparsemixer import build_moe_layer
+
+
+def outputs_of_all(layer, x):
+    """[S, E, M]: every expert on every token, from the weights."""
+    experts = layer.experts
+    hidden = torch.relu(torch.einsum("sm,emh->seh", x, experts.weight_in) + experts.bias_in)
+    return torch.einsum("seh,ehm->sem", hidden, experts.weight_out) + experts.bias_out
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_forward_is_the_top_k_layer_and_the_router_learns_from_every_expert(k):
+    layer = build_moe_layer("dense_st", 5, 7, 4, top_k=k).double()
+    x = torch.randn(30, 5, dtype=torch.float64)
+    upstream = torch.randn(30, 5, dtype=torch.float64)
+    output = layer(x)
+    (output * upstream).sum().backward()
+
+    weight = layer.gate.projection.weight.detach().clone().requires_grad_()
+    pi = (x @ weight.t()).softmax(-1)
+    kept = torch.zeros_like(pi)
+    for s in range(30):
+        kept[s, sorted(range(4), key=lambda e: -pi[s, e].item())[:k]] = 1
+    f = outputs_of_all(layer, x)
+    torch.testing.assert_close(output, torch.einsum("se,sem->sm", pi.detach() * kept, f))
+    (torch.einsum("se,sem->sm", pi, f.detach()) * upstream).sum().backward()  # every expert, as if all had been chosen
+    torch.testing.assert_close(layer.gate.projection.weight.grad, weight.grad)
+    grad_out = torch.einsum("se,sem,sm->em", pi.detach() * kept, torch.ones_like(f), upstream)
+    torch.testing.assert_close(layer.experts.bias_out.grad, grad_out)  # experts learn from the tokens that chose them
+
+
+def test_inference_runs_k_experts_and_gives_the_same_output():
+    layer = build_moe_layer("dense_st", 5, 7, 4, top_k=2)
+    x = torch.randn(20, 5)
+    trained = layer(x)
+    assert layer.routing.expert_index.shape == (20, 4) and layer.routing.statistics()["load"].sum() == 40
+    torch.testing.assert_close(layer.eval()(x), trained)
+    assert layer.routing.expert_index.shape == (20, 2)
