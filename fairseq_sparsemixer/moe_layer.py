@@ -20,14 +20,16 @@ class MoELayer(MOELayer):
     """A feed-forward layer of E experts behind a gate, in the place of fairscale's MOELayer.
 
     The forward is linear in tokens, and needs neither a process group nor a token count divisible by anything.
-    `routing` is the Routing of the last forward; None before the first. While `idle` is set, every token counts as
-    padding: a rank that has run out of data takes part in the collectives, and in nothing else.
+    `routing` is the Routing of the last forward; None before the first. `shared_experts`, where there are some, run on
+    every token that is not padding, and are added unweighted (DeepSeekMoE, arXiv 2401.06066, Eq. 9). While `idle` is set,
+    every token counts as padding: a rank that has run out of data takes part in the collectives, and in nothing else.
     """
 
-    def __init__(self, gate: nn.Module, experts: nn.Module):
+    def __init__(self, gate: nn.Module, experts: nn.Module, shared_experts: Optional[nn.Module] = None):
         nn.Module.__init__(self)  # fairscale's own __init__ asks for a process group
         self.gate = gate
         self.experts = experts
+        self.shared_experts = shared_experts
         self.ranks: Optional[ExpertGroup] = None  # the ranks that share the experts; see spread
         self.routing: Optional[Routing] = None
         self.idle = False
@@ -42,8 +44,8 @@ class MoELayer(MOELayer):
         """The experts that live on this rank."""
         return self.gate.num_experts // (1 if self.ranks is None else self.ranks.size)
 
-    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        """x [..., M], padding_mask [...] (True = padding) -> [..., M], zero at padding.
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Tensor:
+        """x [..., M], padding_mask [...] (True = padding), token_ids [...] if known -> [..., M], zero at padding.
 
         Raises ValueError when the shapes do not fit.
         """
@@ -57,10 +59,14 @@ class MoELayer(MOELayer):
         tokens = x.reshape(-1, model_dim)  # [S, M]
         if self.idle:
             padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
-        self.routing = self.gate(tokens, padding_mask)
+        known = {} if token_ids is None else {"token_ids": token_ids.reshape(-1)}
+        self.routing = self.gate(tokens, padding_mask, **known)
         output = self.dispatch(tokens)
         if self.routing.output_scale is not None:
             output = output * self.routing.output_scale.to(output.dtype)
+        if self.shared_experts is not None:
+            always = self.shared_experts(tokens, [tokens.size(0)])
+            output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))
         return output.reshape(x.shape)
 
     def dispatch(self, tokens: Tensor) -> Tensor:
@@ -113,12 +119,18 @@ def build_moe_layer(
     num_experts: int,
     activation: Union[str, Callable[[Tensor], Tensor]] = "relu",
     dropout: float = 0.0,
+    num_shared_experts: int = 0,
     **gate_options,
 ) -> MoELayer:
     """A layer of num_experts experts model_dim -> hidden_dim -> model_dim behind the gate `router`.
 
-    `activation` and `dropout` are the experts' (see Experts), gate_options the gate's (see build_gate).
+    `activation` and `dropout` are the experts' (see Experts), gate_options the gate's (see build_gate). The
+    num_shared_experts experts that are always on are one network of their joint width, which is the same as their sum.
     Raises ValueError, naming the option, for values that make no layer.
     """
+    if num_shared_experts < 0:
+        raise ValueError(f"--num-shared-experts {num_shared_experts} must not be negative")
     gate = build_gate(router, model_dim, num_experts, **gate_options)
-    return MoELayer(gate, Experts(num_experts, model_dim, hidden_dim, activation, dropout))
+    experts = Experts(num_experts, model_dim, hidden_dim, activation, dropout)
+    shared = Experts(1, model_dim, num_shared_experts * hidden_dim, activation, dropout) if num_shared_experts else None
+    return MoELayer(gate, experts, shared)

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from fairseq_sparsemixer import gradients
 from fairseq_sparsemixer.checkpoints.trainer import CheckpointingTrainer
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.gates import forget_loads, update_selection_biases
 from fairseq_sparsemixer.moe_layer import moe_layers, spread_experts
 from fairseq_sparsemixer.parallel import Clock, ExpertGroup, expert_parallel_size, form_expert_group
 
@@ -98,6 +99,17 @@ class MoETrainer(CheckpointingTrainer):
                     f" start again to go on from {self.cfg.checkpoint.save_dir}/checkpoint_last.pt"
                 ) from None
             raise
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """See Trainer, which calls this once after each optimizer step that was not skipped; the selection biases step too."""
+        super().set_num_updates(num_updates)
+        if self.in_train_step:
+            update_selection_biases(self.get_model())
+
+    def zero_grad(self) -> None:
+        """See Trainer: before each step, and after one that failed. Loads go with gradients."""
+        super().zero_grad()
+        forget_loads(self.get_model())
 
     def consolidate_optimizer(self) -> None:
         """See CheckpointingTrainer."""

@@ -8,7 +8,8 @@ from fairseq.criterions import CRITERION_REGISTRY
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
-from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
+from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, resolve_activation
+from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options, routers_with
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,39 @@ class MoEOptions:
     )
     gradient_estimator: Optional[str] = field(
         default=None,
-        metadata={"help": f"what a sampling router learns from: {', '.join(ESTIMATORS)} (default: the router's own)"},
+        metadata={
+            "help": f"what a sampling router learns from: {', '.join(ESTIMATORS)} (default: midpoint for sparsemixer, heun3 for"
+            " sparsemixer_v2; other routers do not sample experts, and take none)"
+        },
+    )
+    capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "in training an expert takes at most this many times its fair share of the tokens, and the rest keep the"
+            " residual alone; never at inference (default: no limit, but 1 for gshard; inf lifts it. For expert_choice: the"
+            " experts of a token on average, default 2, at inference too)"
+        },
+    )
+    moe_bias_update_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "balance by a bias on each expert's logit, in selection only, moved by this much after each update"
+            " (DeepSeek-V3: 0.001; 0: off). Goes with --moe-balance-loss-weight 0"
+        },
+    )
+    num_shared_experts: int = field(
+        default=0, metadata={"help": "experts of each MoE layer that run on every token, beside those the router chooses"}
+    )
+    expert_activation: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": f"the experts' activation: {', '.join([*ACTIVATIONS, *GATED_ACTIVATIONS])} (default: --activation-fn);"
+            " the gated ones have three weight matrices instead of two"
+        },
+    )
+    force_expert_choice: bool = field(
+        default=False,
+        metadata={"help": "let --router expert_choice route in a decoder, where its choice depends on tokens still to come"},
     )
     expert_parallel_size: Optional[int] = field(
         default=None,
@@ -68,8 +101,11 @@ class MoEOptions:
     )
 
 
-def check_options(cfg: Any) -> None:
-    """Raise ConfigurationError, naming flag, value and remedy, for options that make no model."""
+def check_options(cfg: Any, autoregressive: bool = True) -> None:
+    """Raise ConfigurationError, naming flag, value and remedy, for options that make no model.
+
+    autoregressive: whether an MoE layer is to stand in a decoder that generates token by token.
+    """
     if cfg.moe_freq < 1:
         raise ConfigurationError(f"--moe-freq {cfg.moe_freq} must be at least 1; 2 puts experts in every second layer")
     if cfg.num_experts < 1:
@@ -84,22 +120,52 @@ def check_options(cfg: Any) -> None:
         gate_class(cfg.router)
         options = router_options(cfg)
         gate_class(cfg.router)(1, cfg.num_experts, **options)  # a gate checks its own options
+        if cfg.expert_activation is not None:
+            resolve_activation(cfg.expert_activation)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
+    if cfg.num_shared_experts < 0:
+        raise ConfigurationError(f"--num-shared-experts {cfg.num_shared_experts} must not be negative; 0 means none")
+    if autoregressive and not gate_class(cfg.router).causal and not cfg.force_expert_choice:
+        raise ConfigurationError(
+            f"--router {cfg.router} lets a token's experts depend on tokens after it, which an autoregressive decoder must"
+            " not see; in transformer_moe use --moe-encoder-only, else another router, or --force-expert-choice to insist"
+        )
+
+
+FLAG_OF_OPTION = {"top_k": "moe_top_k", "bias_update_rate": "moe_bias_update_rate"}  # where a flag has a longer name
 
 
 def router_options(cfg: Any) -> Dict[str, Any]:
-    """The options of cfg.router among the flags; a flag left at None keeps the router's default.
+    """The options of cfg.router among the flags; a flag left at its default keeps the router's default.
 
-    Raises ValueError where a flag was given that this router cannot honour.
+    Raises ValueError where a flag was given that this router cannot honour, listing the routers that can.
     """
-    accepted = gate_options(cfg.router)
     if cfg.moe_top_k is not None and not 1 <= cfg.moe_top_k <= cfg.num_experts:
         raise ValueError(f"--moe-top-k {cfg.moe_top_k} must lie between 1 and --num-experts {cfg.num_experts}")
-    if cfg.moe_top_k not in (None, 1) and "top_k" not in accepted:
-        raise ValueError(f"--moe-top-k {cfg.moe_top_k} does not go with --router {cfg.router}, which gives each token one expert")
-    values = {"top_k": cfg.moe_top_k, **{f.name: getattr(cfg, f.name) for f in fields(MoEOptions)}}
-    return {name: values[name] for name in accepted if values.get(name) is not None}
+    accepted = gate_options(cfg.router)
+    defaults = {option.name: option.default for option in fields(MoEOptions)}
+    chosen = {}
+    for option in ("top_k", "jitter_eps", "gradient_estimator", "capacity_factor", "bias_update_rate"):
+        flag = FLAG_OF_OPTION.get(option, option)
+        value = getattr(cfg, flag)
+        if option in accepted:
+            if value is not None:
+                chosen[option] = value
+        elif value != defaults[flag] and not (option == "top_k" and value == gate_class(cfg.router).top_k):
+            raise ValueError(_refusal(flag, value, cfg.router, option))
+    return chosen
+
+
+def _refusal(flag: str, value: Any, router: str, option: str) -> str:
+    why = {
+        "top_k": f"which gives each token {gate_class(router).top_k}",
+        "gradient_estimator": "which does not sample experts",
+        "bias_update_rate": "whose selection takes no bias",
+        "capacity_factor": "which drops nothing",
+    }.get(option, "which has no use for it")
+    others = ", ".join(routers_with(option))
+    return f"--{flag.replace('_', '-')} {value} does not go with --router {router}, {why}; the routers that take it: {others}"
 
 
 def warn_of_plain_criterion(args: Any, router: str) -> None:

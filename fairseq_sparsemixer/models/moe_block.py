@@ -5,7 +5,7 @@ others identities. Attention, residuals, normalisation and incremental decoding 
 """
 
 from contextlib import nullcontext
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from fairseq import utils
@@ -30,15 +30,23 @@ def expert_dropout(cfg: Any) -> float:
 
 
 class _FeedForward(nn.Module):
-    """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask is left here beforehand."""
+    """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask and the ids are left here beforehand."""
 
     def __init__(self, moe: MoELayer):
         super().__init__()
         self.moe = moe
-        self.padding_mask: Optional[Tensor] = None
+        self.padding_mask: Optional[Tensor] = None  # [T, B]
+        self.token_ids: Optional[Tensor] = None  # [T, B]; see hand_down_token_ids
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.moe(x, self.padding_mask)
+        return self.moe(x, self.padding_mask, self.token_ids)
+
+
+def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
+    """Let the MoE layers among a stack's layers know the ids [B, T] of the tokens they are about to see."""
+    for layer in layers:
+        if isinstance(getattr(layer, "fc1", None), _FeedForward):
+            layer.fc1.token_ids = token_ids.t()
 
 
 class _MoEBlock:
@@ -60,8 +68,9 @@ class _MoEBlock:
                 input_dim,
                 output_dim,
                 cfg.num_experts,
-                activation=utils.get_activation_fn(str(cfg.activation_fn)),
+                activation=cfg.expert_activation or utils.get_activation_fn(str(cfg.activation_fn)),
                 dropout=expert_dropout(cfg),
+                num_shared_experts=cfg.num_shared_experts,
                 **router_options(cfg),
             )
         )
@@ -72,8 +81,11 @@ class _MoEBlock:
     def _run(self, forward: Callable, padding_mask: Optional[Tensor], *args, **kwargs):
         """fairseq's forward, with the padding mask [B, T] at hand as the layer's x [T, B, M] needs it."""
 
+        token_ids = self.fc1.token_ids
+
         def with_mask(*args, **kwargs):  # inside what is recomputed: another forward may have run before the backward
             self.fc1.padding_mask = None if padding_mask is None else padding_mask.t()
+            self.fc1.token_ids = token_ids
             return forward(*args, **kwargs)
 
         if not (self.moe_cfg.checkpoint_activations and self.training and torch.is_grad_enabled()):

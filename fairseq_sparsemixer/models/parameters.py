@@ -8,12 +8,12 @@ from fairseq_sparsemixer.moe_layer import MoELayer
 
 
 def parameter_counts(model: nn.Module) -> Tuple[int, int]:
-    """(total, active): all parameters, and those used for one token, k of E experts in each MoE layer."""
+    """(total, active): all parameters, and those used for one token: k of E experts in each MoE layer, shared ones all."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             gate = layer.gate
             experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-            idle += experts - experts * gate.top_k // gate.num_experts
+            idle += experts - round(experts * gate.experts_per_token / gate.num_experts)
     return total, total - idle

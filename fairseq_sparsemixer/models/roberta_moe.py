@@ -69,7 +69,7 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
         """See RobertaModel. Raises ConfigurationError for options that make no model."""
         with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             cls.complete(args, task)
-        check_options(args)
+        check_options(args, autoregressive=False)
         check_pruning(args)
         warn_of_plain_criterion(args, args.router)
         return cls.assemble(args, task.source_dictionary)

@@ -1,6 +1,6 @@
 """`transformer_moe`: fairseq's encoder-decoder transformer with experts in every n-th layer of both stacks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
@@ -13,18 +13,26 @@ from fairseq.models.transformer import (
     TransformerModel,
     transformer_legacy,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.architectures import fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
 from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
-from fairseq_sparsemixer.models.moe_block import MoEDecoderLayer, MoEEncoderLayer, RemembersUpdates, RoutesEveryNth
+from fairseq_sparsemixer.models.moe_block import (
+    MoEDecoderLayer,
+    MoEEncoderLayer,
+    RemembersUpdates,
+    RoutesEveryNth,
+    hand_down_token_ids,
+)
 
 
 @dataclass
 class TransformerMoEConfig(MoEOptions, TransformerConfig):
     """fairseq's TransformerConfig with the options of the experts."""
+
+    moe_encoder_only: bool = field(default=False, metadata={"help": "no experts in the decoder"})
 
 
 def wrap_for_fsdp(cfg: Any, layer: nn.Module) -> nn.Module:
@@ -40,6 +48,11 @@ class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
             return super().build_encoder_layer(cfg)
         return wrap_for_fsdp(cfg, MoEEncoderLayer(cfg, return_fc=self.return_fc))
 
+    def forward_embedding(self, src_tokens: Tensor, *args, **kwargs):
+        """See TransformerEncoderBase; the place where token ids are known."""
+        hand_down_token_ids(self.layers, src_tokens)
+        return super().forward_embedding(src_tokens, *args, **kwargs)
+
 
 class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
     """fairseq's decoder; every n-th layer has experts."""
@@ -48,6 +61,15 @@ class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
         if not self.routes_next_layer(cfg):
             return super().build_decoder_layer(cfg, no_encoder_attn)
         return wrap_for_fsdp(cfg, MoEDecoderLayer(cfg, no_encoder_attn))
+
+    def routes_next_layer(self, cfg: Any) -> bool:
+        """See RoutesEveryNth."""
+        return super().routes_next_layer(cfg) and not cfg.moe_encoder_only
+
+    def extract_features(self, prev_output_tokens: Tensor, encoder_out: Any = None, incremental_state: Any = None, **kwargs):
+        """See TransformerDecoderBase; token by token, its layers see the last one alone."""
+        hand_down_token_ids(self.layers, prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:])
+        return super().extract_features(prev_output_tokens, encoder_out, incremental_state, **kwargs)
 
 
 @register_model("transformer_moe")
@@ -64,7 +86,7 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
         """See TransformerModel. Raises ConfigurationError for options that make no model."""
         check_option_names(args, cls, base)
         cfg = TransformerMoEConfig.from_namespace(args)
-        check_options(cfg)
+        check_options(cfg, autoregressive=not cfg.moe_encoder_only)
         warn_of_plain_criterion(args, cfg.router)
         return super().build_model(cfg, task)
 
@@ -87,6 +109,15 @@ def base(args: Any) -> None:
 @register_model_architecture("transformer_moe", "transformer_moe_base")
 def base_by_name(args: Any) -> None:
     """The same under its full name."""
+    base(args)
+
+
+@register_model_architecture("transformer_moe", "transformer_moe_glam")
+def glam(args: Any) -> None:
+    """GLaM's choices (arXiv 2112.06905) in the base transformer: two experts a token, in every other layer, gated by GELU."""
+    preset = {"router": "gshard", "moe_freq": 2, "expert_activation": "geglu"}
+    for name, value in preset.items():
+        setattr(args, name, getattr(args, name, value))
     base(args)
 
 

@@ -14,7 +14,22 @@ from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_
     (dict(num_experts=0), "--num-experts 0 must be at least 1"),
     (dict(num_experts=2, router="sparsemixer_v2", moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
     (dict(num_experts=2, moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
-    (dict(moe_top_k=2), "--moe-top-k 2 does not go with --router sparsemixer, which gives each token one expert"),
+    (dict(moe_top_k=2), "--moe-top-k 2 does not go with --router sparsemixer, which gives each token 1; .*noisy_topk"),
+    (dict(router="gshard", moe_top_k=1), "--moe-top-k 1 does not go with --router gshard, which gives each token 2"),
+    (dict(router="switch", gradient_estimator="heun3"),
+     "--router switch, which does not sample.*: sparsemixer, sparsemixer_v2$"),
+    (dict(router="base", capacity_factor=1.0),
+     "--capacity-factor 1.0 does not go with --router base, which drops nothing; .*gshard"),
+    (dict(router="dense_st", capacity_factor=1.0), "--capacity-factor 1.0 does not go with --router dense_st"),
+    (dict(capacity_factor=-1.0), "--capacity-factor -1.0 must be positive"),
+    (dict(router="sinkhorn", moe_bias_update_rate=0.1), "--moe-bias-update-rate 0.1 .* whose selection takes no bias; .*switch"),
+    (dict(moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1 must not be negative"),
+    (dict(router="hash", jitter_eps=0.2), "--jitter-eps 0.2 does not go with --router hash, which has no use for it"),
+    (dict(router="gshard", num_experts=1), "--num-experts 1 must be at least 2"),
+    (dict(num_shared_experts=-1), "--num-shared-experts -1 must not be negative"),
+    (dict(expert_activation="selu"), "--expert-activation selu is unknown; choose from relu, gelu"),
+    (dict(router="expert_choice"),
+     "--router expert_choice .* decoder must not see; .* --moe-encoder-only, .*--force-expert-choice"),
     (dict(moe_freq=0), "--moe-freq 0 must be at least 1; 2 puts experts in every second layer"),
     (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must not be negative"),
     (dict(gradient_estimator="euclid"), "--gradient-estimator euclid is unknown; choose from switch, euler"),
@@ -26,15 +41,21 @@ def test_each_bad_option_is_named_with_its_value(options, message):
 
 @pytest.mark.parametrize("options", [
     dict(), dict(router="dense"), dict(num_experts=1), dict(moe_freq=1), dict(jitter_eps=0.0), dict(moe_top_k=1),
+    dict(router="gshard", moe_top_k=2), dict(router="expert_choice", force_expert_choice=True), dict(capacity_factor=1.25),
+    dict(router="dense_st", moe_bias_update_rate=0.001), dict(expert_activation="swiglu", num_shared_experts=2),
 ])  # fmt: skip
 def test_good_options_pass(options):
     check_options(MoEOptions(**options))
 
 
 def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
-    assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {"jitter_eps": 0.2}
-    assert router_options(MoEOptions(gradient_estimator="euler")) == {"jitter_eps": 0.1, "gradient_estimator": "euler"}
-    assert router_options(MoEOptions(router="sparsemixer_v2", moe_top_k=2)) == {"top_k": 2, "jitter_eps": 0.1}
+    assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {"jitter_eps": 0.2, "bias_update_rate": 0.0}
+    assert router_options(MoEOptions(gradient_estimator="euler")) == {
+        "jitter_eps": 0.1, "gradient_estimator": "euler", "bias_update_rate": 0.0
+    }  # fmt: skip
+    assert router_options(MoEOptions(router="sparsemixer_v2", moe_top_k=2)) == {
+        "top_k": 2, "jitter_eps": 0.1, "bias_update_rate": 0.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("criterion, remedy", [

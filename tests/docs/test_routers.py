@@ -1,0 +1,41 @@
+"""docs/routers.md: its example runs, its table has every router."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")
+
+
+def test_the_new_router_in_30_lines_runs_as_printed():
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    names = {}
+    try:
+        exec(code, names)
+        layer, y = names["layer"], names["y"]
+        assert y.shape == (10, 16) and layer.gate.router == "sigmoid_topk"
+        torch.testing.assert_close(layer.eval().gate(torch.randn(7, 16)).combine_weight.sum(1), torch.ones(7))
+        body = code[code.index("@register_gate") : code.index("layer = ")].strip().splitlines()
+        assert len(body) <= 30
+    finally:
+        GATES.pop("sigmoid_topk", None)
+
+
+def test_the_table_says_what_the_code_does():
+    rows = {}
+    for line in TEXT.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `") and "--router" not in cells[0]:
+            rows[cells[0].strip("`")] = cells
+    assert sorted(rows) == sorted([*GATES, DENSE])
+    for name in GATES:
+        _, _, k, _, balance, capacity, safe, estimator, _ = rows[name]
+        options = gate_options(name)
+        assert ("any" in k) == ("top_k" in options)
+        assert ("bias" in balance) == ("bias_update_rate" in options)
+        assert (capacity != "–") == ("capacity_factor" in options)
+        assert ("yes" in safe) == gate_class(name).causal
+        assert (estimator != "–") == ("gradient_estimator" in options)
