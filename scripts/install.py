@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Install the project and all it needs into .venv: what `make` and `.ci/run` call. Does nothing when it is up to date.
 
-Environment: PYTHON, the interpreter to build on (default: the one that runs this, else one on the PATH). TORCH_INDEX, a package index to take
-torch from, such as that of PyTorch's CPU builds (default: pip's own). pip's variables (PIP_INDEX_URL, ...) apply.
+Environment: PYTHON, the interpreter to build on (default: the one that runs this, else one on the PATH). TORCH_INDEX, a package
+index to take torch from, such as that of PyTorch's CPU builds (default: pip's own). pip's variables (PIP_INDEX_URL, ...) apply.
 Needs the standard library alone.
 """
 
