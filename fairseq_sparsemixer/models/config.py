@@ -115,7 +115,7 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
     if cfg.expert_dropout is not None and not 0 <= cfg.expert_dropout < 1:
         raise ConfigurationError(f"--expert-dropout {cfg.expert_dropout} must be at least 0 and less than 1")
     if getattr(cfg, "scale_fc", False):
-        raise ConfigurationError("--scale-fc normalises inside feed-forward layers that are no experts; leave it out, or use --router dense")
+        raise ConfigurationError("--scale-fc normalises inside layers that are experts here; leave it out, or use --router dense")
     try:
         gate_class(cfg.router)
         options = router_options(cfg)

@@ -100,3 +100,39 @@ def test_metrics_are_ratios_of_sums():
 def test_a_negative_weight_is_refused(masked_lm_task):
     with pytest.raises(ConfigurationError, match="--rtd-weight -1"):
         criterion_of(masked_lm_task, rtd_weight=-1)
+
+
+def alternating(task, sentences, length=12):
+    """A language of ten words: each even word is one of five, and each odd word one of the others; 15 % of the words masked."""
+    tokens = task.dictionary.nspecial + torch.randint(5, (sentences, length)) + 5 * (torch.arange(length) % 2)
+    masked = torch.rand(tokens.shape) < 0.15
+    target = tokens.masked_fill(~masked, task.dictionary.pad())
+    return tokens, {"net_input": {"src_tokens": tokens.masked_fill(masked, task.mask_idx)}, "target": target}
+
+
+def learn(model, parameters, task, steps=150):
+    criterion, optimizer = criterion_of(task), torch.optim.Adam(parameters, lr=1e-3)
+    model.train()
+    for _ in range(steps):
+        loss, tokens, _ = criterion(model, alternating(task, 32)[1])
+        optimizer.zero_grad()
+        (loss / tokens).backward()
+        optimizer.step()
+    model.eval()
+
+
+def test_the_generator_learns_what_a_masked_word_may_be(model, masked_lm_task):
+    learn(model, model.generator.parameters(), masked_lm_task)
+    log = criterion_of(masked_lm_task)(model, alternating(masked_lm_task, 100)[1])[2]
+    bits = log["mlm_loss"].item() / log["masked"] / math.log(2)
+    assert math.log2(5) - 0.05 < bits < math.log2(5) + 0.3  # five words are possible, of twenty
+
+
+def test_the_discriminator_learns_which_words_do_not_belong(model, masked_lm_task):
+    learn(model, model.encoder.parameters(), masked_lm_task)  # the generator stays untrained, and uses all words
+    tokens, _ = alternating(masked_lm_task, 100)
+    tokens[:, 5] += 10
+    scores, _ = model(tokens)
+    wrong, right = scores[:, 5], torch.cat([scores[:, :5], scores[:, 6:]], 1)
+    assert (wrong > 0).float().mean() > 0.95
+    assert (right > 0).float().mean() < 0.05

@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
@@ -26,7 +27,8 @@ def flags_of(architecture, **flags):
     args = Namespace(**{"dropout": 0.0, "attention_dropout": 0.0, **flags})
     architecture(args)
     cfg = TransformerLanguageModelMoEConfig.from_namespace(args)
-    cfg.criterion, cfg.tokens_per_sample, cfg.max_target_positions = None, 32, 32
+    cfg.criterion = flags.get("criterion")
+    cfg.tokens_per_sample = cfg.max_target_positions = 32
     return cfg
 
 
@@ -141,8 +143,44 @@ def test_bad_options_end_in_one_sentence(task, flags, named):
         build(task, **flags)
 
 
+def test_training_with_the_plain_criterion_is_warned_of(task, caplog):
+    build(task, criterion="cross_entropy")
+    assert "use --criterion moe_cross_entropy" in caplog.text
+
+
 def test_the_adaptive_loss_says_what_it_needs(task, dictionary):
     with pytest.raises(ConfigurationError, match="--criterion moe_cross_entropy"):
         adaptive_criterion(task)(build(task), batch_of(dictionary, 3))
     with pytest.raises(ConfigurationError, match="--ddp-backend legacy_ddp"):
         adaptive_criterion(task, ddp_backend="pytorch_ddp")
+
+
+def unigram_bits(folder):
+    """Bits a token of `valid` under the relative frequencies of `train` (add-one): what counting words alone can do."""
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+
+    def words(split):
+        text = (folder.parent / f"{split}.txt").read_text(encoding="utf-8").replace("\n", " </s> ")
+        return dictionary.encode_line(text, add_if_not_exist=False, append_eos=False).long()
+
+    counts = torch.bincount(words("train"), minlength=len(dictionary)) + 1
+    return -(counts / counts.sum()).log2()[words("valid")].mean().item()
+
+
+def test_training_beats_word_counts_and_evaluation_agrees(run_fairseq, wikitext, tmp_path):
+    run_fairseq(
+        "train", wikitext, "--task", "language_modeling", "--arch", "transformer_lm_moe_tiny", "--num-experts", 4,
+        "--router", "sparsemixer", "--criterion", "moe_cross_entropy", "--share-decoder-input-output-embed",
+        "--tokens-per-sample", 64, "--max-tokens", 1024, "--optimizer", "adam", "--lr", 0.01, "--clip-norm", 1.0,
+        "--max-update", 200, "--save-dir", tmp_path, "--no-epoch-checkpoints", "--log-format", "json", "--seed", 1,
+    )  # fmt: skip
+    from fairseq import checkpoint_utils
+
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
+    evaluate = ["eval_lm", wikitext, "--path", tmp_path / "checkpoint_last.pt", "--gen-subset", "valid", "--max-tokens", 1024]
+    by_block = run_fairseq(*evaluate, "--tokens-per-sample", 64)["loss"].item()
+    in_context = run_fairseq(*evaluate, "--tokens-per-sample", 64, "--context-window", 32)["loss"].item()
+    counted = unigram_bits(wikitext)
+    assert by_block < counted - 0.5
+    assert by_block == pytest.approx(state["extra_state"]["val_loss"], abs=0.01)  # which is rounded
+    assert in_context == pytest.approx(by_block, abs=0.05)  # so small a model makes little of context
