@@ -1,5 +1,7 @@
 """GLUE's files: what is read, what is written, what is refused with file and line; fine-tuning on a small separable task."""
 
+import json
+import random
 
 import pytest
 from fairseq.data import Dictionary, data_utils
@@ -120,3 +122,48 @@ def test_wrong_files_are_refused(raw, dict_file, tmp_path):
     (folder / "dev.tsv").unlink()
     with pytest.raises(ConfigurationError, match="dev.tsv is missing"):
         main(["glue", "RTE", *command, "--dict", str(dict_file)])
+
+
+def separable(folder, count, seed):
+    """SST-2 in small: sentences of ten words, of which w0 to w4 speak for label 0, and w5 to w9 for label 1."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        label = draw.randrange(2)
+        words = draw.sample(range(10, 20), 7) + draw.sample(range(5 * label, 5 * label + 5), 3)
+        draw.shuffle(words)
+        lines.append(" ".join(f"w{word}" for word in words) + f"\t{label}")
+    write(folder, "sentence\tlabel", *lines)
+
+
+@pytest.mark.parametrize("arch", ["electra_moe_tiny", "roberta_moe_tiny"])
+def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq, dict_file, tmp_path, caplog, monkeypatch):
+    from fairseq import checkpoint_utils
+
+    separable(tmp_path / "raw" / "train.tsv", 256, seed=1)
+    separable(tmp_path / "raw" / "dev.tsv", 128, seed=2)
+    main(["glue", "SST-2", "--raw-dir", str(tmp_path / "raw"), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")])
+    model = ["--arch", arch, "--num-experts", 4, "--optimizer", "adam", "--log-format", "none", "--no-epoch-checkpoints"]
+    criterion = "electra" if arch.startswith("electra") else "moe_masked_lm"
+    run_fairseq(
+        "train", tmp_path / "bin" / "input0", "--task", "masked_lm", "--criterion", criterion, *model, "--lr", 1e-3,
+        "--tokens-per-sample", 32, "--batch-size", 32, "--max-update", 5, "--save-dir", tmp_path / "pretrained",
+    )  # fmt: skip
+    run_fairseq(
+        "train", tmp_path / "bin", "--task", "sentence_prediction", "--criterion", "moe_sentence_prediction", *model,
+        "--finetune-from-model", tmp_path / "pretrained" / "checkpoint_last.pt", "--expert-dropout", 0.3, "--lr", 2e-3,
+        "--batch-size", 32, "--max-epoch", 6, "--max-positions", 32, "--init-token", 0, "--separator-token", 2,
+        "--num-classes", 2, *glue.MATTHEWS.split(), "--save-dir", tmp_path / "tuned",
+    )  # fmt: skip
+    best = tmp_path / "tuned" / "checkpoint_best.pt"
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(best))
+    assert state["extra_state"]["best"] > 70  # Matthews in %; chance is 0
+    assert not any(name.startswith("generator") for name in state["model"])
+    monkeypatch.setattr("fairseq_cli.validate.reset_logging", lambda: None)  # it would leave its handlers to other tests
+    with caplog.at_level("INFO"):
+        run_fairseq(
+            "validate", tmp_path / "bin", "--task", "sentence_prediction", "--criterion", "moe_sentence_prediction",
+            "--path", best, "--batch-size", 32, "--log-format", "json",
+        )  # fmt: skip
+    logged = [json.loads(record.message) for record in caplog.records if record.name == "valid"][-1]
+    assert float(logged["valid_mcc"]) == state["extra_state"]["best"]

@@ -19,6 +19,7 @@ from fairseq_sparsemixer.experts import Experts
 from fairseq_sparsemixer.gates import DENSE
 from fairseq_sparsemixer.models.architectures import fill, fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import RemembersUpdates
 from fairseq_sparsemixer.models.transformer_moe import MoEEncoder, TransformerMoEConfig
@@ -67,6 +68,7 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "RobertaMoEModel":
         """See RobertaModel. Raises ConfigurationError for options that make no model."""
+        check_option_names(args, cls, base)
         with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             cls.complete(args, task)
         check_options(args, autoregressive=False)

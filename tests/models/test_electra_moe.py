@@ -4,6 +4,8 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.models import build_model
+from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -110,3 +112,10 @@ def test_a_classification_head_takes_the_pretrained_discriminator_and_drops_the_
 def test_a_generator_size_that_makes_no_model_ends_in_one_sentence(build, size):
     with pytest.raises(ConfigurationError, match=f"--generator-size {size}"):
         build(encoder_embed_dim=66, encoder_attention_heads=6, generator_size=size)
+
+
+def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
+    model = build_model(OmegaConf.create({"_name": "electra_moe_tiny", "num_experts": 2}), masked_lm_task)
+    assert [layer.gate.num_experts for _, layer in moe_layers(model)] == [2]
+    with pytest.raises(ConfigurationError, match="did you mean num_experts"):
+        build_model(OmegaConf.create({"_name": "electra_moe_tiny", "num_expert": 2}), masked_lm_task)

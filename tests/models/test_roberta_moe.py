@@ -4,7 +4,9 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.models import build_model
 from fairseq.models.roberta.model import RobertaModel
+from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -78,3 +80,10 @@ def test_another_maximal_length_in_the_checkpoint_ends_in_one_sentence(masked_lm
 def test_training_with_the_plain_criterion_is_warned_of(masked_lm_task, caplog):
     build(masked_lm_task, criterion="masked_lm")
     assert "use --criterion moe_masked_lm" in caplog.text
+
+
+def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
+    model = build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_experts": 2}), masked_lm_task)
+    assert [layer.gate.num_experts for _, layer in moe_layers(model)] == [2]
+    with pytest.raises(ConfigurationError, match="did you mean num_experts"):
+        build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_expert": 2}), masked_lm_task)
