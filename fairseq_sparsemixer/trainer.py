@@ -44,6 +44,7 @@ class MoETrainer(CheckpointingTrainer):
             self.ranks = share_out_experts(cfg, model, timeout)
             set_balance_scope(cfg, model, timeout)
             keep_one_state_a_parameter(cfg)
+            refuse_writing_in_place(cfg)
         self.sharded = self.ranks is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         super().__init__(cfg, task, model, criterion, quantizer)
@@ -185,6 +186,7 @@ def refuse_incompatible(cfg: Any, size: int) -> None:
     if cfg.optimization.use_bmuf:
         raise ConfigurationError(f"--use-bmuf averages models over ranks, and experts differ by rank; {remedy}")
     refuse_unequal_forwards(cfg, remedy)
+    refuse_unshareable_state(cfg, remedy)
 
 
 def refuse_unequal_forwards(cfg: Any, remedy: str) -> None:
@@ -200,6 +202,24 @@ def refuse_unequal_forwards(cfg: Any, remedy: str) -> None:
             "--eval-bleu generates as many words on each rank as its own sentences need, while the others wait in a layer;"
             f" score checkpoints with fairseq-generate, or {remedy}"
         )
+
+
+def refuse_unshareable_state(cfg: Any, remedy: str) -> None:
+    """Raise ConfigurationError for optimizers that mix the numbers of a tensor, of which a rank has a part."""
+    optimizer = getattr(cfg.optimizer, "_name", None)
+    if optimizer in ("adafactor", "lamb", "composite"):
+        raise ConfigurationError(
+            f"--optimizer {optimizer} updates a tensor by statistics of all of it, and a rank has a part of the experts' tensors;"
+            f" use adam, or {remedy}"
+        )
+    if getattr(cfg.optimizer, "fp16_adam_stats", False):
+        raise ConfigurationError(f"--fp16-adam-stats scales its state by rank, and cannot be gathered; leave it out, or {remedy}")
+
+
+def refuse_writing_in_place(cfg: Any) -> None:
+    """Raise ConfigurationError for fairseq's asynchronous writer, which a kill leaves with half a checkpoint."""
+    if cfg.checkpoint.write_checkpoints_asynchronously:
+        raise ConfigurationError("--write-checkpoints-asynchronously leaves half a file when the run is killed; leave it out")
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:

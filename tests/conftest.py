@@ -227,3 +227,11 @@ def train(command_line, translation_data, tmp_path, caplog):
         return logs
 
     return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Binarised translation data of random words, for runs of fairseq's own commands (see runs.py)."""
+    import runs
+
+    return runs.make_corpus(tmp_path_factory.mktemp("corpus"))

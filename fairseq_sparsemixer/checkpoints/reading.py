@@ -15,7 +15,7 @@ from fairseq_sparsemixer.checkpoints.layout import layout_of
 from fairseq_sparsemixer.errors import ConfigurationError
 
 load = torch.load
-REFUSED = re.compile(r"(?:global: GLOBAL|unrecognized function|create new object for) (\S+)")  # in torch's words
+REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # in torch's words
 
 
 def allow_fairseq_checkpoints() -> None:

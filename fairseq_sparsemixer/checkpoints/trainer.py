@@ -89,8 +89,6 @@ class CheckpointingTrainer(Trainer):
 
         Raises ConfigurationError for a file that is missing or of another layout.
         """
-        if not self.has_experts:
-            return super().load_checkpoint(filename, *args, **kwargs)
         with open_dict(self.cfg):
             # fairseq would send rank 0's copy around, as a pickle that torch's weights_only refuses at the other end
             self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True

@@ -14,6 +14,8 @@ COMMANDS = {  # by name, the module
     "inspect": "inspect",
     "launch": "launch",
     "plot": "plot",
+    "reshard": "reshard",
+    "upcycle": "upcycle",
 }
 
 

@@ -4,9 +4,9 @@ from typing import Any, Dict, Optional
 
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.checkpoints.layout import EXPERTS
 from fairseq_sparsemixer.experts import Experts
 
-EXPERT_PREFIX = ".experts."
 GATE_PREFIX = ".moe.gate."
 
 
@@ -15,10 +15,10 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
 
     Raises SystemExit and nothing below it: fairseq's trainer turns every Exception here into advice about architectures.
     """
-    expected = {name: value for name, value in model.state_dict().items() if EXPERT_PREFIX in name}
-    found = {name: value for name, value in state_dict.items() if EXPERT_PREFIX in name}
+    expected = {name: value for name, value in model.state_dict().items() if EXPERTS in name}
+    found = {name: value for name, value in state_dict.items() if EXPERTS in name}
     for name in sorted(set(expected) ^ set(found)):
-        layer, holder, other = name.split(EXPERT_PREFIX)[0], "checkpoint", "flags"
+        layer, holder, other = name.split(EXPERTS)[0], "checkpoint", "flags"
         if name in expected:
             holder, other = other, holder
         raise SystemExit(
@@ -28,8 +28,8 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     _check_gates(model.state_dict(), state_dict)
     for name, value in expected.items():
-        layer = name.split(EXPERT_PREFIX)[0]
-        whole, own, rows = layers[layer + EXPERT_PREFIX[:-1]].num_experts, value.size(0), found[name].size(0)
+        layer = name.split(EXPERTS)[0]
+        whole, own, rows = layers[layer + EXPERTS[:-1]].num_experts, value.size(0), found[name].size(0)
         if rows not in (whole, own):  # a rank takes its own experts out of all, or is given them alone
             raise SystemExit(
                 f"fairseq-sparsemixer: --num-experts {whole} does not match the checkpoint, which has {rows} experts in {layer}"

@@ -1,0 +1,109 @@
+"""What `fairseq-sparsemixer reshard` holds in memory: a made-up checkpoint is converted by processes that watch themselves.
+
+Prints a line a conversion: the size of the checkpoint, and the peaks of what the process owns (RssAnon) and of all pages it
+has mapped (RssFile; files that the system may drop from memory at any time). Linux only.
+
+example:
+  python benchmarks/reshard_memory.py --layers 8 --json reshard_memory.json
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Dict
+
+import torch
+
+from fairseq_sparsemixer.checkpoints.resharding import reshard
+
+STEPS = (
+    ("portable -> 4 files", "whole", "four", 4),
+    ("4 files -> 2 files", "four", "two", 2),
+    ("2 files -> portable", "two", "back", 1),
+)
+
+
+def make_checkpoint(path: Path, layers: int, experts: int, model_dim: int) -> None:
+    """Layers of experts model_dim -> 4 model_dim, with two moments each as Adam keeps them."""
+    model, moments = {}, {}
+    for index in range(layers):
+        model[f"layers.{index}.experts.weight_in"] = torch.randn(experts, model_dim, 4 * model_dim)
+        moments[index] = {"exp_avg": torch.randn(experts, model_dim, 4 * model_dim)}
+        moments[index]["exp_avg_sq"] = moments[index]["exp_avg"].square()
+    torch.save(
+        {
+            "model": model,
+            "last_optimizer_state": {"state": moments, "param_groups": []},
+            "expert_parallel": {"size": 1, "index": 0, "save": None, "optimizer": list(moments)},
+        },
+        path,
+    )
+
+
+def resident() -> Dict[str, int]:
+    """RssAnon and RssFile of this process now, in bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+def convert(source: Path, target: Path, size: int, pipe) -> None:
+    """One conversion, and the peaks above what the process held before."""
+    before, peak, done = resident(), resident(), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            now = resident()
+            peak.update({name: max(peak[name], now[name]) for name in peak})
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    reshard(str(source), str(target), size)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    pipe.send({"seconds": seconds, **{name: peak[name] - before[name] for name in peak}})
+
+
+def main() -> None:
+    """Parse the command line, convert there and back, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--model-dim", type=int, default=256)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    table = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        maker = multiprocessing.Process(
+            target=make_checkpoint, args=(folder / "whole.pt", options.layers, options.num_experts, options.model_dim)
+        )
+        maker.start()
+        maker.join()
+        size = (folder / "whole.pt").stat().st_size
+        tensor = options.num_experts * 4 * options.model_dim**2 * 4
+        print(f"checkpoint {size / 2**20:,.0f} MiB, largest tensor {tensor / 2**20:,.0f} MiB")
+        for title, source, target, files in STEPS:
+            ours, theirs = multiprocessing.Pipe()
+            arguments = (folder / f"{source}.pt", folder / f"{target}.pt", files, theirs)
+            process = multiprocessing.Process(target=convert, args=arguments)
+            process.start()
+            figures = ours.recv()
+            process.join()
+            table.append({"conversion": title, "checkpoint": size, "largest_tensor": tensor, **figures})
+            print(
+                f"{title:22} owned {figures['RssAnon'] / 2**20:8,.1f} MiB   mapped {figures['RssFile'] / 2**20:8,.1f} MiB"
+                f"   {figures['seconds']:.1f} s"
+            )
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Turn a dense transformer checkpoint of fairseq into one with experts (sparse upcycling, arXiv 2212.05055).
+
+Every expert is a copy of the dense feed-forward layer, and the new model computes what the dense one did, unless --noise
+tells the experts apart. OUT is ready for fairseq-generate, and for training with --finetune-from-model.
+
+example:
+  fairseq-sparsemixer upcycle dense.pt moe.pt --num-experts 8 --router sparsemixer
+  fairseq-train DATA --user-dir "$(fairseq-sparsemixer user-dir)" --finetune-from-model moe.pt \\
+      --arch transformer_moe --num-experts 8 --router sparsemixer ...
+"""
+
+import argparse
+from dataclasses import fields
+from importlib.util import find_spec
+
+from fairseq_sparsemixer.cli.json_file import write_json
+
+HELP = "turn a dense checkpoint into one with experts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """DENSE OUT, the flags of a model with experts, and the noise."""
+    parser.add_argument("source", metavar="DENSE", help="a checkpoint of fairseq's transformer, or of --router dense")
+    parser.add_argument("target", metavar="OUT", help="the checkpoint to write")
+    parser.add_argument(
+        "--noise", type=float, default=0.0, metavar="STD", help="added to each expert's weights, relative to their own deviation"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the noise and the router")
+    if find_spec("fairseq") is not None:  # without it the other commands still work
+        from fairseq.dataclass import FairseqDataclass
+        from fairseq.dataclass.utils import gen_parser_from_dataclass
+
+        from fairseq_sparsemixer.models.config import MoEOptions
+
+        gen_parser_from_dataclass(parser, type("MoEFlags", (MoEOptions, FairseqDataclass), {})())
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write OUT, and say how it differs from DENSE."""
+    from fairseq_sparsemixer.checkpoints.reading import read_checkpoint
+    from fairseq_sparsemixer.checkpoints.upcycling import upcycle
+    from fairseq_sparsemixer.checkpoints.writing import save_atomically
+    from fairseq_sparsemixer.models.config import MoEOptions
+
+    moe = MoEOptions(**{option.name: getattr(options, option.name) for option in fields(MoEOptions)})
+    dense = read_checkpoint(options.source)
+    sparse = upcycle(dense, moe, options.noise, options.seed)
+    save_atomically(sparse, options.target)
+    counts = [sum(value.numel() for value in state["model"].values()) for state in (dense, sparse)]
+    layers = sum(name.endswith(".experts.weight_in") for name in sparse["model"])
+    print(f"{layers} layers of {moe.num_experts} experts, {counts[0]:,} -> {counts[1]:,} numbers: {options.target}")
+    if options.json:
+        write_json(options.json, {"layers": layers, "num_experts": moe.num_experts, "dense": counts[0], "sparse": counts[1]})

@@ -1,0 +1,81 @@
+"""Sets of files by rank: of one save, finished after a kill, or refused."""
+
+from pathlib import Path
+from typing import List
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.checkpoints import read_checkpoint, shards
+from fairseq_sparsemixer.checkpoints.writing import STAGED
+from fairseq_sparsemixer.errors import ConfigurationError
+
+
+def write(path: Path, index: int, save: int, size: int = 2) -> None:
+    """A file of rank `index`, whose save number is its number of updates as well."""
+    state = {
+        "model": {"layer.experts.weight_in": torch.full((2, 3), float(save))},
+        "optimizer_history": [{"num_updates": save}],
+        "expert_parallel": {"size": size, "index": index, "save": save, "optimizer": []},
+    }
+    torch.save(state, path)
+
+
+def saves(folder: Path) -> List[int]:
+    return [state["expert_parallel"]["save"] for state in shards.read_set(str(folder / "checkpoint_last.pt"))]
+
+
+def mend(folder: Path) -> None:
+    shards.mend(str(folder / "checkpoint_last.pt"), size=2)
+
+
+LEFT = ["checkpoint_last-rank-1.pt" + STAGED, "checkpoint_1_2-rank-1.pt" + STAGED, "checkpoint_1_2-rank-1.pt"]
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_set_half_replaced_is_finished_with_what_the_other_rank_had_written(tmp_path, left):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    write(tmp_path / left, 1, save=2)
+    mend(tmp_path)
+    assert saves(tmp_path) == [2, 2]
+
+
+def test_a_first_set_half_named_is_finished(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=1)
+    mend(tmp_path)
+    assert saves(tmp_path) == [1, 1]
+
+
+def test_a_whole_set_stays_when_the_next_one_was_not_finished(tmp_path):
+    for index in range(2):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
+    write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=2)
+    mend(tmp_path)
+    assert saves(tmp_path) == [1, 1]
+
+
+def test_files_of_different_saves_are_refused(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    sentence = r"of different saves \(checkpoint_last-rank-0.pt at update 2, checkpoint_last-rank-1.pt at update 1\)"
+    for use in (saves, mend):
+        with pytest.raises(ConfigurationError, match=sentence):
+            use(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=1)
+    with pytest.raises(ConfigurationError, match="checkpoint_last-rank-1.pt is missing"):
+        mend(tmp_path)
+    with pytest.raises(ConfigurationError, match="checkpoint_last-rank-1.pt does not exist"):
+        saves(tmp_path)
+
+
+def test_another_number_of_ranks_is_told_how_to_convert(tmp_path):
+    for index in range(4):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1, size=4)
+    with pytest.raises(ConfigurationError, match="over 4 ranks, and .* reshard IN OUT --expert-parallel-size 2"):
+        mend(tmp_path)
+    assert read_checkpoint(str(tmp_path / "checkpoint_last-rank-3.pt"))["expert_parallel"]["index"] == 3

@@ -1,0 +1,135 @@
+"""`fairseq-sparsemixer reshard`: any layout to any other, bit by bit, optimizer state included."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import runs
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fairseq_sparsemixer.checkpoints import read_checkpoint
+from fairseq_sparsemixer.checkpoints.resharding import reshard
+from fairseq_sparsemixer.cli import main
+
+E, M = 8, 3
+
+
+def made_up(dtype: torch.dtype = torch.float32) -> Dict[str, Any]:
+    """A portable checkpoint: two layers with experts, other weights, an averaged copy, Adam's state for all."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def weights():
+        return {
+            "embed": random(5, M),
+            "encoder.layers.0.fc1.moe.experts.weight_in": random(E, M, 4),
+            "encoder.layers.0.fc1.moe.experts.bias_in": random(E, 4),
+            "encoder.layers.0.fc1.moe.gate.projection.weight": random(E, M),
+            "decoder.layers.0.fc1.moe.experts.weight_in": random(E, M, 4),
+        }
+
+    model = weights()
+    model["tied"] = model["embed"]
+    shapes = [weight.shape for weight in weights().values()]
+    moments = {i: {"step": 7, "exp_avg": random(*s), "exp_avg_sq": random(*s)} for i, s in enumerate(shapes)}
+    return {
+        "model": model,
+        "cfg": {"model": {"arch": "transformer_moe"}},
+        "extra_state": {"ema": weights(), "ema_fp32_params": weights(), "val_loss": 3.5},
+        "optimizer_history": [{"num_updates": 7}],
+        "last_optimizer_state": {"state": moments, "param_groups": [{"lr": 0.1, "params": list(moments)}]},
+        "expert_parallel": {"size": 1, "index": 0, "save": None, "optimizer": [1, 2, 4]},
+    }
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    """Every tensor bit by bit, everything else equal."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_identical(one[key], other[key])
+    elif torch.is_tensor(one):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_way_through_any_layouts_and_back_changes_no_bit(tmp_path_factory, sizes: List[int], dtype: torch.dtype):
+    folder = tmp_path_factory.mktemp("layouts")
+    torch.save(made_up(dtype), folder / "0.pt")
+    for step, size in enumerate([*sizes, 1]):
+        reshard(str(folder / f"{step}.pt"), str(folder / f"{step + 1}.pt"), size)
+    assert_identical(read_checkpoint(str(folder / "0.pt")), read_checkpoint(str(folder / f"{len(sizes) + 1}.pt")))
+
+
+def test_each_file_has_its_rows_of_experts_and_all_of_the_rest(tmp_path):
+    whole = made_up()
+    torch.save(whole, tmp_path / "whole.pt")
+    reshard(str(tmp_path / "whole.pt"), str(tmp_path / "parts.pt"), 4)
+    for index in range(4):
+        part = read_checkpoint(str(tmp_path / f"parts-rank-{index}.pt"))
+        rows = slice(2 * index, 2 * index + 2)
+        for name, value in whole["model"].items():
+            expected = value[rows] if ".experts." in name else value
+            assert torch.equal(part["model"][name], expected)
+        for i, state in whole["last_optimizer_state"]["state"].items():
+            expected = state["exp_avg"][rows] if i in (1, 2, 4) else state["exp_avg"]
+            assert torch.equal(part["last_optimizer_state"]["state"][i]["exp_avg"], expected)
+        assert part["expert_parallel"]["size"] == 4 and part["expert_parallel"]["index"] == index
+
+
+def test_a_file_by_rank_is_no_larger_than_what_it_holds(tmp_path):
+    whole = made_up()
+    whole["model"] = {"layer.experts.weight_in": torch.randn(E, 100, 100)}
+    for key in ("extra_state", "last_optimizer_state"):
+        whole[key] = {}
+    torch.save(whole, tmp_path / "whole.pt")
+    reshard(str(tmp_path / "whole.pt"), str(tmp_path / "parts.pt"), 8)
+    assert (tmp_path / "parts-rank-7.pt").stat().st_size < 1.2 * 100 * 100 * 4
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".pt")] == []
+
+
+def test_the_command_converts_what_training_wrote_for_generation(corpus, tmp_path, capsys):
+    runs.train(corpus, tmp_path / "run", updates=1)
+    trained = tmp_path / "run" / "checkpoint_last.pt"
+    assert main(["reshard", str(trained), str(tmp_path / "two.pt"), "--expert-parallel-size", "2"]) == 0
+    figures = tmp_path / "figures.json"
+    assert main(["reshard", str(tmp_path / "two.pt"), str(tmp_path / "one.pt"), "--portable", "--json", str(figures)]) == 0
+    assert "2 -> 1 files, 4 experts" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["optimizer_state"] is True
+    assert_identical(read_checkpoint(str(trained)), read_checkpoint(str(tmp_path / "one.pt")))
+    hypotheses = [runs.generate(corpus, path, tmp_path / name) for path, name in ((trained, "a"), (tmp_path / "one.pt", "b"))]
+    assert hypotheses[0] == hypotheses[1]
+
+
+@pytest.mark.parametrize(
+    "size, change, sentence",
+    [
+        (3, {}, "--expert-parallel-size 3 does not divide the 8 experts"),
+        (0, {}, "--expert-parallel-size 0 does not divide"),
+        (2, {"model": {"embed": torch.ones(2)}}, "has no experts"),
+        (2, {"expert_parallel": None}, "does not say which optimizer state belongs to experts"),
+        (2, {"expert_parallel": {"size": 2}}, "is one of 2 files; name the checkpoint without its -rank-N"),
+    ],
+)
+def test_what_cannot_be_converted_gets_one_sentence(tmp_path, size, change, sentence):
+    torch.save({**made_up(), **change}, tmp_path / "in.pt")
+    with pytest.raises(SystemExit, match=sentence) as error:
+        main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--expert-parallel-size", str(size)])
+    assert error.value.code and not list(Path(tmp_path).glob("out*"))
+
+
+def test_a_missing_and_an_overwritten_file_are_named(tmp_path):
+    with pytest.raises(SystemExit, match="gone.pt does not exist, nor does .*gone-rank-0.pt"):
+        main(["reshard", str(tmp_path / "gone.pt"), str(tmp_path / "out.pt"), "--portable"])
+    torch.save(made_up(), tmp_path / "in.pt")
+    with pytest.raises(SystemExit, match="in.pt would be overwritten"):
+        main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "in.pt"), "--portable"])

@@ -1,0 +1,139 @@
+"""`fairseq-sparsemixer upcycle`: a dense checkpoint with experts in it, which computes what the dense one does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from fairseq_sparsemixer.checkpoints import read_checkpoint
+from fairseq_sparsemixer.checkpoints.upcycling import _require_fit, _with_experts, indifferent_gate, upcycle
+from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.gates import Gate, Routing, register_gate
+from fairseq_sparsemixer.gates.registry import GATES
+from fairseq_sparsemixer.models.config import MoEOptions
+
+ROUTERS = {  # and the multiplier of the sum of k equal experts, by the papers' formulas
+    "switch": (["--router", "switch"], 1 / 4),
+    "sparsemixer": (["--router", "sparsemixer"], 1 / 4),
+    "sparsemixer_v2": (["--router", "sparsemixer_v2"], 1 / 4 + 1 / 3),
+    "gshard": (["--router", "gshard"], 1.0),
+    "hash": (["--router", "hash"], 1.0),
+    "dense_st": (["--router", "dense_st", "--moe-top-k", "2"], 2 / 4),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(corpus, tmp_path_factory) -> Path:
+    """A checkpoint of fairseq's own transformer, with an averaged copy."""
+    folder = tmp_path_factory.mktemp("dense")
+    flags = ("--arch", "transformer_tiny", "--criterion", "cross_entropy", "--store-ema", "--ema-fp32")
+    runs.train(corpus, folder, *flags, updates=2, moe=False)
+    return folder / "checkpoint_last.pt"
+
+
+def logits(checkpoint: Path, sample) -> torch.Tensor:
+    from fairseq import checkpoint_utils
+
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    return model.eval()(**sample["net_input"])[0]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_first_forward_equals_the_dense_model(router, dense, tmp_path, translation_batch, capsys):
+    flags, multiplier = ROUTERS[router]
+    out, figures = tmp_path / "moe.pt", tmp_path / "figures.json"
+    assert main(["upcycle", str(dense), str(out), "--num-experts", "4", "--moe-freq", "1", *flags, "--json", str(figures)]) == 0
+    assert "3 layers of 4 experts" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["layers"] == 3
+    sample = translation_batch(3, 7, 5)
+    real = sample["net_input"]["prev_output_tokens"].ne(1)  # at padding, a layer of experts gives zero
+    torch.testing.assert_close(logits(out, sample)[real], logits(dense, sample)[real], rtol=1e-5, atol=1e-5)
+    found = indifferent_gate(16, MoEOptions(router=router, num_experts=4, moe_top_k=2 if "--moe-top-k" in flags else None))
+    assert found.multiplier == pytest.approx(multiplier, rel=1e-5)
+
+
+def test_generation_and_training_take_it_as_it_is(corpus, dense, tmp_path):
+    out = tmp_path / "moe.pt"
+    main(["upcycle", str(dense), str(out), "--num-experts", "4", "--moe-freq", "1", "--router", "switch"])
+    found, expected = ([line.split("\t") for line in runs.generate(corpus, path, tmp_path / path.stem)] for path in (out, dense))
+    assert [(number, words) for number, _, words in found] == [(number, words) for number, _, words in expected]
+    assert [float(score) for _, score, _ in found] == pytest.approx([float(score) for _, score, _ in expected], rel=1e-5)
+    losses = runs.train(corpus, tmp_path / "run", "--finetune-from-model", out, updates=2)
+    assert len(losses) == 2
+
+
+def test_noise_tells_the_experts_apart_and_the_seed_repeats_it(dense, tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        out = tmp_path / f"{len(weights)}.pt"
+        main(["upcycle", str(dense), str(out), "--num-experts", "4", "--noise", "0.1", "--seed", str(seed)])
+        weights.append(read_checkpoint(str(out))["model"]["encoder.layers.0.fc1.moe.experts.weight_in"].clone())
+    original = read_checkpoint(str(dense))["model"]["encoder.layers.0.fc1.weight"].t()
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert ((weights[0] - original).std() / original.std()).item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_averaged_copies_get_experts_too(dense, tmp_path):
+    main(["upcycle", str(dense), str(tmp_path / "moe.pt"), "--num-experts", "4"])
+    state = read_checkpoint(str(tmp_path / "moe.pt"))
+    assert state["model"].keys() == state["extra_state"]["ema"].keys() == state["extra_state"]["ema_fp32_params"].keys()
+    assert "last_optimizer_state" not in state
+
+
+def test_an_arg_max_router_spreads_tokens_from_the_start(dense, tmp_path):
+    gate = indifferent_gate(16, MoEOptions(router="switch", num_experts=4)).gate
+    chosen = gate(torch.randn(200, 16)).expert_index.flatten().bincount(minlength=4)
+    assert chosen.min() > 20
+
+
+def test_a_router_that_weighs_tokens_unevenly_is_refused():
+    @register_gate("uneven")
+    class Uneven(Gate):
+        def route(self, logits, padding_mask=None):
+            return Routing(torch.zeros(len(logits), 1, dtype=torch.long), torch.rand(len(logits), 1))
+
+    try:
+        with pytest.raises(ConfigurationError, match="--router uneven weighs tokens differently"):
+            indifferent_gate(16, MoEOptions(router="uneven"))
+    finally:
+        del GATES["uneven"]
+
+
+def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
+    state = read_checkpoint(str(dense))
+    model = _with_experts(state["cfg"]["model"], MoEOptions(router="switch", num_experts=4, moe_freq=1))
+    weights = upcycle(state, MoEOptions(router="switch", num_experts=4, moe_freq=1))["model"]
+    del weights["decoder.layers.0.fc1.moe.gate.projection.weight"]
+    with pytest.raises(ConfigurationError, match=r"a layer moe.gate.projection.weight of \(4, 16\), .* only give none"):
+        _require_fit(model, weights)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--router", "dense"], "--router dense has no experts"),
+        (["--router", "nonsense"], "nonsense"),
+        (["--noise", "-1"], "--noise -1.0 must not be negative"),
+        (["--num-experts", "0"], "--num-experts 0 must be at least 1"),
+    ],
+)
+def test_flags_that_make_no_model_get_one_sentence(flags, sentence, dense, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        main(["upcycle", str(dense), str(tmp_path / "moe.pt"), *flags])
+    assert not (tmp_path / "moe.pt").exists()
+
+
+def test_checkpoints_that_cannot_be_upcycled_get_one_sentence(dense, tmp_path):
+    state = read_checkpoint(str(dense))
+    name = str(tmp_path / "in.pt")
+    for change, sentence in (
+        ({"model": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2)}}, "has experts already"),
+        ({"cfg": {**state["cfg"], "model": {"_name": "lstm"}}}, "is of a model called lstm; upcycle knows transformer"),
+        ({"cfg": None, "args": None}, "does not say what model it is of"),
+    ):
+        torch.save({**state, **change}, name)
+        with pytest.raises(SystemExit, match=sentence):
+            main(["upcycle", name, str(tmp_path / "moe.pt")])

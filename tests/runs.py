@@ -1,0 +1,98 @@
+"""Training runs for tests of what fairseq's own commands do: a tiny translation corpus, fairseq-train in this process."""
+
+import random
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, List
+from unittest.mock import patch
+
+SMALL = (
+    "--arch transformer_moe_tiny --encoder-layers 2 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16"
+    " --encoder-ffn-embed-dim 24 --decoder-ffn-embed-dim 24 --encoder-attention-heads 2 --decoder-attention-heads 2"
+    " --dropout 0 --attention-dropout 0 --activation-dropout 0"
+    " --criterion moe_cross_entropy --optimizer adam --lr 0.01 --batch-size 4 --max-epoch 50 --seed 1 --num-workers 0"
+    " --log-format json --log-interval 1 --disable-validation --cpu --clip-norm 1.0"
+).split()
+EXPERTS = "--num-experts 4 --moe-freq 1 --router switch --jitter-eps 0".split()
+
+
+def make_corpus(folder: Path, sentences: int = 64) -> Path:
+    """Binarised translation data of random words in folder/bin, a `train` and a `valid` part."""
+    from fairseq_cli import preprocess
+
+    draw = random.Random(1)
+    for language in ("de", "en"):
+        for part, count in (("train", sentences), ("valid", 8)):
+            lines = [" ".join(f"w{draw.randrange(20)}" for _ in range(draw.randrange(3, 9))) for _ in range(count)]
+            (folder / f"{part}.{language}").write_text("\n".join(lines) + "\n")
+    run(
+        preprocess.cli_main, "-s", "de", "-t", "en", "--trainpref", folder / "train", "--validpref", folder / "valid",
+        "--destdir", folder / "bin", "--joined-dictionary", "--workers", 1,
+    )  # fmt: skip
+    return folder / "bin"
+
+
+@contextmanager
+def arguments(*words) -> Iterator[None]:
+    """For this while, the command line of the process."""
+    with patch.object(sys, "argv", ["fairseq", *map(str, words)]):
+        yield
+
+
+def run(main, *words) -> None:
+    """A fairseq command in this process."""
+    with arguments(*words):
+        main()
+
+
+def train(
+    data: Path, save_dir: Path, *flags, updates: int, ranks: int = 1, rank: int = 0, port: int = 0, moe: bool = True
+) -> List[float]:
+    """fairseq-train up to that number of updates; the loss of each update this run made, as fairseq logs it.
+
+    moe: False for a model of fairseq's own, which has no flags for experts.
+    """
+    import fairseq_cli.train
+    from fairseq import checkpoint_utils
+    from fairseq.logging import metrics
+
+    import fairseq_sparsemixer
+
+    checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects a process to train once
+    losses: List[float] = []
+    distributed = []
+    if ranks > 1:
+        distributed = (
+            f"--distributed-world-size {ranks} --distributed-init-method tcp://127.0.0.1:{port} --distributed-rank {rank}"
+            " --device-id 0 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
+        ).split()
+    train_step = fairseq_sparsemixer.trainer.MoETrainer.train_step
+
+    def recorded(self, *args, **kwargs):
+        log = train_step(self, *args, **kwargs)
+        losses.append(float(metrics.get_meter("train_inner", "loss").val))
+        return log
+
+    user_dir = Path(fairseq_sparsemixer.__file__).parent
+    with patch.object(fairseq_sparsemixer.trainer.MoETrainer, "train_step", recorded):
+        run(
+            fairseq_cli.train.cli_main, data, "--user-dir", user_dir, "--save-dir", save_dir, "--max-update", updates,
+            *SMALL, *(EXPERTS if moe else ()), *distributed, *flags,
+        )  # fmt: skip
+    return losses
+
+
+def generate(data: Path, checkpoint: Path, results: Path) -> List[str]:
+    """fairseq-generate on the `valid` part; each line is a hypothesis with its score and number."""
+    from fairseq_cli import generate
+
+    import fairseq_sparsemixer
+
+    user_dir = Path(fairseq_sparsemixer.__file__).parent
+    run(
+        generate.cli_main, data, "--user-dir", user_dir, "--path", checkpoint, "--gen-subset", "valid", "--cpu",
+        "--beam", 2, "--max-len-b", 8, "--results-path", results, "--batch-size", 8,
+    )  # fmt: skip
+    text = (results / "generate-valid.txt").read_text().splitlines()
+    return sorted(line for line in text if line.startswith("H-"))
