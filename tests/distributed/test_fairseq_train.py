@@ -1,0 +1,216 @@
+"""fairseq-train itself on several ranks: its Trainer, its iterators, its optimizers, against one process.
+
+Two ranks take the batches that one process accumulates with `--update-freq 2`.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List
+from unittest.mock import patch
+
+import pytest
+import torch
+from ranks import rank_number, run_ranks
+from runs import SMALL, make_corpus, run
+
+from fairseq_sparsemixer.cli.launch import free_port, rank_command
+from fairseq_sparsemixer.trainer import MoETrainer
+
+USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
+FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), "--required-batch-size-multiple", "1"]
+ROUNDING_ALONE = "k_proj.bias"  # a key's bias changes no attention: its gradient is rounding, which Adam blows up
+
+
+def train(data: Path, world_size: int, port: int, rank: int, *flags: str) -> Dict[str, Any]:
+    """What fairseq-train leaves behind on this rank; with `exit`, the sentence it ended with."""
+    import fairseq_cli.train
+    from fairseq.logging import metrics
+
+    trainers: List[MoETrainer] = []
+    norms, losses, idle = [], [], []
+    started, checked, validated, stepped = (
+        MoETrainer.__init__, MoETrainer._check_grad_norms, MoETrainer.valid_step, MoETrainer.train_step,
+    )  # fmt: skip
+
+    def start(self, *args):
+        started(self, *args)
+        trainers.append(self)
+
+    def check(self, norm):  # fairseq does it on GPUs alone
+        self._grad_norm_buf = torch.zeros(self.data_parallel_world_size, dtype=torch.double)
+        if self.data_parallel_world_size > 1:
+            checked(self, norm)
+        norms.append(float(norm))
+
+    def step(self, samples, *args):
+        idle.append(all(len(sample) == 0 for sample in samples))
+        output = stepped(self, samples, *args)
+        losses.append(output and output["loss"])
+        return output
+
+    def validate(self, sample):
+        output = validated(self, sample)
+        losses.append(("valid", float(metrics.get_meter("valid", "loss").avg)))
+        return output
+
+    command = ["fairseq-train", str(data), "--user-dir", str(USER_DIR), *FLAGS, "--no-save", "--no-progress-bar", *flags]
+    result: Dict[str, Any] = {"exit": None}
+    with patch.multiple(MoETrainer, __init__=start, _check_grad_norms=check, valid_step=validate, train_step=step):
+        try:
+            run(fairseq_cli.train.cli_main, *rank_command(command, rank, world_size, port)[1:])
+        except SystemExit as end:
+            return {"exit": str(end)}
+    (trainer,) = trainers
+    assert trainer.ranks is None or trainer.data_parallel_world_size > 1
+    result.update(norms=norms, losses=losses, idle=idle, parameters=parameters(trainer.get_model(), trainer.ranks))
+    if trainer.cfg.ema.store_ema:
+        result["ema"] = parameters(trainer.ema.get_model(), trainer.ranks)
+    return result
+
+
+def parameters(model: torch.nn.Module, ranks: Any) -> Dict[str, Any]:
+    """{name: (place in the group for an expert's, None for others; tensor)}."""
+    local = None if ranks is None else ranks.index
+    return {
+        name: (local if ".experts." in name else None, parameter.detach().float().clone())
+        for name, parameter in model.named_parameters()
+    }
+
+
+def train_rank(data: Path, world_size: int, port: int, flags: List[str]) -> Dict[str, Any]:
+    return train(data, world_size, port, rank_number(), *flags)
+
+
+def runs(data: Path, world_size: int, *flags: str) -> List[Dict[str, Any]]:
+    return run_ranks(world_size, train_rank, data, world_size, free_port(), list(flags), group=False)
+
+
+def whole(results: List[Dict[str, Any]], kind: str = "parameters") -> Dict[str, torch.Tensor]:
+    """All parameters, experts put together from the ranks of the first group."""
+    tensors = {}
+    for name, (index, tensor) in results[0][kind].items():
+        shares = {result[kind][name][0]: result[kind][name][1] for result in results}
+        tensors[name] = tensor if index is None else torch.cat([shares[place] for place in sorted(shares)])
+    return tensors
+
+
+def assert_same(found: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor], tolerance: float = 5e-5) -> None:
+    """Looser than test_equivalence, which compares gradients: Adam blows up the rounding of the small ones."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.endswith(ROUNDING_ALONE):
+            continue
+        assert tensor.shape == found[name].shape, name
+        difference = (found[name] - tensor).abs().max()
+        assert difference <= tolerance * tensor.abs().max() + 1e-7, f"{name}: {difference}"
+
+
+@pytest.fixture(scope="module")
+def five_batches(tmp_path_factory) -> Path:
+    """20 sentences: 5 batches of 4, so that the last update finds the second of two ranks without one."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), sentences=20)
+
+
+@pytest.fixture(scope="module")
+def one_process(five_batches) -> Dict[str, Any]:
+    """The reference of most tests: six updates, two batches each."""
+    return runs(five_batches, 1, "--update-freq", "2", "--max-update", "6", "--batch-size-valid", "3")[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--expert-parallel-size", "1"],
+        ["--checkpoint-activations"],
+        ["--amp"],
+        ["--record-a2a-perf-stats"],
+    ],
+    ids=lambda flags: flags[0] if flags else "plain",
+)
+def test_two_ranks_equal_one_process(flags, five_batches, one_process):
+    results = runs(five_batches, 2, "--max-update", "6", "--batch-size-valid", "3", *flags)
+    assert results[0]["norms"] == results[1]["norms"]
+    assert results[0]["norms"] == pytest.approx(one_process["norms"], rel=1e-5)
+    assert_same(whole(results), whole([one_process]))
+    assert results[0]["idle"] == [False] * 6 and results[1]["idle"] == [False, False, True] * 2
+    valid = [loss[1] for loss in results[0]["losses"] if isinstance(loss, tuple)]
+    expected = [loss[1] for loss in one_process["losses"] if isinstance(loss, tuple)]
+    assert valid[-1] == pytest.approx(expected[-1], rel=1e-5)
+
+
+def test_gradient_accumulation_and_ema_on_two_ranks(five_batches):
+    flags = "--max-update 4 --store-ema --ema-decay 0.5 --clip-norm 0.1 --disable-validation".split()
+    alone = runs(five_batches, 1, *flags, "--update-freq", "4")
+    both = runs(five_batches, 2, *flags, "--update-freq", "2")
+    assert_same(whole(both), whole(alone))
+    assert_same(whole(both, "ema"), whole(alone, "ema"))
+
+
+def test_four_ranks_with_replicas_equal_one_process(five_batches):
+    flags = "--max-update 4 --num-experts 2 --disable-validation".split()
+    alone = runs(five_batches, 1, *flags, "--update-freq", "4")
+    assert_same(whole(runs(five_batches, 4, *flags)), whole(alone))
+
+
+def test_global_balance_is_that_of_the_whole_batch(tmp_path):
+    data = make_corpus(tmp_path, sentences=8)
+    flags = "--max-update 3 --moe-balance-loss-weight 1.0 --disable-validation".split()
+    alone = runs(data, 1, *flags, "--batch-size", "8")
+    both = runs(data, 2, *flags, "--batch-size", "4", "--balance-scope", "global")
+    assert_same(whole(both), whole(alone))
+    local = runs(data, 2, *flags, "--batch-size", "4")
+    with pytest.raises(AssertionError):
+        assert_same(whole(local), whole(alone))
+
+
+@pytest.mark.parametrize("flags", [["--fp16"], ["--memory-efficient-fp16"]], ids=lambda flags: flags[0])
+def test_half_precision_has_one_norm_on_all_ranks(flags, five_batches, one_process):
+    results = runs(five_batches, 2, "--max-update", "3", "--disable-validation", "--fp16-init-scale", "4", *flags)
+    assert results[0]["norms"] == results[1]["norms"]
+    assert results[0]["norms"] == pytest.approx(one_process["norms"][:3], rel=0.05)
+
+
+def overflowing_rank(data: Path, port: int, flag: str) -> Dict[str, Any]:
+    """At the second update, an expert of rank 1 has an infinite gradient."""
+    clip = MoETrainer.clip_grad_norm
+    scales = []
+
+    def overflow(self, clip_norm):
+        if len(scales) == 1 and self.data_parallel_rank == 1:
+            next(p for p in self.get_model().parameters() if hasattr(p, "expert")).grad.flatten()[0] = float("inf")
+        scales.append(self.optimizer.scaler.loss_scale)
+        return clip(self, clip_norm)
+
+    with patch.object(MoETrainer, "clip_grad_norm", overflow), patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        result = train(data, 2, port, rank_number(), flag, "--max-update", "3", "--disable-validation", "--fp16-init-scale", "4")
+    return {**result, "scales": scales}
+
+
+@pytest.mark.parametrize("flag", ["--fp16", "--memory-efficient-fp16"])
+def test_all_ranks_skip_an_update_that_overflows_on_one(flag, five_batches):
+    results = run_ranks(2, overflowing_rank, five_batches, free_port(), flag, group=False)
+    assert results[0]["scales"] == results[1]["scales"] == [4.0, 4.0, 2.0, 2.0]
+    assert results[0]["norms"] == results[1]["norms"] and len(results[0]["norms"]) == 3
+
+
+@pytest.mark.parametrize("router", ["sparsemixer", "sparsemixer_v2"])
+def test_sampling_routers_never_deadlock(router, five_batches):
+    results = runs(five_batches, 2, "--max-update", "6", "--router", router, "--batch-size-valid", "3")
+    assert results[0]["norms"] == results[1]["norms"]
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--expert-parallel-size", "3"], "--num-experts 4 cannot be split over --expert-parallel-size 3"),
+        (["--ddp-backend", "slowmo"], "--ddp-backend slowmo averages or shards"),
+        (["--zero-sharding", "os"], "--zero-sharding os hands"),
+        (["--encoder-layerdrop", "0.1"], "--encoder-layerdrop 0.1 may skip"),
+        (["--balance-scope", "everywhere"], "--balance-scope everywhere is unknown"),
+        (["--collective-timeout", "0"], "--collective-timeout 0.0 must be positive"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_refused_before_training(flags, sentence, five_batches):
+    for result in runs(five_batches, 2, *flags):
+        assert sentence in result["exit"]

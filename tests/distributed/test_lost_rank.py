@@ -1,0 +1,71 @@
+"""One rank dies or hangs in mid-training: the others end with a sentence, and training goes on from the last checkpoint."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any, Dict, List
+from unittest.mock import patch
+
+import torch
+from ranks import collect, rank_number, run_ranks, start_ranks
+from runs import SMALL, make_corpus, run
+
+from fairseq_sparsemixer.cli.launch import free_port, rank_command
+from fairseq_sparsemixer.trainer import MoETrainer
+
+USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
+
+
+def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> Dict[str, Any]:
+    """fairseq-train for 12 updates on two ranks, a checkpoint every third; rank 1 meets its fate, a signal, after seven."""
+    import fairseq_cli.train
+
+    trainers: List[MoETrainer] = []
+    start, step = MoETrainer.__init__, MoETrainer.train_step
+
+    def remembered(self, *args):
+        start(self, *args)
+        trainers.append(self)
+
+    def fatal(self, *args):
+        if fate and self.get_num_updates() == 7 and self.data_parallel_rank == 1:
+            os.kill(os.getpid(), fate)
+        return step(self, *args)
+
+    command = [
+        "fairseq-train", data, "--user-dir", USER_DIR, *SMALL, "--required-batch-size-multiple", "1", "--save-dir", save_dir, "--save-interval-updates", "3",
+        "--max-update", "12", "--no-progress-bar", *flags,
+    ]  # fmt: skip
+    with patch.multiple(MoETrainer, __init__=remembered, train_step=fatal):
+        try:
+            run(fairseq_cli.train.cli_main, *rank_command([str(word) for word in command], rank_number(), 2, port)[1:])
+        except SystemExit as end:
+            return {"exit": str(end)}
+    return {name: parameter.detach().clone() for name, parameter in trainers[0].get_model().named_parameters()}
+
+
+def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_path):
+    data = make_corpus(tmp_path, sentences=100)  # 13 updates an epoch
+    straight = run_ranks(2, train, data, tmp_path / "straight", free_port(), group=False)
+    ranks = start_ranks(2, train, data, tmp_path / "cut", free_port(), signal.SIGKILL, group=False)
+    (survivor,) = collect(ranks[:1], deadline=60)
+    ranks[1].process.join()
+    assert ranks[1].process.exitcode == -signal.SIGKILL
+    assert "rank 0 lost contact with another rank" in survivor["exit"]
+    assert f"go on from {tmp_path}/cut/checkpoint_last.pt" in survivor["exit"]
+    resumed = run_ranks(2, train, data, tmp_path / "cut", free_port(), group=False)
+    for found, expected in zip(resumed, straight):
+        for name, parameter in expected.items():
+            torch.testing.assert_close(found[name], parameter, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hanging_rank_ends_the_others_within_the_timeout(tmp_path):
+    data = make_corpus(tmp_path, sentences=100)  # 13 updates an epoch
+    flags = "--collective-timeout", "3", "--no-save"  # torch's own timeout is half an hour
+    ranks = start_ranks(2, train, data, tmp_path / "run", free_port(), signal.SIGSTOP, *flags, group=False)
+    try:
+        (survivor,) = collect(ranks[:1], deadline=60)
+        assert "rank 0 lost contact with another rank" in survivor["exit"]
+    finally:
+        ranks[1].process.kill()
+        ranks[1].process.join()

@@ -1,0 +1,64 @@
+"""200 updates on Multi30k: two ranks, and one that accumulates two batches, reach the same validation loss."""
+
+import gzip
+import math
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq_cli import preprocess
+from runs import run
+
+from fairseq_sparsemixer.cli import main
+
+USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
+FLAGS = (
+    "--arch transformer_moe_tiny --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32"
+    " --encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"
+    " --share-all-embeddings --router switch --num-experts 4 --jitter-eps 0"  # the same choices, however batches are spread
+    " --dropout 0 --attention-dropout 0 --activation-dropout 0 --criterion moe_label_smoothed_cross_entropy"
+    " --label-smoothing 0.1 --optimizer adam --lr 1e-3 --clip-norm 1.0 --batch-size 8 --max-update 200 --seed 1 --num-workers 0"
+    " --no-epoch-checkpoints --no-progress-bar --log-interval 50"
+).split()
+
+
+@pytest.fixture(scope="module")
+def multi30k(shared_data, tmp_path_factory) -> Path:
+    """The first 3,200 training pairs and 200 validation pairs, words that occur four times."""
+    folder = tmp_path_factory.mktemp("multi30k")
+    for part, count in (("train", 3200), ("val", 200)):
+        for language in ("de", "en"):
+            with gzip.open(shared_data / "multi30k" / f"{part}.{language}.gz", "rt", encoding="utf-8") as lines:
+                (folder / f"{part}.{language}").write_text("".join(islice(lines, count)).lower(), encoding="utf-8")
+    run(
+        preprocess.cli_main, "-s", "de", "-t", "en", "--trainpref", folder / "train", "--validpref", folder / "val",
+        "--destdir", folder / "bin", "--joined-dictionary", "--thresholdsrc", 4, "--thresholdtgt", 4, "--workers", 1,
+    )  # fmt: skip
+    return folder / "bin"
+
+
+def validation_loss(data: Path, save_dir: Path, ranks: int, *flags: str) -> float:
+    """After training by the command line: bits a word, from the checkpoint (fairseq itself rounds what it logs)."""
+    command = [str(Path(sys.executable).parent / "fairseq-train"), str(data), "--user-dir", str(USER_DIR)]
+    assert main(["launch", "--nproc", str(ranks), "--", *command, "--save-dir", str(save_dir), *FLAGS, *flags]) == 0
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(save_dir / "checkpoint_last.pt")])
+    model = models[0].eval()
+    task.load_dataset("valid")
+    loss = words = 0.0
+    with torch.no_grad():
+        for batch in task.get_batch_iterator(task.dataset("valid"), max_sentences=50).next_epoch_itr(shuffle=False):
+            log_probabilities = model.get_normalized_probs(model(**batch["net_input"]), log_probs=True)
+            chosen = log_probabilities.gather(-1, batch["target"].unsqueeze(-1)).squeeze(-1)
+            real = batch["target"] != task.target_dictionary.pad()
+            loss, words = loss - chosen[real].sum().item() / math.log(2), words + real.sum().item()
+    return loss / words
+
+
+def test_two_ranks_reach_the_loss_of_one_that_accumulates(multi30k, tmp_path):
+    together = validation_loss(multi30k, tmp_path / "two", 2)
+    alone = validation_loss(multi30k, tmp_path / "one", 1, "--update-freq", "2")
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert together < 8  # it has learnt something: an untrained model has log2 of the dictionary's size, about 10.7
