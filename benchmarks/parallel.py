@@ -74,7 +74,10 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
     torch.manual_seed(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     model = nn.Sequential(
-        *(build_moe_layer(options.router, options.model_dim, options.hidden_dim, options.num_experts) for _ in range(options.layers))
+        *(
+            build_moe_layer(options.router, options.model_dim, options.hidden_dim, options.num_experts)
+            for _ in range(options.layers)
+        )
     )
     clock, ranks = Clock(), None
     if group_size > 1:

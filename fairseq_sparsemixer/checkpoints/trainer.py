@@ -92,6 +92,8 @@ class CheckpointingTrainer(Trainer):
         with open_dict(self.cfg):
             # fairseq would send rank 0's copy around, as a pickle that torch's weights_only refuses at the other end
             self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        if not self.has_experts:
+            return super().load_checkpoint(filename, *args, **kwargs)
         if self.sharded:
             filename = self._own_shard(filename)
         if self.is_data_parallel_master:

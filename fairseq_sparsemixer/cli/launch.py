@@ -4,7 +4,7 @@ On GPUs, fairseq-train starts a rank for each by itself, and torchrun and srun w
 devices and starts nothing. This starts the ranks and adds fairseq's flags for them.
 
 example:
-  fairseq-sparsemixer launch --nproc 2 -- fairseq-train DATA --user-dir "$(fairseq-sparsemixer user-dir)" --arch transformer_moe ...
+  fairseq-sparsemixer launch --nproc 2 -- fairseq-train DATA --user-dir "$(fairseq-sparsemixer user-dir)" ...
 """
 
 import argparse

@@ -93,7 +93,7 @@ class MoEOptions:
     collective_timeout: Optional[float] = field(
         default=None,
         metadata={
-            "help": "seconds a rank waits for another before it ends with an error (default: torch's, 600 with nccl, 1800 with gloo)"
+            "help": "seconds a rank waits for another before it ends with an error (default: 600 with nccl, 1800 with gloo)"
         },
     )
     sharded_checkpoints: bool = field(

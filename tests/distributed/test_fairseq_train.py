@@ -152,6 +152,13 @@ def test_four_ranks_with_replicas_equal_one_process(five_batches):
     assert_same(whole(runs(five_batches, 4, *flags)), whole(alone))
 
 
+@pytest.mark.parametrize("flags", [["--capacity-factor", "1.0"], ["--moe-bias-update-rate", "0.1"]], ids=lambda flags: flags[0])
+def test_what_depends_on_loads_is_the_same_on_two_ranks(flags, five_batches):
+    flags = ["--max-update", "4", "--disable-validation", *flags]
+    alone = runs(five_batches, 1, *flags, "--update-freq", "2")
+    assert_same(whole(runs(five_batches, 2, *flags)), whole(alone))
+
+
 def test_global_balance_is_that_of_the_whole_batch(tmp_path):
     data = make_corpus(tmp_path, sentences=8)
     flags = "--max-update 3 --moe-balance-loss-weight 1.0 --disable-validation".split()

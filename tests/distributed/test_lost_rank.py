@@ -33,8 +33,8 @@ def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> 
         return step(self, *args)
 
     command = [
-        "fairseq-train", data, "--user-dir", USER_DIR, *SMALL, "--required-batch-size-multiple", "1", "--save-dir", save_dir, "--save-interval-updates", "3",
-        "--max-update", "12", "--no-progress-bar", *flags,
+        "fairseq-train", data, "--user-dir", USER_DIR, *SMALL, "--required-batch-size-multiple", "1", "--save-dir", save_dir,
+        "--save-interval-updates", "3", "--max-update", "12", "--no-progress-bar", *flags,
     ]  # fmt: skip
     with patch.multiple(MoETrainer, __init__=remembered, train_step=fatal):
         try:
@@ -45,7 +45,7 @@ def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> 
 
 
 def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_path):
-    data = make_corpus(tmp_path, sentences=100)  # 13 updates an epoch
+    data = make_corpus(tmp_path, sentences=100)  # one epoch: resumed in another, fairseq groups sentences anew
     straight = run_ranks(2, train, data, tmp_path / "straight", free_port(), group=False)
     ranks = start_ranks(2, train, data, tmp_path / "cut", free_port(), signal.SIGKILL, group=False)
     (survivor,) = collect(ranks[:1], deadline=60)
@@ -60,7 +60,7 @@ def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_
 
 
 def test_a_hanging_rank_ends_the_others_within_the_timeout(tmp_path):
-    data = make_corpus(tmp_path, sentences=100)  # 13 updates an epoch
+    data = make_corpus(tmp_path, sentences=20)
     flags = "--collective-timeout", "3", "--no-save"  # torch's own timeout is half an hour
     ranks = start_ranks(2, train, data, tmp_path / "run", free_port(), signal.SIGSTOP, *flags, group=False)
     try:
@@ -69,3 +69,13 @@ def test_a_hanging_rank_ends_the_others_within_the_timeout(tmp_path):
     finally:
         ranks[1].process.kill()
         ranks[1].process.join()
+
+
+def test_the_dense_baseline_resumes_on_two_ranks_too(tmp_path):
+    data = make_corpus(tmp_path, sentences=100)
+    dense = "--router", "dense"
+    straight = run_ranks(2, train, data, tmp_path / "straight", free_port(), 0, *dense, group=False)
+    run_ranks(2, train, data, tmp_path / "cut", free_port(), 0, *dense, "--max-update", "6", group=False)
+    resumed = run_ranks(2, train, data, tmp_path / "cut", free_port(), 0, *dense, group=False)
+    for name, parameter in straight[1].items():
+        torch.testing.assert_close(resumed[1][name], parameter, rtol=1e-5, atol=1e-6)
