@@ -1,4 +1,4 @@
-"""What MoETrainer refuses, and where it is installed. tests/distributed has what it does."""
+"""trainer.py: what MoETrainer refuses, and where it is installed. tests/distributed has what it does."""
 
 import sys
 from types import ModuleType, SimpleNamespace
