@@ -23,6 +23,7 @@ class Gate(nn.Module):
 
     top_k = 1  # experts a token; a gate that can choose more takes it as an option
     causal = True  # at inference, a token's routing depends on no other token: fit for autoregressive decoders
+    wants_token_ids = False  # whether models should hand the ids of the tokens down to it
     balance_group: Any = None  # the ranks whose tokens the balance loss is about; None: this rank's own
 
     def __init__(

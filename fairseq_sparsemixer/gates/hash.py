@@ -41,6 +41,8 @@ def hash_routing(expert: Tensor, num_experts: int, padding_mask: Optional[Tensor
 class HashGate(Gate):
     """The gate of hash layers. Its projection is random, frozen and saved; it decides where token ids are unknown."""
 
+    wants_token_ids = True
+
     def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None):
         super().__init__(model_dim, num_experts, capacity_factor)
         torch.nn.init.normal_(self.projection.weight)

@@ -39,13 +39,15 @@ class _FeedForward(nn.Module):
         self.token_ids: Optional[Tensor] = None  # [T, B]; see hand_down_token_ids
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.token_ids is None:
+            return self.moe(x, self.padding_mask)
         return self.moe(x, self.padding_mask, self.token_ids)
 
 
 def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
-    """Let the MoE layers among a stack's layers know the ids [B, T] of the tokens they are about to see."""
+    """Let the layers of a stack whose gate asks for them know the ids [B, T] of the tokens they are about to see."""
     for layer in layers:
-        if isinstance(getattr(layer, "fc1", None), _FeedForward):
+        if isinstance(getattr(layer, "fc1", None), _FeedForward) and layer.fc1.moe.gate.wants_token_ids:
             layer.fc1.token_ids = token_ids.t()
 
 
