@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from ranks import rank_number, run_ranks
-from runs import SMALL, make_corpus, run
+from runs import EXPERTS, SMALL, make_corpus, run
 
 from fairseq_sparsemixer.cli.launch import free_port, rank_command
 from fairseq_sparsemixer.trainer import MoETrainer
 
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
-FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), "--required-batch-size-multiple", "1"]
+FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, "--required-batch-size-multiple", "1"]
 ROUNDING_ALONE = "k_proj.bias"  # a key's bias changes no attention: its gradient is rounding, which Adam blows up
 
 

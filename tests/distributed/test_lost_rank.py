@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 from ranks import collect, rank_number, run_ranks, start_ranks
-from runs import SMALL, make_corpus, run
+from runs import EXPERTS, SMALL, make_corpus, run
 
 from fairseq_sparsemixer.cli.launch import free_port, rank_command
 from fairseq_sparsemixer.trainer import MoETrainer
@@ -33,8 +33,8 @@ def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> 
         return step(self, *args)
 
     command = [
-        "fairseq-train", data, "--user-dir", USER_DIR, *SMALL, "--required-batch-size-multiple", "1", "--save-dir", save_dir,
-        "--save-interval-updates", "3", "--max-update", "12", "--no-progress-bar", *flags,
+        "fairseq-train", data, "--user-dir", USER_DIR, *SMALL, *EXPERTS, "--required-batch-size-multiple", "1",
+        "--save-dir", save_dir, "--save-interval-updates", "3", "--max-update", "12", "--no-progress-bar", *flags,
     ]  # fmt: skip
     with patch.multiple(MoETrainer, __init__=remembered, train_step=fatal):
         try:
