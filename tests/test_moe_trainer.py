@@ -17,6 +17,7 @@ def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False
         optimization=SimpleNamespace(use_bmuf=use_bmuf),
         model=SimpleNamespace(**model),
         task=SimpleNamespace(eval_bleu=eval_bleu),
+        optimizer=SimpleNamespace(_name="adam"),
     )
 
 
