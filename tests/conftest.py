@@ -85,6 +85,29 @@ def translation_batch(dictionary):
 
 
 @pytest.fixture(scope="session")
+def language_modeling_task(dictionary):
+    """fairseq's language_modeling task without data."""
+    from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+
+    return LanguageModelingTask(LanguageModelingConfig(tokens_per_sample=32), dictionary)
+
+
+@pytest.fixture
+def language_modeling_batch(dictionary):
+    """batch(lengths) -> a sample as fairseq's language_modeling task collates it: random words, padded on the right."""
+
+    def batch(*lengths: int):
+        source = torch.full((len(lengths), max(lengths)), dictionary.pad())
+        target = source.clone()
+        for row, length in enumerate(lengths):
+            words = torch.randint(dictionary.nspecial, len(dictionary), (length + 1,))
+            source[row, :length], target[row, :length] = words[:-1], words[1:]
+        return {"net_input": {"src_tokens": source}, "target": target, "ntokens": sum(lengths), "id": torch.arange(len(lengths))}
+
+    return batch
+
+
+@pytest.fixture(scope="session")
 def masked_lm_task(dictionary):
     """fairseq's masked_lm task without data; the dictionary has one symbol more, <mask>."""
     from copy import deepcopy
