@@ -119,7 +119,7 @@ def _example(fields: List[str], columns: List[str], task: GlueTask, labelled: bo
         raise BadLine(f"{where} {len(fields)} columns where {len(columns)} are expected; correct or --skip-bad-lines")
     row = dict(zip(columns, fields))
     for name in task.inputs:
-        if not row[name].strip():
+        if labelled and not row[name].strip():  # a test file's lines are all to be answered
             raise BadLine(f"{where} column {name!r} is empty; correct or --skip-bad-lines")
     return Example([row[name] for name in task.inputs], _label(row[task.label], task, where) if labelled else None)
 
@@ -149,10 +149,13 @@ def prepare(
     """Write the task `name` of TASKS from raw_dir to destination; the number of examples of each split.
 
     `encode` turns a sentence into the words of the dictionary, separated by blanks. Test splits are taken where there
-    are any. For `skip` and errors see read_examples; all files are read before anything is written.
+    are any, with every line. For `skip` and errors see read_examples; all files are read before anything is written.
     """
     task = TASKS[name]
-    splits = {split: list(read_examples(path, task, labelled, skip)) for split, path, labelled in _files(task, raw_dir)}
+    splits = {
+        split: list(read_examples(path, task, labelled, skip if labelled else None))  # answers are numbered by line
+        for split, path, labelled in _files(task, raw_dir)
+    }
     for split, examples in splits.items():
         if not examples:
             raise ConfigurationError(f"{raw_dir} has no example for the {split} split of {name}")

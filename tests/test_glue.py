@@ -104,6 +104,20 @@ def test_a_bad_line_is_named_and_can_be_skipped(line, complaint, raw, dict_file,
     assert "train.tsv:3:" in printed.err and "train: 2 examples" in printed.out
 
 
+def test_no_line_of_a_test_file_is_left_out(raw, dict_file, tmp_path, capsys):
+    folder = raw("RTE")
+    command = ["glue", "RTE", "--raw-dir", str(folder), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")]
+    with (folder / "test.tsv").open("a", encoding="utf-8") as file:
+        file.write("1\t\tw6\n")
+    main([*command, "--skip-bad-lines"])
+    assert "test: 2 examples" in capsys.readouterr().out
+    assert stored(tmp_path / "bin" / "input0", "test", 1) == ""
+    with (folder / "test.tsv").open("a", encoding="utf-8") as file:
+        file.write("2\tw4\n")
+    with pytest.raises(ConfigurationError, match="test.tsv:4: 2 columns where 3"):
+        main([*command, "--skip-bad-lines"])
+
+
 @pytest.mark.parametrize("score", ["5.1", "-0.5", "nan", "high"])
 def test_a_score_out_of_range_is_refused(score, raw):
     path = raw("STS-B") / "train.tsv"
