@@ -1,85 +1,41 @@
 """The expert feed-forward networks, stacked so that one tensor holds a weight of all experts.
 
-Rows arrive grouped by expert: rows [N, M] and counts, N_e rows for each expert e in order.
+Rows arrive grouped by expert: rows [N, M] and counts, N_e rows for each expert e in order. feed_forward.py computes.
 """
 
 import math
-from typing import Callable, Dict, List, Sequence, Tuple, Union
+from typing import Dict, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS: Dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-GATED_ACTIVATIONS: Dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "swiglu": F.silu}
+from fairseq_sparsemixer.feed_forward import Activation, Weights, can_group, feed_forward_by_expert, feed_forward_grouped
+from fairseq_sparsemixer.gradient_memory import GradientMemory
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """rows [N, I] grouped by expert, weight [E, I, O], bias [E, O] -> [N, O], one matrix product an expert in use.
-
-    Gradients are written straight into one buffer for all experts; only the rows of idle experts are zero-filled.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        out = rows.new_empty(rows.size(0), weight.size(2))
-        for expert, start, stop in _groups(counts):
-            torch.addmm(bias[expert], rows[start:stop], weight[expert], out=out[start:stop])
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, Tensor, Tensor, None]:
-        rows, weight = ctx.saved_tensors
-        needs_rows, needs_weight = ctx.needs_input_grad[:2]
-        grad = grad.contiguous()
-        grad_rows = torch.empty_like(rows) if needs_rows else None
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_bias = weight.new_empty(weight.size(0), weight.size(2)) if needs_weight else None
-        if needs_weight:
-            idle = [expert for expert, count in enumerate(ctx.counts) if count == 0]
-            grad_bias[idle] = 0
-            for expert in idle:
-                grad_weight[expert].zero_()
-        for expert, start, stop in _groups(ctx.counts):
-            if needs_rows:
-                torch.mm(grad[start:stop], weight[expert].t(), out=grad_rows[start:stop])
-            if needs_weight:
-                torch.mm(rows[start:stop].t(), grad[start:stop], out=grad_weight[expert])
-                torch.sum(grad[start:stop], 0, out=grad_bias[expert])
-        return grad_rows, grad_weight, grad_bias, None
+def geglu(inner: Tensor) -> Tensor:
+    """inner [..., 2H] -> [..., H]: one half, through gelu, times the other (arXiv 2002.05202)."""
+    gate, linear = inner.chunk(2, dim=-1)
+    return F.gelu(gate) * linear
 
 
-def _groups(counts: Sequence[int]) -> List[Tuple[int, int, int]]:
-    """(expert, start, stop) for each expert that has rows."""
-    groups, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            groups.append((expert, start, start + count))
-        start += count
-    return groups
+def swiglu(inner: Tensor) -> Tensor:
+    """As geglu, through silu."""
+    gate, linear = inner.chunk(2, dim=-1)
+    return F.silu(gate) * linear
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor, counts: Sequence[int]) -> Tensor:
-    """Expert e's affine map on its rows: rows [N, I], weight [E, I, O], bias [E, O], counts [E] summing to N -> [N, O].
-
-    Follows autocast as torch.nn.functional.linear does.
-    """
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
-    return _GroupedLinear.apply(rows, weight, bias, counts)
+ACTIVATIONS: Dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+GATED_ACTIVATIONS: Dict[str, Activation] = {"geglu": geglu, "swiglu": swiglu}
 
 
 class Experts(nn.Module):
     """E feed-forward networks M -> H -> M.
 
     Args: activation is a name of ACTIVATIONS or GATED_ACTIVATIONS (the hidden layer is then the product of an activated
-    and a linear projection, arXiv 2002.05202), or any function of a tensor; dropout acts on the hidden layer.
-    Raises ValueError for an unknown activation.
+    and a linear projection), or any function of a tensor without parameters of its own; dropout in [0, 1] acts on the
+    hidden layer. Raises ValueError for others.
     """
 
     def __init__(
@@ -87,7 +43,7 @@ class Experts(nn.Module):
         num_experts: int,
         model_dim: int,
         hidden_dim: int,
-        activation: Union[str, Callable[[Tensor], Tensor]] = "relu",
+        activation: Union[str, Activation] = "relu",
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -95,7 +51,10 @@ class Experts(nn.Module):
         self.first_expert = 0
         self.gated = activation in GATED_ACTIVATIONS
         self.activation = resolve_activation(activation)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"--activation-dropout {dropout} must lie in [0, 1]; 0 switches it off")
         self.dropout = dropout
+        self.gradient_memory = GradientMemory()
         inner = 2 * hidden_dim if self.gated else hidden_dim
         self.weight_in = nn.Parameter(torch.empty(num_experts, model_dim, inner))  # [E, M, H]
         self.bias_in = nn.Parameter(torch.empty(num_experts, inner))
@@ -110,16 +69,26 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """rows [N, M] grouped by expert, counts [E] summing to N -> [N, M]."""
-        hidden = grouped_linear(rows, self.weight_in, self.bias_in, counts)  # [N, H], or [N, 2H] when gated
-        if self.gated:
-            gate, linear = hidden.chunk(2, dim=-1)
-            hidden = self.activation(gate) * linear
-        else:
-            hidden = self.activation(hidden)
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        return grouped_linear(hidden, self.weight_out, self.bias_out, counts)
+    def forward(self, rows: Tensor, counts: Union[Sequence[int], Tensor]) -> Tensor:
+        """rows [N, M] grouped by expert -> [N, M]; counts [E] sum to N.
+
+        Counts that takes_device_counts allows to stay a tensor may sum to less: the rows behind give zeros.
+        """
+        dtype = self._precision(rows)
+        weights = Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(dtype)
+        rows, dropout = rows.to(dtype), self.dropout if self.training else 0.0
+        if torch.is_tensor(counts):
+            return feed_forward_grouped(rows, weights, counts, self.activation, dropout)
+        return feed_forward_by_expert(rows, weights, counts, self.activation, dropout, self.gradient_memory)
+
+    def takes_device_counts(self, rows: Tensor) -> bool:
+        """Whether counts may, and should, stay on the device of these rows: nothing then waits for the host."""
+        return can_group(rows.device, self._precision(rows), *self.weight_in.shape[1:], *self.weight_out.shape[1:])
+
+    def _precision(self, rows: Tensor) -> torch.dtype:
+        """What to compute in: as torch.nn.functional.linear, autocast's precision where it is on."""
+        device = rows.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
     def keep(self, first: int, count: int) -> None:
         """Keep `count` experts from `first` on; the others live on other ranks. Full checkpoints load into the share kept."""
@@ -139,8 +108,10 @@ class Experts(nn.Module):
         return f"num_experts={experts}, model_dim={model_dim}, hidden_dim={self.weight_out.size(1)}, gated={self.gated}"
 
 
-def resolve_activation(activation: Union[str, Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """The function behind a name. Raises ValueError, listing the known names, for an unknown one."""
+def resolve_activation(activation: Union[str, Activation]) -> Activation:
+    """The function behind a name. Raises ValueError for an unknown one, and for a module with parameters."""
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise ValueError(f"activation {activation} has parameters, which experts do not train; choose a plain function")
     if callable(activation):
         return activation
     known = {**ACTIVATIONS, **GATED_ACTIVATIONS}

@@ -72,7 +72,7 @@ class MoELayer(MOELayer):
     def dispatch(self, tokens: Tensor) -> Tensor:
         """tokens [S, M] through the experts that self.routing gives them, wherever they are."""
         if self.ranks is None:
-            return dispatch_locally(tokens, self.routing, self.experts)
+            return dispatch_locally(tokens, self.routing, self.experts, self.experts.takes_device_counts(tokens))
         with_capacity = self.routing.dropped is not None
         dispatch = dispatch_equal_split if with_capacity else dispatch_all_to_all
         return dispatch(tokens, self.routing, self.experts, self.ranks)

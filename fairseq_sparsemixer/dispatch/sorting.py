@@ -29,7 +29,8 @@ def order_pairs(routing: Routing) -> Tuple[Tensor, Tensor]:
     unrouted = routing.unrouted()
     if unrouted is not None:
         expert = expert.masked_fill(unrouted.reshape(-1), num_experts)  # behind the last expert
-    return expert.argsort(stable=True), torch.bincount(expert, minlength=num_experts + 1)[:num_experts]
+    counts = expert.new_zeros(num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))  # bincount would wait
+    return expert.argsort(stable=True), counts[:num_experts]
 
 
 def sort_pairs(routing: Routing) -> SortedPairs:

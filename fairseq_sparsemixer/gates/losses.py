@@ -21,8 +21,17 @@ def masked_mean(values: Tensor, padding_mask: Optional[Tensor], group: Any = Non
 
     With a process group, over the tokens of all its ranks: a collective, differentiable.
     """
-    total = masked_sum(values, padding_mask)
-    count = values.new_tensor(values.size(0)) if padding_mask is None else (~padding_mask).sum().to(values.dtype)
+    return _mean(masked_sum(values, padding_mask), _real(values, padding_mask), group)
+
+
+def _real(values: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    """[S], 1 for each token, 0 for padding; values [S, ...] give S, dtype and device."""
+    return values.new_ones(len(values)) if padding_mask is None else (~padding_mask).to(values.dtype)
+
+
+def _mean(total: Tensor, real: Tensor, group: Any) -> Tensor:
+    """A sum [...] over the tokens `real` [S], of all ranks, by their number."""
+    count = real.sum()
     if group is not None:
         both = SumOverRanks.apply(torch.cat([total.reshape(-1), count.reshape(1)]), group)
         total, count = both[:-1].view(total.shape), both[-1]
@@ -38,9 +47,10 @@ def balance_loss(probabilities: Tensor, expert_index: Tensor, padding_mask: Opti
     """
     num_experts = probabilities.size(-1)
     with torch.no_grad():
-        weight = probabilities.new_full(expert_index.shape, 1 / expert_index.size(1))
-        hits = torch.zeros_like(probabilities).scatter_add_(1, expert_index, weight)  # [S, E]
-        share = masked_mean(hits, padding_mask, group)  # [E]
+        real = _real(probabilities, padding_mask)
+        each = real.unsqueeze(1).expand(expert_index.shape).reshape(-1)  # [S * k]
+        chosen = probabilities.new_zeros(num_experts).scatter_add_(0, expert_index.reshape(-1), each)  # [E], exact below 2**24
+        share = _mean(chosen, real, group) / expert_index.size(1)
     return num_experts * (share * masked_mean(probabilities, padding_mask, group)).sum()
 
 

@@ -22,7 +22,7 @@ class SamplingNoise(NamedTuple):
 def draw_sampling_noise(logits: Tensor) -> SamplingNoise:
     """Fresh noise for logits [S, E], from torch's default generator."""
     return SamplingNoise(
-        gumbel=-torch.empty_like(logits).exponential_().log(),
+        gumbel=torch.rand_like(logits).log_().neg_().log_().neg_(),  # several times faster on CPUs than exponential_
         coin=torch.rand(logits.size(0), dtype=logits.dtype, device=logits.device),
     )
 

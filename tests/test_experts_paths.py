@@ -1,0 +1,137 @@
+"""Every way of running the experts, and of dispatching to them, gives the numbers of the others."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fairseq_sparsemixer import build_moe_layer, feed_forward
+from fairseq_sparsemixer.dispatch import dispatch_locally
+from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, Experts
+from fairseq_sparsemixer.feed_forward import Weights, feed_forward_by_expert, feed_forward_grouped
+
+needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+ALL_ACTIVATIONS = {**ACTIVATIONS, **GATED_ACTIVATIONS}
+
+
+def make_weights(experts, model_dim, hidden_dim, gated=False, dtype=torch.float32):
+    inner = 2 * hidden_dim if gated else hidden_dim
+    shapes = ((experts, model_dim, inner), (experts, inner), (experts, hidden_dim, model_dim), (experts, model_dim))
+    return Weights(*(torch.randn(*shape, dtype=dtype).div_(4).requires_grad_() for shape in shapes))
+
+
+def run(path, rows, weights, counts, activation, upstream):
+    """Output and all gradients of one path."""
+    out = path(rows, weights, counts, activation)
+    return [out, *torch.autograd.grad(out, [rows, *weights], upstream)]
+
+
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+def test_the_gradients_are_those_of_finite_differences(name):
+    rows = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    weights = make_weights(3, 2, 3, name in GATED_ACTIVATIONS, torch.float64)
+    activation = ALL_ACTIVATIONS[name]
+    assert torch.autograd.gradcheck(
+        lambda rows, *weights: feed_forward_by_expert(rows, Weights(*weights), [2, 0, 3], activation), (rows, *weights)
+    )
+
+
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+def test_onednn_agrees_with_linear(name, monkeypatch):
+    rows, upstream = torch.randn(9, 8, requires_grad=True), torch.randn(9, 8)
+    weights = make_weights(4, 8, 16, name in GATED_ACTIVATIONS)
+    with_onednn = run(feed_forward_by_expert, rows, weights, [4, 0, 1, 4], ALL_ACTIVATIONS[name], upstream)
+    monkeypatch.setattr(feed_forward, "USE_ONEDNN", False)
+    without = run(feed_forward_by_expert, rows, weights, [4, 0, 1, 4], ALL_ACTIVATIONS[name], upstream)
+    torch.testing.assert_close(with_onednn, without, rtol=1e-5, atol=1e-5)
+
+
+@needs_grouped_mm
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=4), tail=st.integers(0, 3),
+       name=st.sampled_from(list(ALL_ACTIVATIONS)))  # fmt: skip
+def test_the_grouped_product_agrees_with_the_loop_and_gives_rows_behind_zeros(counts, tail, name):
+    weights = make_weights(len(counts), 8, 16, name in GATED_ACTIVATIONS)
+    used = sum(counts)
+    rows, upstream = torch.randn(used + tail, 8, requires_grad=True), torch.randn(used + tail, 8)
+    out, grad_rows, *grads = run(feed_forward_grouped, rows, weights, torch.tensor(counts), ALL_ACTIVATIONS[name], upstream)
+    used_rows = rows.detach()[:used].requires_grad_()
+    loop = run(feed_forward_by_expert, used_rows, weights, counts, ALL_ACTIVATIONS[name], upstream[:used])
+    torch.testing.assert_close([out[:used], grad_rows[:used], *grads], loop, rtol=1e-5, atol=1e-5)
+    assert not out[used:].any() and not grad_rows[used:].any()
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
+def test_a_layer_with_counts_on_the_device_equals_one_with_counts_on_the_host(router, monkeypatch):
+    on_host = build_moe_layer(router, 8, 16, 4)
+    on_device = copy.deepcopy(on_host)
+    monkeypatch.setattr(on_device.experts, "takes_device_counts", lambda rows: True)
+    x, padding = torch.randn(3, 7, 8), torch.rand(3, 7) < 0.3
+    outputs = []
+    for layer in (on_host, on_device):
+        torch.manual_seed(3)
+        outputs.append(layer(x, padding))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(on_device.parameters(), on_host.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
+def test_the_device_path_never_waits_for_the_host(router):
+    """Tensors without data cannot be read: any look at a count would raise."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        layer, tokens = build_moe_layer(router, 8, 16, 4), torch.randn(10, 8)
+        routing = layer.gate(tokens, torch.zeros(10, dtype=torch.bool))
+        out = dispatch_locally(tokens, routing, layer.experts, counts_on_device=True)
+        out.sum().backward()
+    assert out.shape == (10, 8) and layer.experts.weight_in.grad is not None
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
+def test_gate_and_experts_compile_without_a_graph_break(router, monkeypatch):
+    layer = build_moe_layer(router, 8, 16, 4).eval().bfloat16()
+    monkeypatch.setattr(layer.experts, "takes_device_counts", lambda rows: True)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x, padding = torch.randn(10, 8).bfloat16(), torch.rand(10) < 0.3
+    torch.testing.assert_close(compiled(x, padding), layer(x, padding))
+
+
+def test_the_loop_dropout_keeps_the_expected_output_and_its_gradient_follows_the_mask():
+    for activation in (F.relu, torch.tanh):  # one that is kept, one that is recomputed
+        rows = torch.ones(4000, 2, dtype=torch.float64, requires_grad=True)
+        weights = Weights(*(torch.full(shape, 0.5, dtype=torch.float64, requires_grad=True) for shape in
+                            ((1, 2, 3), (1, 3), (1, 3, 2), (1, 2))))  # fmt: skip
+        kept = feed_forward_by_expert(rows, weights, [4000], activation)
+        dropped = feed_forward_by_expert(rows, weights, [4000], activation, dropout=0.25)
+        torch.testing.assert_close(dropped.mean(), kept.mean(), rtol=0.03, atol=0)
+        hidden = activation(torch.tensor(1.5, dtype=torch.float64)).item()
+        survivors = ((dropped[:, 0] - 0.5) / (0.5 * hidden / 0.75)).round()  # of 3 hidden units, in each row
+        assert set(survivors.tolist()) == {0, 1, 2, 3}
+        (grad,) = torch.autograd.grad(dropped[:, 0].sum(), weights.bias_out, retain_graph=True)
+        assert grad[0, 0] == 4000
+        (grad,) = torch.autograd.grad(dropped[:, 0].sum(), rows)
+        slope = 1 if activation is F.relu else 1 - hidden**2
+        torch.testing.assert_close(grad[:, 0], survivors.detach() * 0.5 * 0.5 * slope / 0.75)
+
+
+def test_without_gradients_the_same_output_is_computed():
+    experts = Experts(3, 8, 16, "gelu")
+    rows = torch.randn(6, 8)
+    with torch.no_grad():
+        plain = experts(rows, [1, 0, 5])
+    torch.testing.assert_close(plain, experts(rows, [1, 0, 5]))
+
+
+def test_an_activation_with_parameters_and_a_dropout_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="has parameters, which experts do not train"):
+        Experts(2, 3, 4, activation=torch.nn.PReLU())
+    with pytest.raises(ValueError, match=r"--activation-dropout 1.5 must lie in \[0, 1\]"):
+        Experts(2, 3, 4, dropout=1.5)
