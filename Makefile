@@ -1,14 +1,15 @@
 # make test, make quickstart: each installs into .venv first where that is not done yet.
-# Variables: PYTHON, TORCH_INDEX (see scripts/install.py); RAW, UPDATES, SEED, ROUTERS, OUT (quickstart); ARGS (pytest).
+# Variables: PYTHON, TORCH_INDEX (see scripts/install.py); RAW, UPDATES, SEED, ROUTERS, OUT (quickstart); ARGS (test, bench).
 
 PYTHON3 ?= python3
 
-.PHONY: help install test quickstart clean
+.PHONY: help install test quickstart bench clean
 
 help:
 	@echo 'make test                     run the tests (ARGS="-k gates" and the like are handed to pytest)'
 	@echo 'make quickstart               train, translate with and compare dense, Switch and SparseMixer: 6 minutes on 2 cores'
 	@echo 'make quickstart RAW=DIR       the same on the raw text of Multi30k; UPDATES=N, SEED=N and ROUTERS="dense ..." change it'
+	@echo 'make bench                    an MoE layer beside a dense one, a minute; ARGS="--preset full" and the like are handed on'
 	@echo 'make install                  what the others do first: everything into .venv'
 	@echo 'make clean                    remove .venv and runs/'
 
@@ -21,6 +22,9 @@ test: install
 quickstart: install
 	@.venv/bin/python -m recipes.quickstart $(if $(RAW),--raw-dir "$(RAW)") $(if $(OUT),--out "$(OUT)") \
 		$(if $(UPDATES),--updates $(UPDATES)) $(if $(SEED),--seed $(SEED)) $(if $(ROUTERS),--routers $(ROUTERS))
+
+bench: install
+	@.venv/bin/python -m benchmarks.layer $(ARGS)
 
 clean:
 	rm -rf .venv runs

@@ -1,0 +1,229 @@
+"""The layers that are measured side by side. Each builder takes a Shape and gives a step: forward, backward, as in training.
+
+Peers that are not installed are read from a checkout whose path the command line gives; nothing of theirs is kept here.
+"""
+
+import importlib.util
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fairseq_sparsemixer import build_moe_layer
+
+AUX_WEIGHT = 0.01  # of the balance loss, as in training
+
+
+class Shape(NamedTuple):
+    """tokens S, experts E, experts a token k, model_dim M, hidden_dim H of an expert."""
+
+    tokens: int
+    experts: int
+    top_k: int
+    model_dim: int
+    hidden_dim: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the active matrix products, forward and backward."""
+        return 12 * self.tokens * self.top_k * self.model_dim * self.hidden_dim
+
+    def weight_bytes(self, experts: Optional[int] = None) -> int:
+        """Of the feed-forward networks, in float32."""
+        return 8 * (self.experts if experts is None else experts) * self.model_dim * self.hidden_dim
+
+
+class NotRunnable(Exception):
+    """This contender cannot run here; the message says why."""
+
+
+Forward = Callable[[Tensor], Tuple[Tensor, Optional[Tensor]]]  # x [S, M] -> output [S, M], balance loss
+
+
+class Contender(NamedTuple):
+    """A module and how to call it."""
+
+    module: nn.Module
+    forward: Forward
+
+    def step(self, x: Tensor, upstream: Tensor) -> None:
+        """Forward and backward, gradients made anew, as fairseq does it."""
+        self.module.zero_grad(set_to_none=True)
+        x.grad = None
+        output, aux = self.forward(x)
+        outputs, grads = [output], [upstream]
+        if aux is not None:
+            outputs.append(aux)
+            grads.append(torch.full_like(aux, AUX_WEIGHT))
+        torch.autograd.backward(outputs, grads)
+
+
+def feed_forward(model_dim: int, hidden_dim: int) -> nn.Sequential:
+    """fairseq's: fc2(relu(fc1(x)))."""
+    return nn.Sequential(nn.Linear(model_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, model_dim))
+
+
+def dense(shape: Shape) -> Contender:
+    """One feed-forward network of the same active FLOPs: hidden dimension k * H."""
+    module = feed_forward(shape.model_dim, shape.top_k * shape.hidden_dim)
+    return Contender(module, lambda x: (module(x), None))
+
+
+def ours(shape: Shape, router: Optional[str] = None) -> Contender:
+    """This package's layer: SparseMixer for one expert a token, SparseMixer-v2 for more."""
+    options = {} if shape.top_k == 1 else {"top_k": shape.top_k}
+    router = router or ("sparsemixer" if shape.top_k == 1 else "sparsemixer_v2")
+    layer = build_moe_layer(router, shape.model_dim, shape.hidden_dim, shape.experts, **options)
+    return Contender(layer, lambda x: (layer(x), layer.l_aux))
+
+
+def single_rank_group() -> Any:
+    """A process group of this process alone; fairscale and fairseq's branch ask for one."""
+    if not dist.is_initialized():
+        store = dist.HashStore()
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1)
+    return dist.group.WORLD
+
+
+def fairscale(shape: Shape) -> Contender:
+    """fairscale's MOELayer with its Top2Gate: always two experts a token, capacity 2 S / E."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fairscale.nn.moe import MOELayer, Top2Gate
+    if shape.top_k != 2:
+        raise NotRunnable("its gate always takes two experts a token")
+    if 2 * shape.tokens % shape.experts or shape.tokens % shape.experts:
+        raise NotRunnable("it needs a token count divisible by the experts")
+    group = single_rank_group()
+    experts = nn.ModuleList([feed_forward(shape.model_dim, shape.hidden_dim) for _ in range(shape.experts)])
+    layer = MOELayer(Top2Gate(shape.model_dim, shape.experts), experts, group=group)
+
+    def forward(x: Tensor):
+        output = layer(x.unsqueeze(1))
+        return output.squeeze(1), layer.l_aux
+
+    return Contender(layer, forward)
+
+
+def sparsemixer_official(shape: Shape, path: Path) -> Contender:
+    """The feed-forward part of microsoft/SparseMixer's encoder layer: its own forward, attention and norms taken out."""
+    if shape.top_k != 1:
+        raise NotRunnable("it gives each token one expert")
+    load_package("sparsemixer", path / "sparsemixer")
+    module = load_package("peer_sparsemixer_layer", path / "example" / "moe" / "transformer_switch_layer.py")
+    args = Namespace(
+        encoder_embed_dim=shape.model_dim, encoder_ffn_embed_dim=shape.hidden_dim, encoder_attention_heads=8,
+        num_experts=shape.experts, load_balancing=True, router="sparsemixer", jitter_eps=0.1, dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, relu_dropout=0.0, activation_fn="relu",
+        encoder_normalize_before=False, quant_noise_pq=0,
+    )  # fmt: skip
+    layer = module.SwitchTransformerEncoderLayer(args, layer_idx=0)
+    layer.self_attn = _PassQuery()
+    layer.self_attn_layer_norm = layer.final_layer_norm = nn.Identity()
+    layer.residual_connection = lambda x, residual: x
+
+    def forward(x: Tensor):
+        output, _, balance = layer(x.unsqueeze(1), None)
+        return output.squeeze(1), balance
+
+    return Contender(layer, forward)
+
+
+class _PassQuery(nn.Module):
+    def forward(self, query: Tensor, **_: Any):
+        return query, None
+
+
+def fairseq_moe(shape: Shape, path: Path) -> Contender:
+    """The MOELayer of fairseq's `moe` branch with its own gate, dropping tokens at its default capacity."""
+    from fairseq import distributed_utils  # noqa: F401  the branch's files import it from the fairseq installed here
+
+    moe = load_package("peer_fairseq_moe", path / "fairseq" / "modules" / "moe")
+    group = single_rank_group()
+    gate = {1: moe.Top1Gate, 2: moe.Top2Gate}.get(shape.top_k)
+    if gate is None:
+        raise NotRunnable("its gates take one or two experts a token")
+    experts = nn.ModuleList([feed_forward(shape.model_dim, shape.hidden_dim) for _ in range(shape.experts)])
+    layer = moe.MOELayer(gate(shape.model_dim, shape.experts), experts, Namespace(), group=group, all2all_group=group)
+
+    def forward(x: Tensor):
+        output, aux = layer(x.unsqueeze(1))
+        return output.squeeze(1), aux
+
+    return Contender(layer, forward)
+
+
+def tutel(shape: Shape, path: Path) -> Contender:
+    """Microsoft's Tutel."""
+    if not torch.cuda.is_available():
+        raise NotRunnable("it needs a GPU")
+    sys.path.insert(0, str(path))
+    try:
+        from tutel import moe
+    except ImportError as error:
+        raise NotRunnable(f"{error}") from None
+    layer = moe.moe_layer(
+        gate_type={"type": "top", "k": shape.top_k, "capacity_factor": 0},
+        model_dim=shape.model_dim,
+        experts={"type": "ffn", "num_experts_per_device": shape.experts, "hidden_size_per_expert": shape.hidden_dim},
+    )
+
+    def forward(x: Tensor):
+        output = layer(x)
+        return output, output.l_aux
+
+    return Contender(layer, forward)
+
+
+def megablocks(shape: Shape, path: Path) -> Contender:
+    """MegaBlocks' dropless layer."""
+    if not torch.cuda.is_available():
+        raise NotRunnable("it needs a GPU")
+    sys.path.insert(0, str(path))
+    try:
+        from megablocks.layers.arguments import Arguments
+        from megablocks.layers.dmoe import dMoE
+    except ImportError as error:
+        raise NotRunnable(f"{error}") from None
+    layer = dMoE(
+        Arguments(
+            hidden_size=shape.model_dim, ffn_hidden_size=shape.hidden_dim, moe_num_experts=shape.experts,
+            moe_top_k=shape.top_k, bf16=True, fp16=False, activation_fn=F.relu,
+        )
+    )  # fmt: skip
+    return Contender(layer, lambda x: (layer(x.unsqueeze(1))[0].squeeze(1), None))
+
+
+PEERS: Dict[str, Callable[[Shape, Path], Contender]] = {
+    "sparsemixer": sparsemixer_official,
+    "fairseq-moe": fairseq_moe,
+    "tutel": tutel,
+    "megablocks": megablocks,
+}
+
+
+def load_package(name: str, path: Path) -> ModuleType:
+    """The module or package at a path, under a name of our choice. Raises NotRunnable where it is not there."""
+    if name in sys.modules:
+        return sys.modules[name]
+    file = path / "__init__.py" if path.is_dir() else path
+    if not file.is_file():
+        raise NotRunnable(f"no {file}")
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(path)] if path.is_dir() else None)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec.loader.exec_module(module)
+    except ImportError as error:
+        del sys.modules[name]
+        raise NotRunnable(f"{error}") from None
+    return module
