@@ -9,3 +9,7 @@ class ConfigurationError(SystemExit, ValueError):
 
     def __init__(self, message: str):
         super().__init__(f"fairseq-sparsemixer: {message}")
+        self.message = message
+
+    def __reduce__(self):
+        return type(self), (self.message,)  # a process that reports it to another must not prefix it twice

@@ -1,5 +1,7 @@
 """The error a command line ends with."""
 
+import pickle
+
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -14,3 +16,9 @@ def test_it_ends_a_program_with_status_one_and_one_sentence():
 def test_a_library_caller_can_catch_it_as_a_value_error():
     with pytest.raises(ValueError, match="must be at least 1"):
         raise ConfigurationError("--num-experts 0 must be at least 1")
+
+
+def test_it_reaches_another_process_as_it_is():
+    error = ConfigurationError("--num-experts 0 must be at least 1")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.code, copy.message) == (error.code, error.message)
