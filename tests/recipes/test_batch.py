@@ -1,0 +1,30 @@
+"""The batch plan: the target on any number of devices."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.batch import plan_batch
+
+
+@pytest.mark.parametrize("world_size, update_freq", [(1, 16), (8, 2), (16, 1), (64, 1)])
+def test_the_papers_batch_is_the_same_on_any_number_of_devices(world_size, update_freq):
+    plan = plan_batch(8192 * 16, 8192, world_size)
+    assert (plan.tokens, plan.update_freq) == (8192 * 16, update_freq)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 512))
+def test_no_device_gets_more_than_it_holds_and_no_token_too_many_is_planned(target, device, world_size):
+    if target < world_size:
+        with pytest.raises(ConfigurationError):
+            plan_batch(target, device, world_size)
+        return
+    plan = plan_batch(target, device, world_size)
+    assert 1 <= plan.max_tokens <= device
+    assert target - world_size * plan.update_freq < plan.tokens <= target
+
+
+def test_sizes_below_one_are_refused():
+    with pytest.raises(ConfigurationError, match="--device-tokens 0"):
+        plan_batch(100, 0, 1)
