@@ -38,10 +38,15 @@ class ExpertLoad:
 
 @dataclass
 class Run:
-    """valid_loss: [(num_updates, loss in bits per token)]. updates: done so far. words_per_second: target tokens, median."""
+    """valid_loss: [(num_updates, loss in bits per token)]; valid_seconds: the wall time before each, to the log line before it.
+
+    train_loss: as logged on the way. updates: done so far. words_per_second: target tokens, median.
+    """
 
     name: str
     valid_loss: List[Tuple[int, float]] = field(default_factory=list)
+    valid_seconds: List[float] = field(default_factory=list)
+    train_loss: List[float] = field(default_factory=list)
     updates: int = 0
     words_per_second: Optional[float] = None
     load: Optional[ExpertLoad] = None
@@ -64,18 +69,25 @@ def read_run(folder: Path) -> Run:
         raise ConfigurationError(
             f"{folder} has no {TRAIN_LOG}; train with --log-format json --log-file {path} --moe-load-file {folder / LOAD_LOG}"
         )
-    valid, speed, updates = {}, {}, 0  # by num_updates: fairseq repeats lines, and a resumed run repeats updates
+    # by num_updates: fairseq repeats lines, and a resumed run repeats updates
+    valid, seconds, train, speed = {}, {}, {}, {}
+    wall, updates = 0.0, 0
     for entry in _json_lines(path):
         if "valid_loss" in entry and "valid_num_updates" in entry:
             valid[int(entry["valid_num_updates"])] = float(entry["valid_loss"])
+            seconds[int(entry["valid_num_updates"])] = wall
         elif "wps" in entry and "num_updates" in entry:
             updates = max(updates, int(entry["num_updates"]))
             speed[int(entry["num_updates"])] = float(entry["wps"])
+            train[int(entry["num_updates"])] = float(entry["loss"])
+            wall = float(entry["wall"])
     if not valid and not speed:
         raise ConfigurationError(f"{path} holds no figures of a training run; train with --log-format json")
     return Run(
         name=folder.resolve().name,
         valid_loss=sorted(valid.items()),
+        valid_seconds=[seconds[done] for done in sorted(valid)],
+        train_loss=[train[done] for done in sorted(train)],
         updates=max([updates, *valid]),
         words_per_second=median(speed.values()) if speed else None,
         load=_read_load(folder / LOAD_LOG),

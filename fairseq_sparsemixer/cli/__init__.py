@@ -14,6 +14,7 @@ COMMANDS = {  # by name, the module
     "inspect": "inspect",
     "launch": "launch",
     "plot": "plot",
+    "study": "study",
     "reshard": "reshard",
     "upcycle": "upcycle",
 }

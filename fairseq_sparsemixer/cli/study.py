@@ -1,0 +1,58 @@
+"""Train a grid of routers, numbers of experts and seeds under one budget, and report how they compare.
+
+What is finished is never run again, and a run that was cut off goes on from its last checkpoint: start the same command again
+after a kill. SPEC is a YAML file; fairseq_sparsemixer/study/spec.py describes it, recipes/*/study.yaml are examples.
+
+examples:
+  fairseq-sparsemixer study recipes/multi30k_en_de/study.yaml --out runs/study --dry-run
+  fairseq-sparsemixer study recipes/multi30k_en_de/study.yaml --out runs/study --json results.json
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+HELP = "train a grid of routers and seeds, and compare them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study's file, and where it runs."""
+    parser.add_argument("spec", metavar="SPEC", type=Path, help="the study, a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of runs, tables and plots")
+    parser.add_argument("--workers", type=int, help="runs at the same time (default: one a GPU, or one a CPU core)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command lines and run nothing")
+    parser.add_argument("--report-only", action="store_true", help="report the finished runs and start none")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too, beside OUT/results.json")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is missing, then report. Exit status 1 when a run failed."""
+    from fairseq_sparsemixer.cli.json_file import write_json
+    from fairseq_sparsemixer.errors import ConfigurationError
+    from fairseq_sparsemixer.study import plots, report, results
+    from fairseq_sparsemixer.study.commands import train_command
+    from fairseq_sparsemixer.study.runner import progress_display, run_folder, run_study
+    from fairseq_sparsemixer.study.spec import read_study
+
+    if options.workers is not None and options.workers < 1:
+        raise ConfigurationError(f"--workers {options.workers} must be at least 1")
+    study = read_study(options.spec)
+    if options.dry_run:
+        for planned in study.runs():
+            print(shlex.join(train_command(study, planned, run_folder(options.out, planned))))
+        return 0
+    failures = []
+    if not options.report_only:
+        with progress_display() as progress:
+            failures = run_study(study, options.out, options.workers, progress)
+    gathered = results.gather(study, options.out)
+    if not gathered["runs"]:
+        raise ConfigurationError(f"no run of {options.spec} is finished in {options.out}" + "".join(f"; {f}" for f in failures))
+    for path in filter(None, (options.out / "results.json", options.json)):
+        write_json(str(path), gathered)
+    (options.out / "results.md").write_text(report.markdown(gathered), encoding="utf-8")
+    plots.draw(study, gathered, options.out)
+    print(report.markdown(gathered))
+    for failure in failures:
+        print(failure)
+    return 1 if failures else 0
