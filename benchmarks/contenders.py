@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer import build_moe_layer
+from fairseq_sparsemixer.gradient_memory import GradientMemory
 
 AUX_WEIGHT = 0.01  # of the balance loss, as in training
 
@@ -52,6 +53,12 @@ class Contender(NamedTuple):
 
     module: nn.Module
     forward: Forward
+
+    def forget_memory(self) -> None:
+        """Give back what our experts keep for gradients between steps, so that a measurement of memory sees it."""
+        for module in self.module.modules():
+            if hasattr(module, "gradient_memory"):
+                module.gradient_memory = GradientMemory()
 
     def step(self, x: Tensor, upstream: Tensor) -> None:
         """Forward and backward, gradients made anew, as fairseq does it."""

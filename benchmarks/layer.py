@@ -2,13 +2,15 @@
 
 examples:
   python -m benchmarks.layer                                # a minute: S = 1k and 4k
-  python -m benchmarks.layer --preset full --out results    # the whole grid, as far as memory and time allow
+  python -m benchmarks.layer --preset growth --out results  # minutes: S from 256 to 16k, E from 4 to 256
+  python -m benchmarks.layer --preset full --out results    # hours: the whole grid, as far as --memory-gb and --seconds allow
   python -m benchmarks.layer --tokens 4096 --experts 8 64 --peer sparsemixer=CHECKOUT --peer fairseq-moe=CHECKOUT
 """
 
 import argparse
 import gc
 import itertools
+import logging
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -19,6 +21,13 @@ from benchmarks.contenders import Contender, NotRunnable, Shape
 
 PRESETS: Dict[str, Dict[str, Any]] = {
     "quick": {"tokens": [1024, 4096], "experts": [8, 32, 64], "dims": [(512, 2048)], "top_k": [1], "rounds": 5},
+    "growth": {
+        "tokens": [256, 1024, 4096, 16384],
+        "experts": [4, 8, 16, 64, 256],
+        "dims": [(512, 2048)],
+        "top_k": [1],
+        "rounds": 5,
+    },
     "full": {
         "tokens": [256, 1024, 4096, 16384, 65536],
         "experts": [4, 8, 16, 64, 256],
@@ -63,6 +72,7 @@ def measure(shape: Shape, builders: Dict[str, Callable[[Shape], Contender]], lim
         step = _step(contender, x, upstream)
         for other in built.values():
             other.module.zero_grad(set_to_none=True)
+        contender.forget_memory()
         peak = measuring.peak_memory(step)
         with measuring.HostSynchronisations() as syncs:
             contender.forward(x)
@@ -122,6 +132,7 @@ def report(cases: List[Dict[str, Any]]) -> str:
 
 def plot(cases: List[Dict[str, Any]], path: Path) -> None:
     """Time over dense for each shape, one bar a layer."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # a peer may have switched on everybody's debug messages
     from matplotlib.figure import Figure
 
     names = [name for name in dict.fromkeys(name for case in cases for name in case["layers"]) if name != "dense"]
