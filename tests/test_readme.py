@@ -1,5 +1,6 @@
 """What the README says is run: its commands, its Python, its table of flags, its links."""
 
+import logging
 import os
 import re
 import shlex
@@ -46,11 +47,12 @@ def run_as_script(monkeypatch, entry_point, words):
     entry_point()
 
 
-def test_the_commands_for_ones_own_data_train_translate_and_plot(monkeypatch, tmp_path, capsys):
+def test_the_commands_for_ones_own_data_train_translate_and_plot(monkeypatch, tmp_path, capsys, caplog):
     from fairseq_cli import generate, preprocess, train
 
     from fairseq_sparsemixer.cli import main
 
+    caplog.set_level(logging.INFO)  # as fairseq's scripts have it, where no test runner was first: train.log needs it
     monkeypatch.chdir(tmp_path)
     os.mkdir("corpus")
     os.mkdir("run")
