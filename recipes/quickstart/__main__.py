@@ -15,10 +15,10 @@ from rich.console import Console
 
 from fairseq_sparsemixer.runs import read_run
 from recipes.quickstart import pipeline
-from recipes.quickstart.cldr import make_cldr
-from recipes.quickstart.multi30k import read_multi30k
+from recipes.cldr import make_cldr
+from recipes.multi30k_en_de.raw_text import read_multi30k
 from recipes.quickstart.report import report
-from recipes.quickstart.steps import run_step
+from recipes.steps import run_step
 
 ROUTERS = ("dense", "switch", "sparsemixer")
 WIDTH = 120  # where there is no terminal

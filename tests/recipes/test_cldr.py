@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.quickstart.cldr import NAMES, make_cldr
+from recipes.cldr import NAMES, make_cldr
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
 

@@ -15,7 +15,7 @@ from babel.lists import format_list
 from babel.numbers import format_currency, format_percent
 from babel.units import format_unit
 
-from recipes.quickstart.corpus import Corpus, Pair
+from recipes.corpus import Corpus, Pair
 
 SOURCE, TARGET = Locale("en"), Locale("de")
 MEASURES = (

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from recipes.quickstart.steps import STAMP, run_step
+from recipes.steps import STAMP, run_step
 
 
 @pytest.fixture

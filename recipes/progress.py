@@ -40,11 +40,11 @@ def script(name: str) -> str:
 
 
 def format_command(command: List[str]) -> str:
-    """The command for a shell, broken in lines before flags."""
+    """The command for a shell, broken in lines before flags and hydra's overrides."""
     lines = [""]
     for word in command:
         quoted = shlex.quote(word)
-        if word.startswith("--") and len(lines[-1]) > WIDTH - 30:
+        if (word.startswith("--") or "=" in word) and len(lines[-1]) > WIDTH - 30:
             lines.append("   ")
         lines[-1] += (" " if lines[-1] else "") + quoted
     return " \\\n".join(lines)

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.quickstart.multi30k import FILES, read_multi30k
+from recipes.multi30k_en_de.raw_text import FILES, read_multi30k
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_missing_split_and_a_truncated_file_are_named(raw):
     with pytest.raises(ConfigurationError, match="train.en.gz cannot be read beyond line"):
         read_multi30k(raw)
     (raw / "train.en.gz").unlink()
-    with pytest.raises(ConfigurationError, match="has no train.en.gz"):
+    with pytest.raises(ConfigurationError, match="has no train.en, gzipped or not"):
         read_multi30k(raw)
 
 

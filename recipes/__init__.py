@@ -1,0 +1,1 @@
+"""Experiments from raw text to figures: `python -m recipes.NAME prepare|train|evaluate`; see docs/recipes.md."""

@@ -1,0 +1,24 @@
+"""fairseq-preprocess on text in subwords."""
+
+from pathlib import Path
+from typing import List, Sequence
+
+from recipes.corpus import LANGUAGES, SPLITS
+from recipes.progress import script
+
+
+def translation_command(pieces: Path, folder: Path, workers: int, languages: Sequence[str] = LANGUAGES) -> List[str]:
+    """pieces/SPLIT.LANGUAGE -> folder, with one dictionary for both languages."""
+    source, target = languages
+    flags = ["--source-lang", source, "--target-lang", target, "--joined-dictionary"]
+    return [script("fairseq-preprocess"), *flags, *_rest(pieces, folder, workers)]
+
+
+def text_command(pieces: Path, folder: Path, workers: int, *flags: str) -> List[str]:
+    """pieces/SPLIT -> folder, text of one language."""
+    return [script("fairseq-preprocess"), "--only-source", *_rest(pieces, folder, workers), *flags]
+
+
+def _rest(pieces: Path, folder: Path, workers: int) -> List[str]:
+    splits = [word for split in SPLITS for word in (f"--{split}pref", str(pieces / split))]
+    return [*splits, "--destdir", str(folder), "--workers", str(workers)]

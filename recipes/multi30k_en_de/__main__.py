@@ -1,0 +1,107 @@
+"""Multi30k, English to German (Elliott et al., 2016; arXiv 1605.00459): captions of pictures, 29,000 pairs.
+
+The smallest recipe, minutes on a GPU: a 4-layer transformer of width 128 with experts in every second layer, on raw text in
+sentencepiece's pieces; sacreBLEU on test_2016_flickr.
+"""
+
+from pathlib import Path
+from typing import Callable
+
+from rich.console import Console
+
+from recipes import translation
+from recipes.binarisation import translation_command
+from recipes.cldr import make_cldr
+from recipes.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
+from recipes.multi30k_en_de.raw_text import FILES, read_multi30k
+from recipes.progress import run_program
+from recipes.segmentation import learn_pieces, segment_file
+from recipes.session import Recipe, Session, entry, real_text
+from recipes.sources import fetch, say_source
+from recipes.training import USER_DIR, age, checkpoint_of, train
+
+NAME = "multi30k_en_de"
+CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
+ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw"
+URLS = {f"{name}.{language}.gz": f"{ADDRESS}/{name}.{language}.gz" for name in FILES.values() for language in LANGUAGES}
+VOCABULARY = 8000  # pieces of both languages
+BATCH_TOKENS = 8192
+DEVICE_TOKENS = 8192
+SEARCH = "--beam 5 --lenpen 1.0".split()
+
+# --smoke: a few hundred pairs
+SMOKE_SIZES = {"train": 2000, "valid": 100, "test": 50}
+SMOKE_VOCABULARY = 1000
+SMOKE = {
+    "model.encoder_layers": 2,
+    "model.decoder_layers": 2,
+    "model.encoder_embed_dim": 32,
+    "model.decoder_embed_dim": 32,
+    "model.encoder_ffn_embed_dim": 64,
+    "model.decoder_ffn_embed_dim": 64,
+    "model.dropout": 0.0,
+    "lr_scheduler.warmup_updates": 20,
+    "optimization.max_update": 100,
+    "common.log_interval": 10,
+}
+SMOKE_BATCH_TOKENS = 1024
+
+
+def smoke_corpus() -> Corpus:
+    """A small part of Multi30k where its raw text is at hand, else a corpus made from CLDR."""
+    folder = real_text("multi30k")
+    if folder is None:
+        return make_cldr(SMOKE_SIZES, seed=1)
+    return {split: pairs[: SMOKE_SIZES[split]] for split, pairs in read_multi30k(folder).items()}
+
+
+def prepare(session: Session) -> None:
+    """Raw text in pieces, binarised."""
+    options = session.options
+    small = options.smoke and options.raw_dir is None
+    vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
+    source = "a small part of the real text where it is at hand, else text made from CLDR" if small else say_source(session, URLS)
+    settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "vocabulary": vocabulary}
+
+    def read() -> Corpus:
+        return smoke_corpus() if small else read_multi30k(fetch(session, URLS))
+
+    does = f"{source}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
+    session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if small else options.workers)
+
+
+def make_data(read: Callable[[], Corpus], vocabulary: int, workers: int, folder: Path, console: Console) -> None:
+    """folder/raw, folder/pieces and folder/bin."""
+    raw, pieces, binary = folder / "raw", folder / "pieces", folder / "bin"
+    sizes = write_corpus(read(), raw)
+    console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " pairs", highlight=False)
+    model = learn_pieces([raw / f"train.{language}" for language in LANGUAGES], pieces, vocabulary)
+    for split in SPLITS:
+        for language in LANGUAGES:
+            segment_file(model, raw / f"{split}.{language}", pieces / f"{split}.{language}")
+    run_program(translation_command(pieces, binary, workers), folder / "console.log", console)
+
+
+def train_model(session: Session) -> None:
+    """The settings are those of multi30k_en_de.yaml."""
+    batch_tokens = SMOKE_BATCH_TOKENS if session.options.smoke else BATCH_TOKENS
+    train(session, CONFIG, session.data / "bin", batch_tokens, DEVICE_TOKENS, SMOKE if session.options.smoke else None)
+
+
+def evaluate(session: Session) -> None:
+    """sacreBLEU of the best checkpoint on the raw references."""
+    checkpoint = checkpoint_of(session)
+    test = session.out / f"{session.run.name}-test"
+    command = translation.generate_command(session.data / "bin", str(USER_DIR), checkpoint, SEARCH, session.gpus == 0)
+    reference = session.data / "raw" / "test.de"
+    settings = {"command": command, "checkpoint": age(checkpoint)}
+    translation.translate_step(session, test, command, settings, reference)
+    if not session.options.dry_run:
+        hypotheses = translation.read_sentences(test / translation.TRANSLATION)
+        session.results(translation.sacre_bleu(hypotheses, translation.read_sentences(reference)))
+
+
+RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+
+if __name__ == "__main__":
+    entry(RECIPE)

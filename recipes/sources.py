@@ -1,0 +1,56 @@
+"""Where raw data comes from: --raw-dir, or a download into OUT/downloads whose checksums are kept and checked."""
+
+from pathlib import Path
+from typing import Dict, Mapping
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.download import download, sha256_of
+from recipes.session import Session
+
+SUMS = "SHA256SUMS"  # as sha256sum writes and checks it: one "<checksum>  <file>" a line
+
+
+def downloads(session: Session) -> Path:
+    """The folder of the recipe's downloads."""
+    return session.out / "downloads"
+
+
+def say_source(session: Session, urls: Mapping[str, str]) -> str:
+    """What `fetch` does, for --dry-run."""
+    if session.options.raw_dir is not None:
+        return f"reads {session.options.raw_dir}"
+    return "downloads " + ", ".join(urls.values()) + f" to {downloads(session)}"
+
+
+def fetch(session: Session, urls: Mapping[str, str]) -> Path:
+    """The folder of the raw files: --raw-dir, else OUT/downloads once the files of `urls` (name -> address) are there.
+
+    No source here publishes checksums: that of the first download is noted in SHA256SUMS, and a file that is not that one
+    is refused in later calls.
+    """
+    if session.options.raw_dir is not None:
+        if not session.options.raw_dir.is_dir():
+            raise ConfigurationError(f"--raw-dir {session.options.raw_dir} is no folder")
+        return session.options.raw_dir
+    folder = downloads(session)
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = _read_sums(folder / SUMS)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=session.console) as progress:
+        for name, url in urls.items():
+            task = progress.add_task(name)
+            path = folder / name
+            download(url, path, sums.get(name), lambda done, total: progress.update(task, completed=done, total=total))
+            if name not in sums:
+                with (folder / SUMS).open("a", encoding="utf-8") as file:
+                    file.write(f"{sha256_of(path)}  {name}\n")
+    return folder
+
+
+def _read_sums(path: Path) -> Dict[str, str]:
+    if not path.is_file():
+        return {}
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {fields[1]: fields[0] for fields in lines if len(fields) == 2}

@@ -1,0 +1,80 @@
+"""What a recipe's `train` asks of fairseq-hydra-train."""
+
+import shlex
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.console import Console
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.session import Recipe, main
+from recipes.steps import run_step
+from recipes.training import as_override, read_log_line, train
+
+CONFIG = "optimization:\n  max_update: 7\n"
+
+
+@pytest.mark.parametrize("value", ["plain", "/with space/a,b", "it's (odd)\\", True, None, 0.1, 3, [4], "a=b"])
+def test_hydra_reads_a_value_as_it_was_meant(value):
+    (override,) = OverridesParser.create().parse_overrides([f"key={as_override(value)}"])
+    assert override.value() == value
+
+
+def test_the_advance_is_read_from_either_form_of_fairseqs_log():
+    log = '{"epoch": 1, "loss": "5.2", "wps": "1234.5", "num_updates": "20"}'
+    for line in (f"2026-01-01 00:00:00 | INFO | train_inner | {log}\n", f"[2026-01-01 00:00:00,1][train_inner][INFO] - {log}\n"):
+        assert read_log_line(line) == (20, "loss 5.2, 1,234 words/s")
+    assert read_log_line(f"[2026-01-01 00:00:00,1][valid][INFO] - {log}\n") is None
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(option, ...): `train` of a recipe whose data is there."""
+    config = tmp_path / "settings.yaml"
+    config.write_text(CONFIG)
+
+    def step(session):
+        run_step("data", session.data, {}, Console(quiet=True), lambda *_: None)
+        train(session, config, session.data, batch_tokens=4096, device_tokens=1024)
+
+    recipe = Recipe("some", "", step, step, step, lambda parser: None)
+    return lambda *options: main(recipe, ["train", "--out", str(tmp_path / "out"), *options])
+
+
+@pytest.mark.parametrize("gpus, nodes, tokens, micro_batches", [(1, 1, 1024, 4), (2, 1, 1024, 2), (8, 1, 512, 1), (8, 2, 256, 1)])
+def test_the_effective_batch_is_the_same_on_any_number_of_devices(run, capsys, gpus, nodes, tokens, micro_batches):
+    run("--dry-run", "--gpus", str(gpus), "--nodes", str(nodes), "--slurm", "job")
+    said = capsys.readouterr().out
+    assert f"dataset.max_tokens={tokens}" in said and f"optimization.update_freq=[{micro_batches}]" in said
+    assert tokens * micro_batches * gpus * nodes == 4096
+
+
+def test_a_batch_script_starts_a_task_for_each_gpu_and_trains_nothing(run, tmp_path):
+    run("--gpus", "4", "--nodes", "2", "--slurm", str(tmp_path / "job.sh"))
+    text = (tmp_path / "job.sh").read_text()
+    assert "#SBATCH --nodes=2" in text and "#SBATCH --ntasks-per-node=4" in text and "#SBATCH --requeue" in text
+    (command,) = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith("srun")]
+    words = shlex.split(command)
+    assert words[1].endswith("fairseq-hydra-train") and "+distributed_training.distributed_world_size=8" in words
+    assert "+distributed_training.distributed_port=29500" in words  # without a port, fairseq takes SLURM for one machine
+    assert not (tmp_path / "out" / "sparsemixer-e4-seed1" / "checkpoint_last.pt").exists()
+
+
+def test_several_machines_without_slurm_are_refused(run):
+    with pytest.raises(ConfigurationError, match="--nodes 2 needs --slurm FILE"):
+        run("--gpus", "1", "--nodes", "2")
+
+
+def test_a_run_of_other_settings_is_kept(run, tmp_path):
+    run("--gpus", "4", "--slurm", str(tmp_path / "job.sh"))
+    checkpoint = tmp_path / "out" / "sparsemixer-e4-seed1" / "checkpoint_last.pt"
+    checkpoint.write_bytes(b"days of training")
+    run("--gpus", "2", "--slurm", str(tmp_path / "job.sh"))
+    with pytest.raises(ConfigurationError, match="holds a run of other settings"):
+        run("--gpus", "4", "--slurm", str(tmp_path / "job.sh"), "--updates", "9")
+    assert checkpoint.exists()
+
+
+def test_unknown_routers_are_refused_with_those_there_are(run):
+    with pytest.raises(ConfigurationError, match="--router swich is unknown; choose from .*switch"):
+        run("--router", "swich")
