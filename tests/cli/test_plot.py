@@ -17,7 +17,7 @@ def run_dir(tmp_path):
     """The logs of a run of 20 updates with 2 x 2 experts, as fairseq writes them: other text, repeated lines, a cut last one."""
     lines = ["{'_name': None}", "TransformerMoEModel("]
     for updates, loss, speed in ((10, 3.0, 100), (10, 3.0, 100), (20, 2.5, 300)):
-        lines.append(json.dumps({"epoch": 1, "loss": "9", "wps": str(speed), "num_updates": str(updates)}))
+        lines.append(json.dumps({"epoch": 1, "loss": "9", "wps": str(speed), "num_updates": str(updates), "wall": str(updates)}))
         lines.append("2026 | INFO | valid | " + json.dumps({"valid_loss": str(loss), "valid_num_updates": str(updates)}))
     folder = tmp_path / "a_run"
     folder.mkdir()
