@@ -8,9 +8,11 @@ fairseq divides the summed gradient by the summed sample size, so that gradient 
 average the auxiliary losses by sample size, whatever the number of batches.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ from fairseq_sparsemixer.criterions.load_log import LoadLog
 from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_log, sum_routing_logs
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe_layer import MoELayer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,3 +103,14 @@ class AuxiliaryLosses:
             log_routing_metrics(totals, sum(log.get("sample_size", 0) for log in logging_outputs))
             if cls.load_log is not None:
                 cls.load_log.add(totals["load"].sum(1))
+
+
+def warn_of_plain_criterion(criterion: nn.Module, name: str) -> None:
+    """Warn that a model with experts trains by a criterion that leaves out the auxiliary losses; `name` is its --criterion."""
+    if isinstance(criterion, AuxiliaryLosses):
+        return
+    known = sorted(other for other, cls in CRITERION_REGISTRY.items() if issubclass(cls, AuxiliaryLosses))
+    logger.warning(
+        "--criterion %s leaves out the routers' load-balancing losses and metrics, and experts may collapse unseen;"
+        " use --criterion %s", name, f"moe_{name}" if f"moe_{name}" in known else " or ".join(known),
+    )  # fmt: skip

@@ -11,11 +11,10 @@ downstream loss g at s*a for a random node s, and sends `gain` times the gradien
     heun3       1 with probability 1/4, else 1/3      1      third order (GRIN, arXiv 2409.12136)
     inf         1, or uniform on [0, 1], equally      2      exact for any smooth g, plus switch's term
 
-For the arg-max expert the node is always 1 (first order), as both papers have it; `first_order_argmax` says so, and
-`dataclasses.replace(estimator, first_order_argmax=False)` is the estimator without that rule.
+For the arg-max expert the node is always 1 (first order), as both papers have it, where `first_order_argmax` is set.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Dict, List, Tuple
 
 import torch
@@ -120,8 +119,8 @@ ESTIMATORS: Dict[str, Estimator] = {
 }
 
 
-def get_estimator(name: str) -> Estimator:
-    """The estimator of that name. Raises ValueError, listing the known names, for any other."""
+def get_estimator(name: str, first_order_argmax: bool = True) -> Estimator:
+    """The estimator of that name, with or without the arg-max rule. Raises ValueError, listing the names, for any other."""
     if name not in ESTIMATORS:
         raise ValueError(f"--gradient-estimator {name} is unknown; choose from {', '.join(ESTIMATORS)}")
-    return ESTIMATORS[name]
+    return replace(ESTIMATORS[name], first_order_argmax=first_order_argmax)

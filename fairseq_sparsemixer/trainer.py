@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer import gradients
 from fairseq_sparsemixer.checkpoints.trainer import CheckpointingTrainer
+from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import forget_loads, update_selection_biases
 from fairseq_sparsemixer.moe_layer import moe_layers, spread_experts
@@ -45,6 +46,7 @@ class MoETrainer(CheckpointingTrainer):
             set_balance_scope(cfg, model, timeout)
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
+            warn_of_plain_criterion(criterion, cfg.criterion._name)
         self.sharded = self.ranks is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         super().__init__(cfg, task, model, criterion, quantizer)

@@ -13,9 +13,11 @@ START, END = "<!-- flags: made by scripts/flags.py -->\n", "<!-- end of flags --
 def table() -> str:
     """The flags of a model, then those of a criterion, as Markdown."""
     from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig
-    from fairseq_sparsemixer.models import MoEOptions
+    from fairseq_sparsemixer.models import MoEOptions, TransformerMoEConfig
 
-    own = [*fields(MoEOptions), *(option for option in fields(AuxiliaryLossConfig) if option.name != "_name")]
+    encoder_only = (option for option in fields(TransformerMoEConfig) if option.name == "moe_encoder_only")
+    criterion = (option for option in fields(AuxiliaryLossConfig) if option.name != "_name")
+    own = [*fields(MoEOptions), *encoder_only, *criterion]
     rows = [f"| `--{option.name.replace('_', '-')}` | {_default(option)} | {_help(option)} |" for option in own]
     return "\n".join(["| flag | default | what it does |", "| --- | --- | --- |", *rows, ""])
 

@@ -1,5 +1,6 @@
 """The base of every gate: it owns the projection to logits, and leaves the decision to `decide`."""
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -86,10 +87,11 @@ def biased(logits: Tensor, bias: Optional[Tensor]) -> Tensor:
     return logits.detach() if bias is None else logits.detach() + bias.to(logits.dtype)
 
 
-def require_jitter(jitter_eps: float) -> float:
-    """The jitter itself. Raises ValueError when it is negative."""
-    if jitter_eps < 0:
-        raise ValueError(f"--jitter-eps {jitter_eps} must not be negative; the papers use 0.1, and 0 switches it off")
+def require_jitter(jitter_eps: float, most: float = math.inf) -> float:
+    """The jitter itself. Raises ValueError unless it lies between 0 and `most`."""
+    if not 0 <= jitter_eps <= most:
+        bounds = "not be negative" if most == math.inf else f"lie between 0 and {most:g}"
+        raise ValueError(f"--jitter-eps {jitter_eps} must {bounds}; the papers use 0.1")
     return jitter_eps
 
 

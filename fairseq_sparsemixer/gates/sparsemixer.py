@@ -99,7 +99,9 @@ def sparsemixer_routing(
 class SparseMixerGate(Gate):
     """SparseMixer's gate, with its trainable vector omega [M] on the layer's output.
 
-    `jitter_eps` masks experts before sampling; `gradient_estimator` is one of estimators.ESTIMATORS.
+    `jitter_eps` masks experts before sampling: 0 all but the arg-max, infinity none. `gradient_estimator` is one of
+    estimators.ESTIMATORS, which the arg-max expert escapes, as in the paper, unless `estimator_at_argmax`.
+    Raises ValueError for a negative jitter and an unknown estimator.
     """
 
     def __init__(
@@ -108,11 +110,12 @@ class SparseMixerGate(Gate):
         num_experts: int,
         jitter_eps: float = 0.1,
         gradient_estimator: str = "midpoint",
+        estimator_at_argmax: bool = False,
         **balancing,
     ):
         super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps)
-        self.estimator = get_estimator(gradient_estimator)
+        self.estimator = get_estimator(gradient_estimator, first_order_argmax=not estimator_at_argmax)
         self.omega = nn.Parameter(torch.ones(model_dim))
 
     def draw_noise(self, logits: Tensor) -> Optional[SamplingNoise]:

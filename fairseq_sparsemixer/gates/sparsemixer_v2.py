@@ -55,7 +55,7 @@ def sparsemixer_v2_routing(
 class SparseMixerV2Gate(Gate):
     """SparseMixer-v2's gate, for any top_k from 1 to num_experts (GRIN has 2); no omega.
 
-    `jitter_eps` masks experts before each draw; `gradient_estimator` is one of estimators.ESTIMATORS.
+    `jitter_eps`, `gradient_estimator` and `estimator_at_argmax`: as SparseMixerGate's, for each draw.
     Raises ValueError for a top_k or an option out of range.
     """
 
@@ -66,12 +66,13 @@ class SparseMixerV2Gate(Gate):
         top_k: int = 2,
         jitter_eps: float = 0.1,
         gradient_estimator: str = "heun3",
+        estimator_at_argmax: bool = False,
         **balancing,
     ):
         super().__init__(model_dim, num_experts, **balancing)
         self.top_k = require_top_k(top_k, num_experts)
         self.jitter_eps = require_jitter(jitter_eps)
-        self.estimator = get_estimator(gradient_estimator)
+        self.estimator = get_estimator(gradient_estimator, first_order_argmax=not estimator_at_argmax)
 
     def draw_noise(self, logits: Tensor) -> Optional[List[SamplingNoise]]:
         """The noise of one forward pass over logits [S, E], fresh for each draw; None at inference."""

@@ -40,11 +40,14 @@ def switch_routing(
 
 @register_gate("switch")
 class SwitchGate(Gate):
-    """Switch's gate. `jitter_eps`: in training the logits are multiplied by noise uniform on [1 - eps, 1 + eps]."""
+    """Switch's gate. `jitter_eps` in [0, 1]: in training the logits are multiplied by noise uniform on [1 - eps, 1 + eps].
+
+    Raises ValueError for any other.
+    """
 
     def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, **balancing):
         super().__init__(model_dim, num_experts, **balancing)
-        self.jitter_eps = require_jitter(jitter_eps)
+        self.jitter_eps = require_jitter(jitter_eps, most=1)
 
     def draw_noise(self, logits: Tensor) -> Optional[Tensor]:
         """The jitter [S, E] of one forward pass; None where there is none."""

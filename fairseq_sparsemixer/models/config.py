@@ -1,17 +1,12 @@
 """The flags of a Mixture-of-Experts model, and what must hold among them before anything is built."""
 
-import logging
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Optional
-
-from fairseq.criterions import CRITERION_REGISTRY
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, resolve_activation
 from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options, routers_with
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,8 +27,8 @@ class MoEOptions:
     jitter_eps: float = field(
         default=0.1,
         metadata={
-            "help": "switch: noise within 1 +- eps multiplies the logits; "
-            "sparsemixer: masks experts such noise could not lift to the top"
+            "help": "switch: noise within 1 +- eps multiplies the logits (0: no noise); sparsemixer, sparsemixer_v2: masks"
+            " experts that such noise could not lift to the top (0: all but one; inf: none)"
         },
     )
     expert_dropout: Optional[float] = field(
@@ -45,6 +40,13 @@ class MoEOptions:
         metadata={
             "help": f"what a sampling router learns from: {', '.join(ESTIMATORS)} (default: midpoint for sparsemixer, heun3 for"
             " sparsemixer_v2; other routers do not sample experts, and take none)"
+        },
+    )
+    estimator_at_argmax: bool = field(
+        default=False,
+        metadata={
+            "help": "use the gradient estimator for the most probable expert, too, which SparseMixer's papers estimate to first"
+            " order (for routers with --gradient-estimator)"
         },
     )
     capacity_factor: Optional[float] = field(
@@ -146,7 +148,7 @@ def router_options(cfg: Any) -> Dict[str, Any]:
     accepted = gate_options(cfg.router)
     defaults = {option.name: option.default for option in fields(MoEOptions)}
     chosen = {}
-    for option in ("top_k", "jitter_eps", "gradient_estimator", "capacity_factor", "bias_update_rate"):
+    for option in ("top_k", "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate"):
         flag = FLAG_OF_OPTION.get(option, option)
         value = getattr(cfg, flag)
         if option in accepted:
@@ -161,21 +163,9 @@ def _refusal(flag: str, value: Any, router: str, option: str) -> str:
     why = {
         "top_k": f"which gives each token {gate_class(router).top_k}",
         "gradient_estimator": "which does not sample experts",
+        "estimator_at_argmax": "which does not sample experts",
         "bias_update_rate": "whose selection takes no bias",
         "capacity_factor": "which drops nothing",
     }.get(option, "which has no use for it")
     others = ", ".join(routers_with(option))
     return f"--{flag.replace('_', '-')} {value} does not go with --router {router}, {why}; the routers that take it: {others}"
-
-
-def warn_of_plain_criterion(args: Any, router: str) -> None:
-    """Warn when training with a criterion that leaves the auxiliary losses out."""
-    criterion = getattr(args, "criterion", None)  # fairseq-train keeps all flags in one namespace
-    with_losses = sorted(name for name, cls in CRITERION_REGISTRY.items() if hasattr(cls, "auxiliary_loss"))
-    if router == DENSE or criterion is None or criterion in with_losses:
-        return
-    remedy = f"moe_{criterion}" if f"moe_{criterion}" in with_losses else " or ".join(with_losses)
-    logger.warning(
-        "--criterion %s ignores the load-balancing loss of --router %s, and experts may collapse; use --criterion %s",
-        criterion, router, remedy,
-    )  # fmt: skip

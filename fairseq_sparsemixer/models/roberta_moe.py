@@ -18,7 +18,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.experts import Experts
 from fairseq_sparsemixer.gates import DENSE
 from fairseq_sparsemixer.models.architectures import fill, fill_defaults
-from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.config import MoEOptions, check_options
 from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import RemembersUpdates
@@ -73,7 +73,6 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
             cls.complete(args, task)
         check_options(args, autoregressive=False)
         check_pruning(args)
-        warn_of_plain_criterion(args, args.router)
         return cls.assemble(args, task.source_dictionary)
 
     @classmethod

@@ -1,14 +1,13 @@
 """`transformer_lm_moe`: fairseq's decoder-only language model with experts in every n-th layer."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from fairseq.models import register_model, register_model_architecture, transformer_lm
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
-from omegaconf import II
 
 from fairseq_sparsemixer.gates import DENSE
-from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.config import MoEOptions, check_options
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import RemembersUpdates
 from fairseq_sparsemixer.models.transformer_moe import MoEDecoder, TransformerMoEConfig
@@ -17,8 +16,6 @@ from fairseq_sparsemixer.models.transformer_moe import MoEDecoder, TransformerMo
 @dataclass
 class TransformerLanguageModelMoEConfig(MoEOptions, TransformerLanguageModelConfig):
     """fairseq's TransformerLanguageModelConfig with the options of the experts."""
-
-    criterion: Optional[str] = II("criterion._name")  # no flag: looked at to warn of one without auxiliary losses
 
 
 @register_model("transformer_lm_moe", dataclass=TransformerLanguageModelMoEConfig)
@@ -29,7 +26,6 @@ class TransformerLanguageModelMoE(ChecksCheckpoints, RemembersUpdates, Transform
     def build_model(cls, args: Any, task: Any) -> "TransformerLanguageModelMoE":
         """See TransformerLanguageModel. Raises ConfigurationError for options that make no model."""
         check_options(args)
-        warn_of_plain_criterion(args, args.router)
         dense = super().build_model(args, task)  # names its decoder's class itself; its embeddings are what is kept
         if args.router == DENSE:
             return dense

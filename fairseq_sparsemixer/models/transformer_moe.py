@@ -16,7 +16,7 @@ from fairseq.models.transformer import (
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.architectures import fill_defaults
-from fairseq_sparsemixer.models.config import MoEOptions, check_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.config import MoEOptions, check_options
 from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import (
@@ -32,7 +32,7 @@ from fairseq_sparsemixer.models.moe_block import (
 class TransformerMoEConfig(MoEOptions, TransformerConfig):
     """fairseq's TransformerConfig with the options of the experts."""
 
-    moe_encoder_only: bool = field(default=False, metadata={"help": "no experts in the decoder"})
+    moe_encoder_only: bool = field(default=False, metadata={"help": "no experts in the decoder (transformer_moe alone)"})
 
 
 def wrap_for_fsdp(cfg: Any, layer: nn.Module) -> nn.Module:
@@ -87,7 +87,6 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
         check_option_names(args, cls, base)
         cfg = TransformerMoEConfig.from_namespace(args)
         check_options(cfg, autoregressive=not cfg.moe_encoder_only)
-        warn_of_plain_criterion(args, cfg.router)
         return super().build_model(cfg, task)
 
     @classmethod

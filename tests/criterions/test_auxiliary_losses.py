@@ -1,12 +1,16 @@
 """The auxiliary losses in a criterion: what is added to the loss, what is logged, and how both scale."""
 
+import re
+
 import pytest
 import torch
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.composite_loss import CompositeLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from torch import nn
 
 from fairseq_sparsemixer.criterions import MoECrossEntropyCriterion
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
+from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers, warn_of_plain_criterion
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from fairseq_sparsemixer.errors import ConfigurationError
 
@@ -143,3 +147,20 @@ def test_weights_that_make_no_sense_are_named(translation_task, flags, message):
 
 def test_the_criterion_keeps_the_name_that_fairseqs_checkpoints_compare(translation_task):
     assert type(build(translation_task)).__name__ == "MoECrossEntropyCriterion"
+
+
+@pytest.mark.parametrize("name, cls, remedy", [
+    ("cross_entropy", CrossEntropyCriterion, "use --criterion moe_cross_entropy$"),
+    ("adaptive_loss", AdaptiveLoss, "use --criterion moe_adaptive_loss$"),
+    ("composite_loss", CompositeLoss, "use --criterion electra or .*moe_cross_entropy or "),
+])  # fmt: skip
+def test_a_criterion_without_auxiliary_losses_is_warned_of_and_the_right_one_named(caplog, name, cls, remedy):
+    warn_of_plain_criterion(cls.__new__(cls), name)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(f"--criterion {name} leaves out the routers' load-balancing losses.*{remedy}", record.message)
+
+
+def test_a_criterion_with_auxiliary_losses_is_not_warned_of(translation_task, caplog):
+    warn_of_plain_criterion(build(translation_task), "moe_cross_entropy")
+    assert not caplog.records

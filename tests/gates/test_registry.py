@@ -18,7 +18,9 @@ def test_an_option_the_router_does_not_take_lists_those_it_takes():
 
 
 def test_options_are_the_parameters_of_the_gates_constructor():
-    assert gate_options("sparsemixer") == ["jitter_eps", "gradient_estimator", "capacity_factor", "bias_update_rate"]
+    assert gate_options("sparsemixer") == [
+        "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(GATES))

@@ -117,6 +117,23 @@ def test_half_of_the_draws_beside_the_argmax_are_halved_and_none_of_the_argmax()
     assert chisquare([halved.sum(), (~halved).sum()]).pvalue > 1e-3
 
 
+def test_the_argmax_is_halved_as_often_as_others_where_the_estimator_is_asked_for_it():
+    gate = build_gate("sparsemixer", 6, 3, estimator_at_argmax=True)
+    routing = gate.route(torch.tensor([[1.0, 0.9, 0.95]]).repeat(20000, 1))
+    pi = torch.tensor(masked_softmax([1.0, 0.9, 0.95], 0.1))
+    nodes = (routing.combine_weight / pi[routing.expert_index]).squeeze(1)
+    at_argmax = nodes[routing.expert_index.squeeze(1) == 0]
+    halved = torch.isclose(at_argmax, torch.tensor(0.5))
+    assert chisquare([halved.sum(), (~halved).sum()]).pvalue > 1e-3
+    assert gate.eval().route(torch.tensor([[1.0, 0.9, 0.95]])).combine_weight.item() == pytest.approx(pi[0].item())
+
+
+@pytest.mark.parametrize("jitter, left", [(0.0, [1, 0, 0]), (float("inf"), [1, 1, 1])])
+def test_no_jitter_leaves_the_argmax_alone_and_infinite_jitter_every_expert(jitter, left):
+    routing = build_gate("sparsemixer", 6, 3, jitter_eps=jitter).route(torch.tensor([[2.0, -1.0, -70.0]]))
+    assert (routing.probabilities > 0).int().tolist() == [left]
+
+
 logits_row = st.lists(st.floats(-50, 50, width=32).filter(lambda v: v == 0 or abs(v) > 1e-6), min_size=1, max_size=6)
 
 

@@ -1,12 +1,9 @@
 """What must hold among the flags."""
 
-import logging
-from argparse import Namespace
-
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_options, warn_of_plain_criterion
+from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_options
 
 
 @pytest.mark.parametrize("options, message", [
@@ -32,6 +29,10 @@ from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_
      "--router expert_choice .* decoder must not see; .* --moe-encoder-only, .*--force-expert-choice"),
     (dict(moe_freq=0), "--moe-freq 0 must be at least 1; 2 puts experts in every second layer"),
     (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must not be negative"),
+    (dict(jitter_eps=float("nan")), "--jitter-eps nan must not be negative"),
+    (dict(router="switch", jitter_eps=float("inf")), "--jitter-eps inf must lie between 0 and 1"),
+    (dict(router="gshard", estimator_at_argmax=True),
+     "--estimator-at-argmax True does not go with --router gshard, .* sample.*: sparsemixer, sparsemixer_v2$"),
     (dict(gradient_estimator="euclid"), "--gradient-estimator euclid is unknown; choose from switch, euler"),
 ])  # fmt: skip
 def test_each_bad_option_is_named_with_its_value(options, message):
@@ -42,6 +43,7 @@ def test_each_bad_option_is_named_with_its_value(options, message):
 @pytest.mark.parametrize("options", [
     dict(), dict(router="dense"), dict(num_experts=1), dict(moe_freq=1), dict(jitter_eps=0.0), dict(moe_top_k=1),
     dict(router="gshard", moe_top_k=2), dict(router="expert_choice", force_expert_choice=True), dict(capacity_factor=1.25),
+    dict(jitter_eps=float("inf")), dict(router="sparsemixer_v2", estimator_at_argmax=True),
     dict(router="dense_st", moe_bias_update_rate=0.001), dict(expert_activation="swiglu", num_shared_experts=2),
 ])  # fmt: skip
 def test_good_options_pass(options):
@@ -50,34 +52,9 @@ def test_good_options_pass(options):
 
 def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
     assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {"jitter_eps": 0.2, "bias_update_rate": 0.0}
-    assert router_options(MoEOptions(gradient_estimator="euler")) == {
-        "jitter_eps": 0.1, "gradient_estimator": "euler", "bias_update_rate": 0.0
+    assert router_options(MoEOptions(gradient_estimator="inf", estimator_at_argmax=True)) == {
+        "jitter_eps": 0.1, "gradient_estimator": "inf", "estimator_at_argmax": True, "bias_update_rate": 0.0
     }  # fmt: skip
     assert router_options(MoEOptions(router="sparsemixer_v2", moe_top_k=2)) == {
-        "top_k": 2, "jitter_eps": 0.1, "bias_update_rate": 0.0
+        "top_k": 2, "jitter_eps": 0.1, "estimator_at_argmax": False, "bias_update_rate": 0.0
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("criterion, remedy", [
-    ("cross_entropy", "use --criterion moe_cross_entropy$"),
-    ("label_smoothed_cross_entropy", "use --criterion moe_label_smoothed_cross_entropy$"),
-    ("composite_loss", "use --criterion .*moe_cross_entropy or "),
-])  # fmt: skip
-def test_a_criterion_without_auxiliary_losses_is_warned_of_and_the_right_one_named(caplog, criterion, remedy):
-    import re
-
-    with caplog.at_level(logging.WARNING):
-        warn_of_plain_criterion(Namespace(criterion=criterion), "switch")
-    (record,) = caplog.records
-    assert re.search(f"--criterion {criterion} ignores the load-balancing loss of --router switch.*{remedy}", record.message)
-
-
-@pytest.mark.parametrize("args, router", [
-    (Namespace(criterion="moe_cross_entropy"), "switch"),
-    (Namespace(criterion="cross_entropy"), "dense"),
-    (Namespace(), "switch"),
-])  # fmt: skip
-def test_there_is_no_warning_where_nothing_is_lost(caplog, args, router):
-    with caplog.at_level(logging.WARNING):
-        warn_of_plain_criterion(args, router)
-    assert not caplog.records

@@ -77,11 +77,6 @@ def test_another_maximal_length_in_the_checkpoint_ends_in_one_sentence(masked_lm
         build(masked_lm_task, max_positions=40).load_state_dict(build(masked_lm_task).state_dict())
 
 
-def test_training_with_the_plain_criterion_is_warned_of(masked_lm_task, caplog):
-    build(masked_lm_task, criterion="masked_lm")
-    assert "use --criterion moe_masked_lm" in caplog.text
-
-
 def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
     model = build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_experts": 2}), masked_lm_task)
     assert [layer.gate.num_experts for _, layer in moe_layers(model)] == [2]

@@ -21,7 +21,6 @@ def flags_of(architecture, **flags):
     args = Namespace(**{"dropout": 0.0, "attention_dropout": 0.0, **flags})
     architecture(args)
     cfg = TransformerLanguageModelMoEConfig.from_namespace(args)
-    cfg.criterion = flags.get("criterion")
     cfg.tokens_per_sample = cfg.max_target_positions = 32
     return cfg
 
@@ -104,11 +103,6 @@ def test_expert_dropout_is_the_experts_own(language_modeling_task):
 def test_bad_options_end_in_one_sentence(language_modeling_task, flags, named):
     with pytest.raises(ConfigurationError, match=named):
         build(language_modeling_task, **flags)
-
-
-def test_training_with_the_plain_criterion_is_warned_of(language_modeling_task, caplog):
-    build(language_modeling_task, criterion="cross_entropy")
-    assert "use --criterion moe_cross_entropy" in caplog.text
 
 
 def unigram_bits(folder):
