@@ -4,13 +4,15 @@ import logging
 from pathlib import Path
 from typing import List, Sequence
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from fairseq_sparsemixer.runs import Run
 
+# fairseq, once imported, logs everything down to debugging, and matplotlib has things to say while it is imported
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+import matplotlib  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
 matplotlib.use("agg")  # no display is needed
-logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq, once imported, logs everything down to debugging
 DPI = 110
 
 
