@@ -140,11 +140,11 @@ def masked_lm_batch(masked_lm_task):
 
 @pytest.fixture(scope="session")
 def run_fairseq():
-    """run("train", argument, ...) -> what that command of fairseq returns, run in this process, without --user-dir."""
+    """run("train", argument, ...) -> what that command of fairseq returns, run in this process; needs no --user-dir."""
     from importlib import import_module
 
     import fairseq_sparsemixer  # noqa: F401
-    from fairseq import options
+    from fairseq import checkpoint_utils, options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     parsers = {
@@ -158,6 +158,7 @@ def run_fairseq():
 
     def run(command: str, *arguments):
         main = import_module(f"fairseq_cli.{command}").main
+        checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once in a process
         parser, arguments = parsers[command](), [str(argument) for argument in arguments]
         if command == "preprocess":
             return main(parser.parse_args(arguments))
@@ -206,22 +207,7 @@ def translation_data(dictionary, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def command_line(monkeypatch):
-    """run("train", argument, ...): the command fairseq-train in this process, as its own main reads the arguments."""
-    from importlib import import_module
-
-    from fairseq import checkpoint_utils
-
-    def run(command: str, *arguments) -> None:
-        monkeypatch.setattr("sys.argv", [f"fairseq-{command}", *map(str, arguments)])
-        checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once in a process
-        import_module(f"fairseq_cli.{command}").cli_main()
-
-    return run
-
-
-@pytest.fixture
-def train(command_line, translation_data, tmp_path, caplog):
+def train(run_fairseq, translation_data, tmp_path, caplog):
     """train(flag, ...) -> fairseq-train's log, a list of {name: figure} for each tag ("train_inner", "train", "valid").
 
     A tiny SparseMixer model on translation_data, unless flags say otherwise; one line of log an update.
@@ -241,7 +227,7 @@ def train(command_line, translation_data, tmp_path, caplog):
         caplog.set_level(logging.INFO)
         caplog.clear()
         save = () if "--no-save" in flags or "--save-dir" in flags else ("--save-dir", tmp_path / "run")
-        command_line("train", data, "--user-dir", Path(package).parent, *small, *save, *flags)
+        run_fairseq("train", data, "--user-dir", Path(package).parent, *small, *save, *flags)
         logs = {}
         for record in caplog.records:
             if record.name in ("train_inner", "train", "valid"):

@@ -41,6 +41,8 @@ def token_by_token(layer, tokens):
 def test_the_output_is_the_chosen_expert_of_each_token_times_its_weight(tokens, experts, seed, router, mask, training):
     torch.manual_seed(seed)
     layer = build_moe_layer(router, 4, 6, experts).double().train(training)
+    if router == "sparsemixer":
+        torch.nn.init.normal_(layer.gate.omega)  # it starts at one, where its absence would not show
     x = torch.randn(tokens, 4, dtype=torch.float64)
     padding = {"none": None, "some": torch.rand(tokens) < 0.4, "all": torch.ones(tokens, dtype=torch.bool)}[mask]
     out = layer(x, padding)
@@ -57,6 +59,13 @@ def test_an_empty_batch_passes_and_its_gradient_is_zero(router):
     (out.sum() + sum(layer.routing.aux_losses.values())).backward()
     assert out.shape == (0, 2, 4) and x.grad.shape == (0, 2, 4)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in layer.parameters())
+
+
+def test_for_an_idle_layer_every_token_is_padding():
+    layer = build_moe_layer("switch", 4, 6, 3, num_shared_experts=1)
+    layer.idle = True
+    assert not layer(torch.randn(5, 4)).any() and not layer(torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5).any()
+    assert not layer.routing.statistics()["load"].any() and not layer.routing.aux_losses["balance"]
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -142,8 +142,13 @@ def test_a_checkpoint_of_other_flags_ends_the_command_with_one_sentence(train):
 
 def test_a_criterion_that_ignores_the_auxiliary_loss_is_warned_of(train, caplog):
     train("--max-update", "1", "--no-save", "--criterion", "label_smoothed_cross_entropy", "--disable-validation")
-    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert any("use --criterion moe_label_smoothed_cross_entropy" in message for message in warnings)
+    assert "use --criterion moe_label_smoothed_cross_entropy" in caplog.text
+
+
+@pytest.mark.parametrize("flags", [("--router", "switch"), ("--router", "dense", "--criterion", "label_smoothed_cross_entropy")])
+def test_there_is_no_such_warning_where_nothing_is_lost(train, caplog, flags):
+    train("--max-update", "1", "--no-save", "--disable-validation", *flags)
+    assert "use --criterion" not in caplog.text
 
 
 METRICS = {"moe_gate_loss", "moe_z_loss", "entropy_gating", "moe_argmax_share", "expert1_balance_top", "expert1_balance_bottom",
@@ -165,6 +170,13 @@ def test_metrics_reach_the_log_of_training_and_validation_the_load_file_and_tens
     assert [sum(layer) for layer in lines[0]["load"]] == [words, words]  # the target is the source
     events = b"".join(path.read_bytes() for path in (tmp_path / "board" / "train_inner").iterdir())
     assert all(name.encode() in events for name in METRICS)
+
+
+@pytest.mark.parametrize("router", ["gshard", "sparsemixer_v2"])
+def test_a_second_choice_is_logged_beside_the_first(train, router):
+    (log,) = train("--max-update", "1", "--no-save", "--disable-validation", "--router", router)["train"]
+    second = {name.replace("expert1", "expert2") for name in METRICS if "expert1" in name}
+    assert {f"train_{name}" for name in METRICS | second} <= set(log)
 
 
 @pytest.mark.parametrize("flags", [

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import distributed as dist
 
 from fairseq_sparsemixer.criterions.load_log import LoadLog
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -26,6 +27,16 @@ def test_validation_is_not_recorded(tmp_path):
     log.watch(["encoder.layers.0"], None)
     log.add(torch.ones(1, 2))
     assert (tmp_path / "load.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_of_several_ranks_the_first_one_writes(tmp_path, monkeypatch, rank, lines):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    log = LoadLog(str(tmp_path / "load.jsonl"), interval=1)
+    log.watch(["l"], 0)
+    log.add(torch.ones(1, 2))
+    assert len((tmp_path / "load.jsonl").read_text().splitlines()) == lines
 
 
 def test_a_run_that_goes_on_appends(tmp_path):

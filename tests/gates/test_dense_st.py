@@ -1,5 +1,7 @@
 """DenseMixer: the top-k layer forward, the full router gradient backward, against a layer written out in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -32,6 +34,13 @@ def test_forward_is_the_top_k_layer_and_the_router_learns_from_every_expert(k):
     torch.testing.assert_close(layer.gate.projection.weight.grad, weight.grad)
     grad_out = torch.einsum("se,sem,sm->em", pi.detach() * kept, torch.ones_like(f), upstream)
     torch.testing.assert_close(layer.experts.bias_out.grad, grad_out)  # experts learn from the tokens that chose them
+
+
+def test_the_balance_loss_counts_the_chosen_experts_alone():
+    logits = torch.tensor([[2.0, 1.0, -1.0], [3.0, 0.0, 1.0]], dtype=torch.float64)  # chooses 0 and 0
+    gate = build_moe_layer("dense_st", 5, 7, 3, top_k=1).gate
+    mean = sum(math.exp(row[0]) / sum(map(math.exp, row)) for row in logits.tolist()) / 2
+    assert gate.route(logits).aux_losses["balance"].item() == pytest.approx(3 * mean)
 
 
 def test_inference_runs_k_experts_and_gives_the_same_output():

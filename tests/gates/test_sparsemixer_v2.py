@@ -56,11 +56,28 @@ def test_every_expert_may_be_drawn_and_each_once():
     assert (routing.expert_index.sort(1).values == torch.arange(4)).all()
 
 
+def test_the_balance_loss_is_that_of_all_draws_and_the_softmax_without_mask():
+    logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, -3.0, 1.0]], dtype=torch.float64)
+    routing = build_gate("sparsemixer_v2", 6, 3, top_k=2).double().eval().route(logits)  # chooses 0, 1 and 2, 0
+    pi = [[math.exp(theta) / sum(map(math.exp, row)) for theta in row] for row in logits.tolist()]
+    means = [(pi[0][e] + pi[1][e]) / 2 for e in range(3)]
+    assert routing.aux_losses["balance"].item() == pytest.approx(3 * (means[0] / 2 + means[1] / 4 + means[2] / 4))
+    torch.testing.assert_close(routing.probabilities, torch.tensor(pi, dtype=torch.float64))
+
+
 def test_noise_is_fresh_for_each_draw_and_absent_at_inference():
     gate = build_gate("sparsemixer_v2", 6, 4, top_k=3)
     noise = gate.draw_noise(torch.zeros(20, 4))
     assert len(noise) == 3 and not torch.equal(noise[0].gumbel, noise[1].gumbel)
     assert gate.eval().draw_noise(torch.zeros(20, 4)) is None
+
+
+def test_the_argmax_of_each_draw_is_a_third_as_often_as_others_where_the_estimator_is_asked_for_it():
+    gate = build_gate("sparsemixer_v2", 6, 2, estimator_at_argmax=True)
+    routing = gate.route(torch.tensor([[1.0, -9.0]]).repeat(20000, 1))  # masked: each draw has one expert left
+    for weight in routing.combine_weight.t():  # pi is 1
+        assert set(weight.tolist()) == {1.0, torch.tensor(1 / 3).item()}
+        assert weight.eq(1).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_defaults_are_grins_two_experts_and_heuns_third_order():
