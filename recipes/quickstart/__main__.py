@@ -13,6 +13,8 @@ from typing import List, Optional
 
 from rich.console import Console
 
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.gates import DENSE, gate_class
 from fairseq_sparsemixer.runs import read_run
 from recipes.quickstart import pipeline
 from recipes.cldr import make_cldr
@@ -22,11 +24,12 @@ from recipes.steps import run_step
 
 ROUTERS = ("dense", "switch", "sparsemixer")
 WIDTH = 120  # where there is no terminal
+LEAST_PAIRS = 1_000  # there are some 900 bare names
 HELD_OUT = 500  # pairs in CLDR's valid and test split; fewer beside a small training split
 
 
 def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
-    """See --help."""
+    """See --help. Raises ConfigurationError for values that make no experiment, before anything is done."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,9 +37,20 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/quickstart, or runs/multi30k)")
     parser.add_argument("--updates", type=int, help="updates of each model (default: 400, or 3,000 for Multi30k)")
     parser.add_argument("--pairs", type=int, default=24_000, help="training pairs of the CLDR corpus (default: %(default)s)")
-    parser.add_argument("--routers", nargs="+", default=ROUTERS, help="models to train (default: %(default)s)")
+    parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, least in (("updates", 1), ("pairs", LEAST_PAIRS)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"--{name} {value} must be at least {least:,}")
+    try:
+        for router in options.routers:
+            if router != DENSE:
+                gate_class(router)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    return options
 
 
 def main(arguments: Optional[List[str]] = None) -> None:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from recipes.quickstart.__main__ import main
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.quickstart.__main__ import main, parse_options
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +39,13 @@ def test_a_second_run_does_nothing_again(quickstart, capsys):
     main(["--out", str(quickstart), "--pairs", "1200", "--updates", "40", "--routers", "sparsemixer"])
     assert checkpoint.stat().st_mtime_ns == before
     assert capsys.readouterr().out.count("done before") == 3
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--updates 0", "--updates 0 must be at least 1"),
+    ("--pairs 30", "--pairs 30 must be at least 1,000"),
+    ("--routers dense swich", "--router swich is unknown; choose from dense, .*switch"),
+])  # fmt: skip
+def test_what_makes_no_experiment_is_refused_before_anything_is_done(flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        parse_options(flags.split())
