@@ -119,6 +119,16 @@ class MoETrainer(CheckpointingTrainer):
         with self._explaining_lost_ranks():
             super().consolidate_optimizer()
 
+    def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
+        """See CheckpointingTrainer."""
+        with self._explaining_lost_ranks():
+            return super().save_checkpoint(filename, extra_state)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
+        """See CheckpointingTrainer."""
+        with self._explaining_lost_ranks():
+            return super().load_checkpoint(filename, *args, **kwargs)
+
 
 def share_out_experts(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
     """Leave this rank its share of the experts of every layer; None when every rank keeps them all.

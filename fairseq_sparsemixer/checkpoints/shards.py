@@ -7,6 +7,7 @@ does that when the set is next read.
 
 import logging
 import os
+import re
 import shutil
 from glob import escape, glob
 from typing import Any, Dict, List, Optional
@@ -21,6 +22,8 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.parallel import ExpertGroup
 
 logger = logging.getLogger(__name__)
+
+STAGED_SHARD = re.compile(rf"(checkpoint.*){suffix(0)[:-1]}\d+\.pt{re.escape(STAGED)}")
 
 
 def agree_on_number(ranks: ExpertGroup, number: int, device: torch.device) -> Optional[int]:
@@ -67,6 +70,21 @@ def mend(path: str, size: int) -> None:
         if shard not in states:
             raise ConfigurationError(f"{shard} is missing from the sharded checkpoint {path}; use another one")
     refuse_mixture(path, states)
+
+
+def mend_folder(folder: str, size: int) -> None:
+    """mend what a run that was killed may have left in its folder: the last and the best set, and any with a staged file.
+
+    Raises ConfigurationError when the last one cannot be made whole.
+    """
+    staged = (STAGED_SHARD.fullmatch(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ()))
+    names = {"checkpoint_best.pt", *(f"{found.group(1)}.pt" for found in staged if found)} - {"checkpoint_last.pt"}
+    mend(os.path.join(folder, "checkpoint_last.pt"), size)
+    for name in sorted(names):
+        try:
+            mend(os.path.join(folder, name), size)
+        except ConfigurationError as error:
+            logger.warning("%s", error)  # the run goes on without it
 
 
 def require_size(path: str, found: int, wanted: int) -> None:

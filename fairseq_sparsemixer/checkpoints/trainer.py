@@ -7,9 +7,10 @@ each rank of the first group writes its own experts, to a file of its own.
 import logging
 import os
 import secrets
+import sys
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from fairseq import checkpoint_utils
@@ -41,7 +42,7 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.sharded:
-            self._finish_save(os.path.join(self.cfg.checkpoint.save_dir, "checkpoint_last.pt"))
+            self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self.ranks.size)
 
     def consolidate_optimizer(self) -> None:
         """Called by fairseq on every rank before some of them save: the time for collectives."""
@@ -106,15 +107,21 @@ class CheckpointingTrainer(Trainer):
     def _own_shard(self, filename: str) -> str:
         """The file to read in a run with --sharded-checkpoints: its shard, or else one of the whole model."""
         whole = filename.replace(suffix(self.ranks.index) + ".pt", ".pt")
-        self._finish_save(whole)
+        self._by_master(shards.mend, whole, self.ranks.size)
         shard = shards.shard_path(whole, self.ranks.index)
         return whole if os.path.exists(whole) and not os.path.exists(shard) else shard
 
-    def _finish_save(self, whole: str) -> None:
-        """What a killed run had begun; a collective."""
+    def _by_master(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Have rank 0 do something while the others wait; where it cannot, every rank ends with its sentence."""
+        sentence: List[Optional[str]] = [None]
         if self.is_data_parallel_master:
-            shards.mend(whole, self.ranks.size)
-        dist.barrier()
+            try:
+                action(*arguments)
+            except ConfigurationError as error:
+                sentence = [str(error)]
+        dist.broadcast_object_list(sentence, device=self.device)
+        if sentence[0] is not None:
+            sys.exit(sentence[0])
 
     def _refuse_to_start_over(self, filename: str) -> None:
         restore_file = self.cfg.checkpoint.restore_file

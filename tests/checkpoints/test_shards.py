@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_sparsemixer.checkpoints import read_checkpoint, shards
-from fairseq_sparsemixer.checkpoints.writing import STAGED
+from fairseq_sparsemixer.checkpoints.writing import STAGED, remove_unfinished
 from fairseq_sparsemixer.errors import ConfigurationError
 
 
@@ -54,6 +54,33 @@ def test_a_whole_set_stays_when_the_next_one_was_not_finished(tmp_path):
     write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=2)
     mend(tmp_path)
     assert saves(tmp_path) == [1, 1]
+
+
+def test_the_best_set_is_finished_as_well_before_what_is_left_of_the_save_is_removed(tmp_path):
+    for index in range(2):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
+    write(tmp_path / "checkpoint_best-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_best-rank-1.pt", 1, save=1)
+    write(tmp_path / ("checkpoint_best-rank-1.pt" + STAGED), 1, save=2)
+    write(tmp_path / "checkpoint_1_2-rank-0.pt", 0, save=3)
+    write(tmp_path / ("checkpoint_1_2-rank-1.pt" + STAGED), 1, save=3)
+    shards.mend_folder(str(tmp_path), size=2)
+    remove_unfinished(str(tmp_path))
+    for name, save in (("last", 1), ("best", 2), ("1_2", 3)):
+        states = shards.read_set(str(tmp_path / f"checkpoint_{name}.pt"))
+        assert [state["expert_parallel"]["save"] for state in states] == [save, save]
+
+
+def test_only_the_last_set_must_be_whole(tmp_path, caplog):
+    for name, saves_of in (("last", (1, 1)), ("best", (2, 1))):
+        for index, save in enumerate(saves_of):
+            write(tmp_path / f"checkpoint_{name}-rank-{index}.pt", index, save)
+    shards.mend_folder(str(tmp_path), size=2)
+    assert "checkpoint_best.pt are of different saves" in caplog.text
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=3)
+    with pytest.raises(ConfigurationError, match="checkpoint_last.pt are of different saves"):
+        shards.mend_folder(str(tmp_path), size=2)
+    shards.mend_folder(str(tmp_path / "not there yet"), size=2)
 
 
 def test_files_of_different_saves_are_refused(tmp_path):

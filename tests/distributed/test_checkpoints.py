@@ -1,17 +1,23 @@
 """Checkpoints of runs whose experts are spread over ranks: fairseq-train on real ranks, stopped and resumed."""
 
+import json
 import os
+import re
 import shutil
-import socket
+import signal
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
+from unittest.mock import patch
 
 import pytest
 import runs
 import torch
-from ranks import collect, start_ranks
+from fairseq import checkpoint_utils
+from ranks import Rank, collect, start_ranks
 
+import fairseq_sparsemixer
 from fairseq_sparsemixer.checkpoints import read_checkpoint
+from fairseq_sparsemixer.cli.launch import free_port
 
 BEFORE, AFTER = 3, 5  # updates: where the run stops, and where the resumed one does
 FLAGS = ("--store-ema", "--ema-fp32", "--ema-decay", "0.9")
@@ -23,17 +29,21 @@ def train_one_rank(log: Path, data: Path, save_dir: Path, flags: tuple, options:
         return runs.train(data, save_dir, *flags, **options)
 
 
-def train(data: Path, save_dir: Path, *flags, updates: int, ranks: int) -> List[float]:
-    """fairseq-train on that many ranks; the losses of its updates. Raises AssertionError with what rank 0 fails with."""
+def start(data: Path, save_dir: Path, *flags, updates: int, ranks: int, last: tuple = (train_one_rank,)) -> List[Rank]:
+    """fairseq-train on that many ranks; the last one runs the function of `last` on its arguments there and train_one_rank's."""
     save_dir.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for rank in range(ranks):
         options = dict(updates=updates, ranks=ranks, rank=rank, port=port)
-        started += start_ranks(1, train_one_rank, save_dir / f"log.{rank}", data, save_dir, flags, options, group=False)
-    return collect(started, deadline=100)[0]
+        function, *first = last if rank == ranks - 1 else (train_one_rank,)
+        log = save_dir / f"log.{rank}"
+        started += start_ranks(1, function, *first, log, data, save_dir, flags, options, group=False)
+    return started
+
+
+def train(data: Path, save_dir: Path, *flags, updates: int, ranks: int) -> List[float]:
+    """The losses of its updates on all ranks, by rank 0. Raises AssertionError with what rank 0 fails with."""
+    return collect(start(data, save_dir, *flags, updates=updates, ranks=ranks), deadline=100)[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +96,47 @@ def test_the_checkpoint_is_what_one_process_would_have_written(corpus, portable,
     assert words["spread"] == words["alone"]
 
 
+def test_one_process_validates_and_translates_with_it_and_no_flag(corpus, portable, tmp_path, capsys):
+    from fairseq_cli import interactive, validate
+
+    of_checkpoint = ["--user-dir", Path(fairseq_sparsemixer.__file__).parent, "--path", portable, "--cpu"]
+    as_any_model = "--task", "translation", "--batch-size", 8, "--log-format", "json"  # fairseq-validate asks for the task
+    capsys.readouterr()
+    runs.run(validate.cli_main, corpus, *of_checkpoint, *as_any_model)
+    (figures,) = re.findall(r"\| valid \| (.*)", capsys.readouterr().out)
+    assert float(json.loads(figures)["valid_loss"]) == pytest.approx(bits_a_word(portable), abs=1e-3)
+
+    generated = [line.split("\t")[2] for line in runs.generate(corpus, portable, tmp_path)]
+    capsys.readouterr()
+    words = ["--input", corpus.parent / "valid.de", "--beam", 2, "--max-len-b", 8]
+    runs.run(interactive.cli_main, corpus, *of_checkpoint, *words, "--buffer-size", 8, "--batch-size", 8)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines() if line.startswith("H-")]
+    assert [words for _, _, words in sorted(lines)] == generated and len(generated) == 8
+
+
+def bits_a_word(checkpoint: Path) -> float:
+    """The loss of the model on the `valid` part, from its probabilities."""
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    task.load_dataset("valid")
+    bits = count = 0.0
+    for batch in task.get_batch_iterator(task.dataset("valid"), max_sentences=1).next_epoch_itr(shuffle=False):
+        probabilities = model.eval()(**batch["net_input"])[0].softmax(-1)
+        chosen = probabilities.gather(-1, batch["target"].unsqueeze(-1))
+        bits, count = bits - chosen.log2().sum().item(), count + chosen.numel()
+    return bits / count
+
+
+def test_the_average_of_checkpoints_is_a_checkpoint(corpus, portable, tmp_path):
+    train(corpus, tmp_path / "run", *FLAGS, updates=1, ranks=2)
+    states = [read_checkpoint(str(path)) for path in (portable, tmp_path / "run" / "checkpoint_last.pt")]
+    average = {name: (value + states[1]["model"][name]) / 2 for name, value in states[0]["model"].items()}
+    torch.save({**states[0], "model": average}, tmp_path / "average.pt")  # as fairseq's scripts/average_checkpoints.py does
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "average.pt")])
+    assert torch.equal(model.state_dict()["encoder.layers.0.fc1.moe.experts.weight_in"],
+                       average["encoder.layers.0.fc1.moe.experts.weight_in"])  # fmt: skip
+    assert len(runs.generate(corpus, tmp_path / "average.pt", tmp_path)) == 8
+
+
 def test_without_optimizer_state_a_checkpoint_still_starts_another_run(corpus, tmp_path):
     train(corpus, tmp_path / "run", "--no-save-optimizer-state", updates=1, ranks=2)
     checkpoint = tmp_path / "run" / "checkpoint_last.pt"
@@ -114,3 +165,56 @@ def test_sharded_checkpoints_resume_on_the_same_layout_and_on_no_other(corpus, w
     assert train(corpus, run, *FLAGS, "--sharded-checkpoints", updates=AFTER, ranks=2) == whole[BEFORE:]
     with pytest.raises(AssertionError, match="is a sharded checkpoint .* fairseq-sparsemixer reshard .* --portable"):
         train(corpus, tmp_path / "other", *FLAGS, updates=AFTER, ranks=1)
+
+
+def test_what_rank_0_cannot_read_ends_every_rank_with_its_sentence(corpus, tmp_path):
+    torch.save({"model": {}, "expert_parallel": {"size": 4}}, tmp_path / "checkpoint_last-rank-0.pt")
+    started = start(corpus, tmp_path, "--sharded-checkpoints", updates=1, ranks=2)
+    for rank in started:
+        with pytest.raises(AssertionError, match="spread over 4 ranks, and this run has --expert-parallel-size 2"):
+            collect([rank], deadline=60)
+
+
+def killed_on_call(number: int, function: Callable, half: Callable) -> Callable:
+    """`function`; at its n-th call `half` of it, and the process dies."""
+    calls = iter(range(1, 1000))
+
+    def counted(*args):
+        if next(calls) < number:
+            return function(*args)
+        half(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return counted
+
+
+def half_a_file(_, path) -> None:
+    Path(path).write_bytes(b"PK" + bytes(1000))
+
+
+# what rank 1 is about when it dies in its third save: each saves, gives a file its name three times, and copies it once
+MOMENTS = {
+    "half of its file is written": ("torch.save", torch.save, 3, half_a_file),
+    "rank 0 has given its file the name, rank 1 not": ("os.replace", os.replace, 8, lambda *_: None),
+    "half of the copy is written": ("shutil.copyfile", shutil.copyfile, 3, half_a_file),
+}
+
+
+def train_until_killed(moment: str, *args) -> List[float]:
+    name, function, number, half = MOMENTS[moment]
+    with patch(name, killed_on_call(number, function, half)):
+        return train_one_rank(*args)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_rank_killed_in_a_sharded_save_leaves_a_checkpoint_to_resume_from(moment, corpus, whole, tmp_path):
+    run = tmp_path / "run"
+    flags = (*FLAGS, "--sharded-checkpoints", "--save-interval-updates", "1", "--keep-interval-updates", "1")
+    survivor, killed = start(corpus, run, *flags, updates=AFTER, ranks=2, last=(train_until_killed, moment))
+    with pytest.raises(AssertionError, match="rank 0 lost contact with another rank"):
+        collect([survivor], deadline=60)
+    killed.process.join()
+    assert killed.process.exitcode == -signal.SIGKILL
+    losses = train(corpus, run, *flags, updates=AFTER, ranks=2)
+    assert len(losses) in (AFTER - 3, AFTER - 2) and losses == whole[-len(losses) :]
+    assert not [path for path in run.iterdir() if not path.name.startswith("log") and path.suffix != ".pt"]
