@@ -6,6 +6,7 @@ writes and reads is in checkpoints/trainer.py.
 """
 
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +42,7 @@ class MoETrainer(CheckpointingTrainer):
         self.moe_layers = moe_layers(model)
         self.ranks = None
         if self.moe_layers:
+            refuse_training_apart()
             timeout = set_timeout(cfg)
             self.ranks = share_out_experts(cfg, model, timeout)
             set_balance_scope(cfg, model, timeout)
@@ -148,6 +150,17 @@ def share_out_experts(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) 
     spread_experts(model, ranks)
     logger.info("experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, ranks.num_replicas)
     return ranks
+
+
+def refuse_training_apart() -> None:
+    """Raise ConfigurationError where torchrun started several ranks, and fairseq, which counts the GPUs it sees, saw one."""
+    started = os.environ.get("WORLD_SIZE", "")
+    by_torchrun = started.isdigit() and all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    if by_torchrun and int(started) > 1 and not dist.is_initialized():
+        raise ConfigurationError(
+            f"torchrun started {started} ranks (WORLD_SIZE), and fairseq, which sees one GPU at most, would train each alone; add"
+            f" --distributed-world-size {started}, or on a CPU use fairseq-sparsemixer launch"
+        )
 
 
 def set_timeout(cfg: Any) -> Optional[timedelta]:

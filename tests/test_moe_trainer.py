@@ -8,7 +8,14 @@ import pytest
 from fairseq.trainer import Trainer
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.trainer import MoETrainer, install, refuse_incompatible
+from fairseq_sparsemixer.trainer import (
+    MoETrainer,
+    install,
+    refuse_incompatible,
+    refuse_training_apart,
+    set_balance_scope,
+    set_timeout,
+)
 
 
 def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, eval_bleu=False, **model):
@@ -40,6 +47,22 @@ def test_plain_data_parallelism_is_accepted(backend):
 def test_what_takes_ranks_for_equals_is_refused_with_the_remedy(options, sentence):
     with pytest.raises(ConfigurationError, match=f"{sentence} .*--expert-parallel-size 1"):
         refuse_incompatible(configuration(**options), size=2)
+
+
+def test_settings_that_mean_nothing_are_refused():
+    with pytest.raises(ConfigurationError, match="--collective-timeout 0 must be positive"):
+        set_timeout(configuration(collective_timeout=0))
+    with pytest.raises(ConfigurationError, match="--balance-scope everywhere is unknown; choose local or global"):
+        set_balance_scope(configuration(balance_scope="everywhere"), model=None, timeout=None)
+
+
+def test_ranks_of_torchrun_that_fairseq_would_train_apart_are_refused(monkeypatch):
+    for name, value in dict(MASTER_ADDR="node1", MASTER_PORT="1", RANK="1", WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    refuse_training_apart()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="torchrun started 2 ranks .* add --distributed-world-size 2"):
+        refuse_training_apart()
 
 
 def test_fairseq_train_builds_this_trainer():
