@@ -20,7 +20,9 @@ HELP = "turn a dense checkpoint into one with experts"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """DENSE OUT, the flags of a model with experts, and the noise."""
-    parser.add_argument("source", metavar="DENSE", help="a checkpoint of fairseq's transformer, or of --router dense")
+    parser.add_argument(
+        "source", metavar="DENSE", help="a checkpoint of fairseq's transformer or transformer_lm, or of --router dense"
+    )
     parser.add_argument("target", metavar="OUT", help="the checkpoint to write")
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="STD", help="added to each expert's weights, relative to their own deviation"

@@ -7,6 +7,7 @@ import pytest
 import runs
 import torch
 
+import fairseq_sparsemixer
 from fairseq_sparsemixer.checkpoints import read_checkpoint
 from fairseq_sparsemixer.checkpoints.upcycling import _require_fit, _with_experts, indifferent_gate, upcycle
 from fairseq_sparsemixer.cli import main
@@ -15,6 +16,7 @@ from fairseq_sparsemixer.gates import Gate, Routing, register_gate
 from fairseq_sparsemixer.gates.registry import GATES
 from fairseq_sparsemixer.models.config import MoEOptions
 
+USER_DIR = Path(fairseq_sparsemixer.__file__).parent
 ROUTERS = {  # and the multiplier of the sum of k equal experts, by the papers' formulas
     "switch": (["--router", "switch"], 1 / 4),
     "sparsemixer": (["--router", "sparsemixer"], 1 / 4),
@@ -34,11 +36,15 @@ def dense(corpus, tmp_path_factory) -> Path:
     return folder / "checkpoint_last.pt"
 
 
-def logits(checkpoint: Path, sample) -> torch.Tensor:
+def load(checkpoint: Path) -> torch.nn.Module:
     from fairseq import checkpoint_utils
 
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
-    return model.eval()(**sample["net_input"])[0]
+    return model.eval()
+
+
+def logits(checkpoint: Path, sample) -> torch.Tensor:
+    return load(checkpoint)(**sample["net_input"])[0]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -53,6 +59,35 @@ def test_the_first_forward_equals_the_dense_model(router, dense, tmp_path, trans
     torch.testing.assert_close(logits(out, sample)[real], logits(dense, sample)[real], rtol=1e-5, atol=1e-5)
     found = indifferent_gate(16, MoEOptions(router=router, num_experts=4, moe_top_k=2 if "--moe-top-k" in flags else None))
     assert found.multiplier == pytest.approx(multiplier, rel=1e-5)
+
+
+@pytest.mark.parametrize("router", ["sparsemixer", "switch"])
+def test_a_language_model_is_upcycled_too(router, dense_language_model, tmp_path, run_fairseq):
+    data, dense = dense_language_model
+    out = tmp_path / "moe.pt"
+    main(["upcycle", str(dense), str(out), "--num-experts", "4", "--moe-freq", "1", "--router", router])
+    words = torch.randint(4, 20, (3, 9))
+    found, expected = (load(path)(words)[0] for path in (out, dense))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    evaluate = ["eval_lm", data, "--user-dir", USER_DIR, "--gen-subset", "valid", "--cpu", "--tokens-per-sample", 32, "--path"]
+    losses = [run_fairseq(*evaluate, path)["loss"].item() for path in (out, dense)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def dense_language_model(corpus, tmp_path_factory, run_fairseq):
+    """Binarised text, and a checkpoint of fairseq's own transformer_lm trained on it."""
+    folder = tmp_path_factory.mktemp("language_model")
+    parts = "--trainpref", corpus.parent / "train.en", "--validpref", corpus.parent / "valid.en"
+    run_fairseq("preprocess", "--only-source", *parts, "--destdir", folder / "bin", "--workers", 1)
+    flags = (
+        "--task language_modeling --arch transformer_lm_gpt2_tiny --decoder-layers 2 --decoder-embed-dim 16"
+        " --decoder-output-dim 16 --decoder-input-dim 16 --decoder-ffn-embed-dim 24 --decoder-attention-heads 2"
+        " --share-decoder-input-output-embed --optimizer adam --lr 0.01 --tokens-per-sample 32 --batch-size 4 --max-update 3"
+        " --disable-validation --num-workers 0 --cpu"
+    ).split()
+    run_fairseq("train", folder / "bin", "--user-dir", USER_DIR, "--save-dir", folder / "run", *flags)
+    return folder / "bin", folder / "run" / "checkpoint_last.pt"
 
 
 def test_generation_and_training_take_it_as_it_is(corpus, dense, tmp_path):
