@@ -41,9 +41,11 @@ def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], ranks: Exp
 def share_overflow(model: nn.Module, ranks: ExpertGroup) -> None:
     """Make an infinite or undefined expert gradient of one rank visible to all: torch's GradScaler looks only at its own."""
     finite = [parameter.grad.isfinite().all() for parameter in _experts(model.parameters()) if parameter.grad is not None]
+    if not finite:  # on no rank: all experts are frozen
+        return
     overflow = (~torch.stack(finite).all()).float()
     dist.all_reduce(overflow, group=ranks.group)
-    witness = next(p.grad for p in model.parameters() if p.grad is not None and not hasattr(p, "expert"))
+    witness = next(p.grad for p in model.parameters() if p.grad is not None)
     witness.add_(torch.where(overflow > 0, torch.inf, 0.0).to(witness.dtype))
 
 

@@ -88,8 +88,8 @@ class MoELayer(MOELayer):
             parameter.expert = True
 
     def __getstate__(self) -> Dict[str, Any]:
-        # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along
-        return {**self.__dict__, "routing": None}
+        # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along, nor its idleness
+        return {**self.__dict__, "routing": None, "idle": False}
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:
