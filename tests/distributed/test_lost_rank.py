@@ -69,13 +69,3 @@ def test_a_hanging_rank_ends_the_others_within_the_timeout(tmp_path):
     finally:
         ranks[1].process.kill()
         ranks[1].process.join()
-
-
-def test_the_dense_baseline_resumes_on_two_ranks_too(tmp_path):
-    data = make_corpus(tmp_path, sentences=100)
-    dense = "--router", "dense"
-    straight = run_ranks(2, train, data, tmp_path / "straight", free_port(), 0, *dense, group=False)
-    run_ranks(2, train, data, tmp_path / "cut", free_port(), 0, *dense, "--max-update", "6", group=False)
-    resumed = run_ranks(2, train, data, tmp_path / "cut", free_port(), 0, *dense, group=False)
-    for name, parameter in straight[1].items():
-        torch.testing.assert_close(resumed[1][name], parameter, rtol=1e-5, atol=1e-6)

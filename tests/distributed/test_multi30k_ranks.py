@@ -5,11 +5,14 @@ import math
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import List
 
+import fairseq_cli.train
 import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq_cli import preprocess
+from ranks import run_ranks
 from runs import run
 
 from fairseq_sparsemixer.cli import main
@@ -40,10 +43,16 @@ def multi30k(shared_data, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
-def validation_loss(data: Path, save_dir: Path, ranks: int, *flags: str) -> float:
-    """After training by the command line: bits a word, from the checkpoint (fairseq itself rounds what it logs)."""
-    command = [str(Path(sys.executable).parent / "fairseq-train"), str(data), "--user-dir", str(USER_DIR)]
-    assert main(["launch", "--nproc", str(ranks), "--", *command, "--save-dir", str(save_dir), *FLAGS, *flags]) == 0
+def arguments(data: Path, save_dir: Path) -> List[str]:
+    return [str(data), "--user-dir", str(USER_DIR), "--save-dir", str(save_dir), *FLAGS]
+
+
+def train_alone(data: Path, save_dir: Path) -> None:
+    run(fairseq_cli.train.cli_main, *arguments(data, save_dir), "--cpu", "--update-freq", "2")
+
+
+def validation_loss(save_dir: Path) -> float:
+    """Bits a word, from the checkpoint (fairseq itself rounds what it logs)."""
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(save_dir / "checkpoint_last.pt")])
     model = models[0].eval()
     task.load_dataset("valid")
@@ -58,7 +67,9 @@ def validation_loss(data: Path, save_dir: Path, ranks: int, *flags: str) -> floa
 
 
 def test_two_ranks_reach_the_loss_of_one_that_accumulates(multi30k, tmp_path):
-    together = validation_loss(multi30k, tmp_path / "two", 2)
-    alone = validation_loss(multi30k, tmp_path / "one", 1, "--update-freq", "2")
+    command = [str(Path(sys.executable).parent / "fairseq-train"), *arguments(multi30k, tmp_path / "two")]
+    assert main(["launch", "--nproc", "2", "--", *command]) == 0
+    run_ranks(1, train_alone, multi30k, tmp_path / "one", group=False)
+    together, alone = validation_loss(tmp_path / "two"), validation_loss(tmp_path / "one")
     assert together == pytest.approx(alone, abs=1e-3)
     assert together < 8  # it has learnt something: an untrained model has log2 of the dictionary's size, about 10.7
