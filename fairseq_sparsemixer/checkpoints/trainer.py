@@ -94,9 +94,11 @@ class CheckpointingTrainer(Trainer):
             # fairseq would send rank 0's copy around, as a pickle that torch's weights_only refuses at the other end
             self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         if not self.has_experts:
+            self._require_on_all_ranks(filename)
             return super().load_checkpoint(filename, *args, **kwargs)
         if self.sharded:
             filename = self._own_shard(filename)
+        self._require_on_all_ranks(filename)
         if self.is_data_parallel_master:
             remove_unfinished(self.cfg.checkpoint.save_dir)
         if not os.path.exists(filename):
@@ -110,6 +112,16 @@ class CheckpointingTrainer(Trainer):
         self._by_master(shards.mend, whole, self.ranks.size)
         shard = shards.shard_path(whole, self.ranks.index)
         return whole if os.path.exists(whole) and not os.path.exists(shard) else shard
+
+    def _require_on_all_ranks(self, filename: str) -> None:
+        """Raise ConfigurationError where some ranks see the file and others would start from scratch; a collective."""
+        if self.data_parallel_world_size > 1:
+            seen = torch.tensor(int(os.path.exists(filename)), device=self.device)
+            dist.all_reduce(seen)
+            if 0 < seen < self.data_parallel_world_size:
+                raise ConfigurationError(
+                    f"{filename} is seen by {seen} of {self.data_parallel_world_size} ranks; put it where all nodes see it"
+                )
 
     def _by_master(self, action: Callable[..., None], *arguments: Any) -> None:
         """Have rank 0 do something while the others wait; where it cannot, every rank ends with its sentence."""

@@ -175,6 +175,17 @@ def test_what_rank_0_cannot_read_ends_every_rank_with_its_sentence(corpus, tmp_p
             collect([rank], deadline=60)
 
 
+def train_elsewhere(log: Path, data: Path, save_dir: Path, *args) -> List[float]:
+    return train_one_rank(log, data, save_dir / "disk of this node", *args)
+
+
+def test_ranks_that_do_not_see_the_file_never_start_from_scratch(corpus, portable, tmp_path):
+    shutil.copy(portable, tmp_path)
+    for rank in start(corpus, tmp_path, *FLAGS, updates=AFTER, ranks=2, last=(train_elsewhere,)):
+        with pytest.raises(AssertionError, match="checkpoint_last.pt is seen by 1 of 2 ranks; put it where all nodes see it"):
+            collect([rank], deadline=60)
+
+
 def killed_on_call(number: int, function: Callable, half: Callable) -> Callable:
     """`function`; at its n-th call `half` of it, and the process dies."""
     calls = iter(range(1, 1000))
