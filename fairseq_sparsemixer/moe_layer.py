@@ -62,8 +62,6 @@ class MoELayer(MOELayer):
         known = {} if token_ids is None else {"token_ids": token_ids.reshape(-1)}
         self.routing = self.gate(tokens, padding_mask, **known)
         output = self.dispatch(tokens)
-        if self.routing.output_scale is not None:
-            output = output * self.routing.output_scale.to(output.dtype)
         if self.shared_experts is not None:
             always = self.shared_experts(tokens, [tokens.size(0)])
             output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))

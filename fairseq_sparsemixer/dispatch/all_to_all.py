@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fairseq_sparsemixer.dispatch.combine import combine
 from fairseq_sparsemixer.dispatch.local import ExpertsFunction
-from fairseq_sparsemixer.dispatch.sorting import gather, order_pairs, spread
+from fairseq_sparsemixer.dispatch.sorting import gather, order_pairs
 from fairseq_sparsemixer.gates.routing import Routing
 from fairseq_sparsemixer.parallel import AllToAllRows, ExpertGroup
 
@@ -62,8 +63,7 @@ def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFuncti
     arrived = AllToAllRows.apply(gather(tokens, pairs, k), travel.send, travel.receive, ranks)
     outputs = experts(_permute(arrived, travel.order), travel.counts)
     home = AllToAllRows.apply(_permute(outputs, invert(travel.order)), travel.receive, travel.send, ranks)
-    weight = routing.combine_weight.reshape(-1).index_select(0, pairs)
-    return spread(home * weight.unsqueeze(-1).to(home.dtype), pairs, tokens.size(0), k)
+    return combine(home, routing, pairs, tokens.size(0))
 
 
 def invert(order: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fairseq_sparsemixer.dispatch.combine import combine
 from fairseq_sparsemixer.dispatch.local import ExpertsFunction
 from fairseq_sparsemixer.dispatch.sorting import gather, order_pairs, spread
 from fairseq_sparsemixer.gates.routing import Routing
@@ -52,8 +53,7 @@ def dispatch_equal_split(tokens: Tensor, routing: Routing, experts: ExpertsFunct
     outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), [ranks.size * capacity] * local)
     outputs = outputs.view(local, ranks.size, capacity, model_dim).transpose(0, 1)  # [G, L, C, M]
     home = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), ranks), slots, 1)  # [N, M]
-    weight = routing.combine_weight.reshape(-1).index_select(0, pairs)
-    return spread(home * weight.unsqueeze(-1).to(home.dtype), pairs, tokens.size(0), k)
+    return combine(home, routing, pairs, tokens.size(0))
 
 
 @torch.no_grad()
