@@ -62,5 +62,6 @@ def gather(tokens: Tensor, pairs: Tensor, k: int) -> Tensor:
 
 def spread(rows: Tensor, pairs: Tensor, num_tokens: int, k: int) -> Tensor:
     """rows [N, M] of pairs [N] -> [S, M]: each token gets the sum of its pairs' rows, zero where it has none."""
-    slots = rows.new_zeros(num_tokens * k, rows.size(1)).index_copy(0, pairs, rows)
+    everywhere = pairs.size(0) == num_tokens * k  # no slot is left to be zero
+    slots = (rows.new_empty if everywhere else rows.new_zeros)(num_tokens * k, rows.size(1)).index_copy_(0, pairs, rows)
     return slots if k == 1 else slots.view(num_tokens, k, rows.size(1)).sum(1)
