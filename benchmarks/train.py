@@ -97,7 +97,7 @@ def _stage(event: Any) -> Optional[str]:
 def _name_stages(stack: ExitStack, layers: List[MoELayer]) -> None:
     """Until the stack closes, the profiler sees the stages by name."""
     targets = [("fairseq_sparsemixer.dispatch.local", name, "dispatch") for name in ("sort_pairs", "order_pairs", "gather")]
-    targets.append(("fairseq_sparsemixer.dispatch.local", "spread", "combine"))
+    targets.append(("fairseq_sparsemixer.dispatch.local", "combine", "combine"))
     for module in {type(layer.gate).__module__ for layer in layers}:
         targets += [(module, name, "auxiliary loss") for name in ("balance_loss", "router_z_loss")]
     for module, name, stage in targets:
