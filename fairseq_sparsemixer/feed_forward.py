@@ -31,21 +31,28 @@ class Weights(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Rows start to stop belong to this expert."""
+    """The first `count` of `rows` belong to this expert; the others are later experts', there to round the number up."""
 
     expert: int
-    start: int
-    stop: int
+    count: int
+    rows: slice
 
 
-def groups_of(counts: Sequence[int]) -> List[Group]:
-    """A Group for each expert that has rows."""
-    groups, start = [], 0
+def groups_of(counts: Sequence[int], rounded: bool = False) -> List[Group]:
+    """A Group for each expert that has rows, in order. What is computed for the rows behind its own is to be overwritten."""
+    groups, start, total = [], 0, sum(counts)
     for expert, count in enumerate(counts):
         if count:
-            groups.append(Group(expert, start, start + count))
+            size = _round_up(count) if rounded else count
+            groups.append(Group(expert, count, slice(start, min(start + size, total))))
         start += count
     return groups
+
+
+def _round_up(count: int) -> int:
+    """To one of about sixteen sizes between a number and its double."""
+    step = max(8, 1 << max(count.bit_length() - 5, 0))
+    return -(-count // step) * step
 
 
 # ---------------------------------------------------------------------------------------------- by expert
@@ -89,7 +96,7 @@ class _ByExpert(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         rows, weight_in, weight_out, *saved = ctx.saved_tensors
-        groups = groups_of(ctx.counts)
+        groups = groups_of(ctx.counts, _by_onednn(rows))
         grad = grad.contiguous()
         needs_rows, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
         grad_rows = torch.empty_like(rows) if needs_rows else None
@@ -101,18 +108,18 @@ class _ByExpert(torch.autograd.Function):
                 for idle in (grad_in, grad_bias_in, grad_out, grad_bias_out):
                     idle[expert].zero_()
         width = len(saved) // max(len(groups), 1)
-        for index, (expert, start, stop) in enumerate(groups):
+        for index, (expert, count, where) in enumerate(groups):
             kept = saved[index * width : (index + 1) * width]
-            incoming = grad[start:stop]
-            grad_hidden = _linear(incoming, weight_out[expert])
+            grad_hidden = _linear(grad[where], weight_out[expert])
             hidden, grad_inner = _activation_backward(kept, grad_hidden, ctx.activation, ctx.dropout)
             if needs_weights:
-                torch.mm(hidden.t(), incoming, out=grad_out[expert])
+                own, incoming, own_grad = rows[where][:count], grad[where][:count], grad_inner[:count]
+                torch.mm(hidden[:count].t(), incoming, out=grad_out[expert])
                 torch.sum(incoming, 0, out=grad_bias_out[expert])
-                torch.mm(rows[start:stop].t(), grad_inner, out=grad_in[expert])
-                torch.sum(grad_inner, 0, out=grad_bias_in[expert])
+                torch.mm(own.t(), own_grad, out=grad_in[expert])
+                torch.sum(own_grad, 0, out=grad_bias_in[expert])
             if needs_rows:
-                grad_rows[start:stop] = _linear(grad_inner, weight_in[expert])
+                grad_rows[where] = _linear(grad_inner, weight_in[expert])
         return grad_rows, grad_in, grad_bias_in, grad_out, grad_bias_out, None, None, None, None
 
 
@@ -126,12 +133,12 @@ def _run_by_expert(
 ) -> Tensor:
     """The forward pass; to `keep`, when given, it appends what each group's backward needs."""
     out = rows.new_empty(rows.size(0), weights.weight_out.size(2))
-    for expert, start, stop in groups_of(counts):
-        inner = _linear(rows[start:stop], weights.weight_in[expert].t(), weights.bias_in[expert], activation is F.relu)
+    for expert, _, where in groups_of(counts, _by_onednn(rows)):
+        inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert], activation is F.relu)
         hidden, kept = _activation_forward(inner, activation, dropout)
         if keep is not None:
             keep.append(kept)
-        out[start:stop] = _linear(hidden, weights.weight_out[expert].t(), weights.bias_out[expert])
+        out[where] = _linear(hidden, weights.weight_out[expert].t(), weights.bias_out[expert])
     return out
 
 
@@ -177,14 +184,19 @@ def _scale(dropout: float) -> float:
 
 def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None, relu: bool = False) -> Tensor:
     """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O], with relu on top if asked."""
-    if USE_ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32:
+    if _by_onednn(rows):
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "relu" if relu else "none", [], "")
     out = F.linear(rows, weight, bias)
     return out.relu_() if relu else out
 
 
+def _by_onednn(rows: Tensor) -> bool:
+    return USE_ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
+
+
 # torch sends float32 products on a CPU to MKL or OpenBLAS. For the few rows of an expert oneDNN, which is there for
-# torch.compile, takes about 3/4 of MKL's time, with bias and relu on top (benchmarks/NOTES.md).
+# torch.compile, takes about 3/4 of MKL's time, with bias and relu on top; but it prepares a kernel for each number of rows
+# that it meets, for longer than a small product takes. Hence the rounding (benchmarks/NOTES.md).
 USE_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -202,9 +214,7 @@ def can_group(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     )
 
 
-def feed_forward_grouped(
-    rows: Tensor, weights: Weights, counts: Tensor, activation: Activation, dropout: float = 0.0
-) -> Tensor:
+def feed_forward_grouped(rows: Tensor, weights: Weights, counts: Tensor, activation: Activation, dropout: float = 0.0) -> Tensor:
     """As feed_forward_by_expert, without a look at the host: counts [E] int64 on the device may sum to less than N.
 
     The rows behind the last expert's give zeros and get a zero gradient.

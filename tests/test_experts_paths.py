@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fairseq_sparsemixer import build_moe_layer, feed_forward
 from fairseq_sparsemixer.dispatch import dispatch_locally
 from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, Experts
-from fairseq_sparsemixer.feed_forward import Weights, feed_forward_by_expert, feed_forward_grouped
+from fairseq_sparsemixer.feed_forward import Weights, feed_forward_by_expert, feed_forward_grouped, groups_of
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 ALL_ACTIVATIONS = {**ACTIVATIONS, **GATED_ACTIVATIONS}
@@ -135,3 +135,19 @@ def test_an_activation_with_parameters_and_a_dropout_out_of_range_are_refused():
         Experts(2, 3, 4, activation=torch.nn.PReLU())
     with pytest.raises(ValueError, match=r"--activation-dropout 1.5 must lie in \[0, 1\]"):
         Experts(2, 3, 4, dropout=1.5)
+
+
+def test_products_of_any_number_of_rows_have_few_sizes_and_waste_little():
+    sizes = {count: groups_of([count, 10**6], rounded=True)[0].rows.stop for count in range(1, 4097)}
+    assert len(set(sizes.values())) <= 16 * 8
+    assert all(count <= size <= max(count + 7, count * 17 / 16) for count, size in sizes.items())
+
+
+def test_rows_computed_for_a_round_number_touch_neither_their_own_expert_nor_gradients():
+    experts = Experts(2, 8, 16)
+    rows = torch.randn(20, 8)
+    rows[5:] = float("nan")  # all of the second expert's, three of which fill up the first one's product
+    out = experts(rows, [5, 15])
+    out[:5].sum().backward()
+    assert out[:5].isfinite().all()
+    assert all(parameter.grad[0].isfinite().all() for parameter in experts.parameters())

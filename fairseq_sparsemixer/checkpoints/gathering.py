@@ -35,9 +35,7 @@ def _gather_optimizer(optimizer: torch.optim.Optimizer, ranks: ExpertGroup) -> D
     for index, parameter in enumerate(parameters):
         if hasattr(parameter, "expert"):
             state = optimizer.state.get(parameter, {})
-            gathered[index] = {
-                name: _gather(value, ranks) for name, value in sorted(state.items()) if counts_experts(value)
-            }
+            gathered[index] = {name: _gather(value, ranks) for name, value in sorted(state.items()) if counts_experts(value)}
     return gathered
 
 

@@ -143,7 +143,7 @@ def _experts(dense: Dict[str, Tensor], num_experts: int, noise: float) -> Dict[s
 
 def _compensate(experts: Dict[str, Tensor], indifferent: Indifferent) -> None:
     omega: Optional[Tensor] = getattr(indifferent.gate, "omega", None)
-    for scaled in ([omega.data] if omega is not None else [experts["weight_out"], experts["bias_out"]]):
+    for scaled in [omega.data] if omega is not None else [experts["weight_out"], experts["bias_out"]]:
         scaled.div_(indifferent.multiplier)
 
 

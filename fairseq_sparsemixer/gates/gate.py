@@ -27,9 +27,7 @@ class Gate(nn.Module):
     wants_token_ids = False  # whether models should hand the ids of the tokens down to it
     balance_group: Any = None  # the ranks whose tokens the balance loss is about; None: this rank's own
 
-    def __init__(
-        self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None, bias_update_rate: float = 0.0
-    ):
+    def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None, bias_update_rate: float = 0.0):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"--num-experts {num_experts} must be at least 1")

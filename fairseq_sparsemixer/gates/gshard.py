@@ -59,9 +59,7 @@ class GShardGate(Gate):
 
     top_k = 2
 
-    def __init__(
-        self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = 1.0, bias_update_rate: float = 0.0
-    ):
+    def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = 1.0, bias_update_rate: float = 0.0):
         super().__init__(model_dim, num_experts, capacity_factor, bias_update_rate)
         if num_experts < 2:
             raise ValueError(f"--router gshard gives each token two experts; --num-experts {num_experts} must be at least 2")
