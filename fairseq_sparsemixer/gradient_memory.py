@@ -11,7 +11,7 @@ from typing import Any, Dict
 import torch
 from torch import Tensor
 
-WORTH_KEEPING = 1 << 25  # bytes: up to here (glibc's DEFAULT_MMAP_THRESHOLD_MAX) the C library itself keeps a block
+WORTH_KEEPING = 1 << 20  # bytes: from 32 MB on glibc never keeps a block, below only where nothing free lies behind it
 
 
 class GradientMemory:
@@ -23,7 +23,7 @@ class GradientMemory:
     def like(self, name: str, parameter: Tensor) -> Tensor:
         """An uninitialised tensor of a parameter's shape and dtype, for its gradient."""
         size = parameter.numel() * parameter.element_size()
-        if parameter.device.type != "cpu" or size <= WORTH_KEEPING or not hasattr(mmap, "MAP_PRIVATE"):
+        if parameter.device.type != "cpu" or size < WORTH_KEEPING or not hasattr(mmap, "MAP_PRIVATE"):
             return torch.empty_like(parameter)
         if name not in self._blocks or len(self._blocks[name]) != size or self._in_use(name):
             self._blocks[name] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
