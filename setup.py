@@ -32,8 +32,12 @@ setup(
         "rich>=13",
     ],
     extras_require={
-        "test": ["pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "Babel>=2.13", "scipy>=1.10", "tensorboardX>=2.6"],
+        "test": [
+            *("pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "Babel>=2.13", "scipy>=1.10", "tensorboardX>=2.6"),
+            "sacremoses>=0.0.53",
+        ],
         "quickstart": ["Babel>=2.13"],
+        "recipes": ["Babel>=2.13", "sacremoses>=0.0.53"],
     },
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},
 )

@@ -118,7 +118,7 @@ def _decode(name: str, open_file) -> Iterator[str]:
         raise ConfigurationError(f"{name} cannot be read beyond line {number} ({error}); fetch it again") from None
 
 
-def clean(pairs: Iterable[Pair], longest: int, ratio: float) -> Iterator[Pair]:
+def clean(pairs: Iterable[Pair], longest: float, ratio: float) -> Iterator[Pair]:
     """The pairs of 1 to `longest` words a side, neither side more than `ratio` times as long as the other."""
     for pair in pairs:
         lengths = [len(sentence.split()) for sentence in pair]

@@ -74,9 +74,9 @@ class Session:
             raise ConfigurationError(f"{folder} is missing or unfinished; run first: python -m recipes.{self.name} {command}")
         return fingerprint(folder)
 
-    def results(self, figures: Dict[str, Any]) -> None:
+    def results(self, figures: Dict[str, Any], suffix: str = "") -> None:
         """Show the figures of an evaluation, and write them to RUN-results.json in the session's folder."""
-        path = self.out / f"{self.run.name}-results.json"
+        path = self.out / f"{self.run.name}{suffix}-results.json"
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         for name, value in figures.items():
             self.console.print(f"  {name}: {value:,.4g}" if isinstance(value, float) else f"  {name}: {value}", highlight=False)

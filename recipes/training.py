@@ -29,7 +29,9 @@ def train(
     config's, by group and name, such as {"model.dropout": 0.1}.
     """
     options, settings = session.options, dict(settings or {})
-    updates = options.updates or settings.get("optimization.max_update") or _max_update(config)
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    updates = options.updates or settings.get("optimization.max_update") or content["optimization"]["max_update"]
+    block = settings.get("task.tokens_per_sample") or content.get("task", {}).get("tokens_per_sample") or 1
     settings["optimization.max_update"] = updates
     settings.update({"common.seed": options.seed, "model.router": options.router, "model.num_experts": options.num_experts})
     # what the run is; the number of devices may change in between
@@ -41,6 +43,11 @@ def train(
     }
     world_size = max(session.gpus, 1) * options.nodes
     plan = plan_batch(batch_tokens, options.device_tokens or device_tokens, world_size)
+    if plan.max_tokens < block:
+        raise ConfigurationError(
+            f"{world_size} devices leave {plan.max_tokens} of {batch_tokens:,} tokens to each, less than the blocks of {block}"
+            f" that the text is in; use at most {batch_tokens // block}, or give --device-tokens {block} or more"
+        )
     devices = {
         "common.user_dir": USER_DIR,
         "task.data": data.resolve(),
@@ -107,10 +114,6 @@ def read_log_line(line: str) -> Optional[Advance]:
         return None
     log = json.loads(line[line.index("{") :])
     return Advance(int(log["num_updates"]), f"loss {log['loss']}, {float(log.get('wps', 0)):,.0f} words/s")
-
-
-def _max_update(config: Path) -> int:
-    return int(yaml.safe_load(config.read_text(encoding="utf-8"))["optimization"]["max_update"])
 
 
 def _write_slurm(session: Session, command: List[str], identity: Dict[str, Any]) -> None:

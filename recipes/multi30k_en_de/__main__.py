@@ -9,14 +9,13 @@ from typing import Callable
 
 from rich.console import Console
 
-from recipes import translation
+from recipes import smoke, translation
 from recipes.binarisation import translation_command
-from recipes.cldr import make_cldr
 from recipes.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
 from recipes.multi30k_en_de.raw_text import FILES, read_multi30k
 from recipes.progress import run_program
 from recipes.segmentation import learn_pieces, segment_file
-from recipes.session import Recipe, Session, entry, real_text
+from recipes.session import Recipe, Session, entry
 from recipes.sources import fetch, say_source
 from recipes.training import USER_DIR, age, checkpoint_of, train
 
@@ -47,24 +46,16 @@ SMOKE = {
 SMOKE_BATCH_TOKENS = 1024
 
 
-def smoke_corpus() -> Corpus:
-    """A small part of Multi30k where its raw text is at hand, else a corpus made from CLDR."""
-    folder = real_text("multi30k")
-    if folder is None:
-        return make_cldr(SMOKE_SIZES, seed=1)
-    return {split: pairs[: SMOKE_SIZES[split]] for split, pairs in read_multi30k(folder).items()}
-
-
 def prepare(session: Session) -> None:
     """Raw text in pieces, binarised."""
     options = session.options
     small = options.smoke and options.raw_dir is None
     vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
-    source = "a small part of the real text where it is at hand, else text made from CLDR" if small else say_source(session, URLS)
+    source = smoke.SAYS if small else say_source(session, URLS)
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "vocabulary": vocabulary}
 
     def read() -> Corpus:
-        return smoke_corpus() if small else read_multi30k(fetch(session, URLS))
+        return smoke.small_corpus(SMOKE_SIZES) if small else read_multi30k(fetch(session, URLS))
 
     does = f"{source}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
     session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if small else options.workers)

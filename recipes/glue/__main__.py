@@ -1,0 +1,174 @@
+"""Fine-tuning on a task of GLUE (Wang et al., 2018; arXiv 1804.07461): --task CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI or RTE.
+
+Starts from a model of recipes.electra_base (--pretrained), and reports GLUE's metric on the development set. GLUE's files
+have to be asked for: fetch them from gluebenchmark.com/tasks, and give --raw-dir, with a folder for each task.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from rich.console import Console
+
+from fairseq_sparsemixer.cli.glue import TASKS, encoder, require_file
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.glue.smoke_data import write_smoke_data
+from recipes.progress import script
+from recipes.segmentation import MODEL
+from recipes.session import Recipe, Session, entry
+from recipes.text import last_figures
+from recipes.training import USER_DIR, age, checkpoint_of, train
+
+NAME = "glue"
+CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
+SIZES = "sizes.json"  # examples of each split, in the folder of prepared data
+EXAMPLES = 32  # an update
+EPOCHS = {"RTE": 10, "STS-B": 10}  # Appendix B of ELECTRA's paper; 3 for the others
+WARMUP = 0.1  # of all updates
+TOKENS = EXAMPLES * 512
+GROUPS = {"num_classes": "task", "best_checkpoint_metric": "checkpoint", "maximize_best_checkpoint_metric": "checkpoint"}
+GROUPS["valid_subset"] = "dataset"  # all others are the criterion's
+SMOKE = {"model._name": "electra_moe_tiny", "task.max_positions": 64, "common.log_interval": 1}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is fine-tuned, and on what."""
+    group = parser.add_argument_group("glue")
+    group.add_argument("--task", choices=TASKS, default="RTE", metavar="TASK", help=f"{', '.join(TASKS)} (default: %(default)s)")
+    group.add_argument(
+        "--pretrained", type=Path, metavar="DIR", help="--out of recipes.electra_base (default: runs/electra_base)"
+    )
+    group.add_argument(
+        "--checkpoint", type=Path, metavar="FILE",
+        help="the model to start from (default: the best checkpoint there, of the same router, number of experts, and seed 1)",
+    )  # fmt: skip
+
+
+def prepare(session: Session) -> None:
+    """The task's TSV files, checked, in the pieces of the pre-trained model."""
+    options = enter(session)
+    small = options.smoke and options.raw_dir is None
+    if options.raw_dir is None and not small:
+        raise ConfigurationError("give --raw-dir DIR with GLUE's files; they are at gluebenchmark.com/tasks")
+    raw = session.out / "raw" if small else options.raw_dir / options.task
+    pretrained = pretraining(session)
+    settings = {"task": options.task, "raw": str(raw), "pretrained": str(pretrained.resolve())}
+    does = f"{'makes a tiny data set' if small else 'reads ' + str(raw)}; in the pieces of {pretrained}"
+    session.step(f"data: {options.task}", session.data, settings, does, make_data, options.task, raw, small, pretrained)
+
+
+def make_data(task: str, raw: Path, small: bool, pretrained: Path, folder: Path, console: Console) -> None:
+    """folder/bin, and the numbers of examples."""
+    from fairseq.data import Dictionary
+
+    from fairseq_sparsemixer import glue
+
+    if small:
+        write_smoke_data(task, raw)
+    dictionary = Dictionary.load(str(require_file(pretrained / "data" / "bin" / "dict.txt", "--pretrained")))
+    encode = encoder(require_file(pretrained / "data" / "pieces" / MODEL, "--pretrained"))
+    skip = (lambda message: console.print(f"left out: {message}", highlight=False)) if task == "QQP" else None  # has bad lines
+    sizes = glue.prepare(task, raw, folder / "bin", dictionary, encode, skip)
+    console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " examples", highlight=False)
+    (folder / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+
+
+def train_model(session: Session) -> None:
+    """The settings are those of glue.yaml and of the task; the number of updates follows from the examples and epochs."""
+    options = enter(session)
+    if session.gpus > 1 or options.nodes > 1:
+        raise ConfigurationError("fine-tuning takes one GPU: give --gpus 1, or 0 for the CPU")
+    updates = options.updates or number_of_updates(session)
+    settings: Dict[str, Any] = {
+        **(SMOKE if options.smoke else {}),
+        **task_settings(options.task),
+        "checkpoint.finetune_from_model": starting_point(session).resolve(),
+        "optimization.max_update": updates,
+        "lr_scheduler.warmup_updates": math.ceil(WARMUP * updates),
+    }
+    train(session, CONFIG, session.data / "bin", TOKENS, TOKENS, settings)
+
+
+def evaluate(session: Session) -> None:
+    """GLUE's metric of the best checkpoint, for each development set."""
+    from fairseq_sparsemixer.glue import TASKS as DESCRIPTIONS
+
+    options = enter(session)
+    checkpoint = checkpoint_of(session)
+    for split in ["valid", "valid1"][: len(DESCRIPTIONS[options.task].valid)]:
+        folder = session.out / f"{session.run.name}-{split}"
+        command = [script("fairseq-validate"), str(session.data / "bin"), "--user-dir", str(USER_DIR)]
+        command += ["--task", "sentence_prediction", "--criterion", "moe_sentence_prediction", "--path", str(checkpoint)]
+        command += ["--valid-subset", split, "--batch-size", "32", "--log-format", "json", "--required-batch-size-multiple", "1"]
+        command += ["--cpu"] if session.gpus == 0 else []
+        title = f"{options.task} on {split}"
+        session.command(title, folder, command, {"command": command, "checkpoint": age(checkpoint)})
+        if not options.dry_run:
+            figures = last_figures(folder / "console.log", lambda line, split=split: read_figures(line, split))
+            session.results({"task": options.task, "split": split, **figures}, f"-{split}")
+
+
+def enter(session: Session) -> argparse.Namespace:
+    """The session's options; its folder becomes that of the task."""
+    session.out = session.out / session.options.task
+    return session.options
+
+
+def pretraining(session: Session) -> Path:
+    """The folder that recipes.electra_base made."""
+    default = Path("runs", "electra_base-smoke" if session.options.smoke else "electra_base")
+    return session.options.pretrained or default
+
+
+def starting_point(session: Session) -> Path:
+    """The pre-trained checkpoint. Raises ConfigurationError where there is none."""
+    options = session.options
+    run = session.run.name[: session.run.name.rindex("-seed")] + "-seed1"
+    path = options.checkpoint or pretraining(session) / run / "checkpoint_best.pt"
+    if not path.is_file() and not options.dry_run:
+        raise ConfigurationError(f"{path} is not there; train it with recipes.electra_base, or give --pretrained or --checkpoint")
+    return path
+
+
+def number_of_updates(session: Session) -> int:
+    """As many as make the epochs of the paper; 1 where --dry-run finds no data."""
+    session.needs(session.data, "prepare")
+    path = session.data / SIZES
+    if not path.is_file():
+        return 1
+    examples = json.loads(path.read_text(encoding="utf-8"))["train"]
+    return math.ceil(examples / EXAMPLES) * EPOCHS.get(session.options.task, 3)
+
+
+def task_settings(task: str) -> Dict[str, Any]:
+    """What fairseq needs to know of a task and its metric, by group and name."""
+    from fairseq_sparsemixer.glue import TASKS as DESCRIPTIONS
+
+    settings: Dict[str, Any] = {}
+    name = ""
+    for word in DESCRIPTIONS[task].flags().split():
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            group = GROUPS.get(name, "criterion")
+            name = f"{group}.{name}" if name in GROUPS else f"+{group}.{name}"
+            settings[name] = True
+        else:
+            settings[name] = word
+    return settings
+
+
+def read_figures(line: str, split: str) -> Optional[Dict[str, Any]]:
+    """The loss and the metrics of a split in a line of fairseq-validate's JSON log."""
+    if f'"{split}_loss"' not in line:
+        return None
+    log = json.loads(line[line.index("{") :])
+    metrics = ("loss", "accuracy", "f1", "acc_and_f1", "mcc", "pearson", "spearman", "pearson_and_spearman")
+    return {name: float(log[f"{split}_{name}"]) for name in metrics if f"{split}_{name}" in log}
+
+
+RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate, add_options)
+
+if __name__ == "__main__":
+    entry(RECIPE)

@@ -1,0 +1,81 @@
+"""IWSLT'14 German-English: 160,000 pairs from talks, as fairseq's transformer_iwslt_de_en is trained, with experts.
+
+Lowercased Moses tokens in 10,000 BPE pieces; beam 5, best checkpoint; tokenised BLEU and sacreBLEU, both of lowercased text.
+"""
+
+from itertools import chain
+from pathlib import Path
+from typing import Callable, List, Tuple
+
+from rich.console import Console
+
+from recipes import moses_translation, smoke
+from recipes.corpus import Pair, clean, hold_out
+from recipes.iwslt14_de_en.raw_text import LANGUAGES, URLS, read_test, read_training
+from recipes.moses import Tokeniser, tokenise_pairs
+from recipes.session import Recipe, Session, entry
+from recipes.sources import fetch, say_source
+from recipes.training import checkpoint_of, train
+
+NAME = "iwslt14_de_en"
+CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
+VALID_EVERY = 23  # every 23rd training pair is for validation
+VOCABULARY = 10_000  # BPE pieces of both languages
+LONGEST, RATIO = 175, 1.5  # of a training pair, in tokens
+BATCH_TOKENS = 4096
+DEVICE_TOKENS = 4096
+SEARCH = "--beam 5".split()
+
+SMOKE_SIZES = {"train": 2000, "valid": 1, "test": 50}
+SMOKE_VOCABULARY = 1000
+SMOKE_BATCH_TOKENS = 1024
+
+Read = Callable[[], Tuple[List[Pair], List[Pair]]]
+
+
+def prepare(session: Session) -> None:
+    """Raw text in lowercased Moses tokens, then in BPE pieces, binarised."""
+    options = session.options
+    small = options.smoke and options.raw_dir is None
+
+    def read() -> Tuple[List[Pair], List[Pair]]:
+        if small:
+            corpus = smoke.small_corpus(SMOKE_SIZES)  # English to German
+            return tuple([Pair(pair.target, pair.source) for pair in corpus[split]] for split in ("train", "test"))
+        folder = fetch(session, URLS)
+        return read_training(folder), read_test(folder)
+
+    settings = {"raw": str(options.raw_dir), "smoke": options.smoke}
+    does = f"{smoke.SAYS if small else say_source(session, URLS)}; tokenises and lowercases"
+    session.step("text", moses_translation.text_folder(session), settings, does, make_text, read, options.workers)
+    vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
+    moses_translation.prepare_pieces(session, LANGUAGES, vocabulary)
+
+
+def make_text(read: Read, workers: int, folder: Path, console: Console) -> None:
+    """folder/raw with the test set, folder/tokens with all splits."""
+    training, test = read()
+    tokenisers = [Tokeniser(language, lowercase=True) for language in LANGUAGES]
+    kept = clean(tokenise_pairs(training, *tokenisers, workers=workers), LONGEST, RATIO)
+    quoted = (Pair(*(sentence.replace("’", "'") for sentence in pair)) for pair in test)
+    tokens = chain(hold_out(kept, VALID_EVERY), (("test", pair) for pair in tokenise_pairs(quoted, *tokenisers)))
+    moses_translation.write_text(folder, LANGUAGES, test, tokens, console)
+
+
+def train_model(session: Session) -> None:
+    """The settings are those of iwslt14_de_en.yaml."""
+    if session.options.smoke:
+        train(session, CONFIG, session.data / "bin", SMOKE_BATCH_TOKENS, DEVICE_TOKENS, moses_translation.SMOKE)
+    else:
+        train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS)
+
+
+def evaluate(session: Session) -> None:
+    """The best checkpoint: BLEU of the tokens, and sacreBLEU of the detokenised text, both lowercased."""
+    moses_translation.evaluate(session, checkpoint_of(session), LANGUAGES, SEARCH, lowercase=True)
+
+
+RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+
+if __name__ == "__main__":
+    entry(RECIPE)

@@ -1,0 +1,102 @@
+"""WikiText-103 (Merity et al., 2016): a language model of 16 layers with adaptive inputs and softmax (arXiv 1809.10853).
+
+Experts in every second layer; perplexity per word of the test set, with at least 400 words of context (--context-window).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional
+
+from rich.console import Console
+
+from recipes import smoke
+from recipes.binarisation import text_command
+from recipes.progress import run_program, script
+from recipes.session import Recipe, Session, entry
+from recipes.sources import fetch, say_source
+from recipes.text import Splits, last_figures, read_wikitext, write_splits
+from recipes.training import USER_DIR, age, checkpoint_of, train
+
+NAME = "wikitext103_lm"
+CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
+ARCHIVE = "wikitext-103-v1.zip"
+URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as fairseq's prepare-wikitext-103.sh
+MEMBERS = {split: f"wikitext-103/wiki.{split}.tokens" for split in ("train", "valid", "test")}
+BATCH_TOKENS = 8 * 3 * 3072  # 8 GPUs, 3 micro-batches
+DEVICE_TOKENS = 3072
+CONTEXT = 400  # words before each that is scored, of windows of 512
+RESULT = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")  # fairseq-eval-lm's last words
+
+# --smoke: WikiText-2's test part, words that occur five times
+SMOKE_THRESHOLD = 5
+SMOKE_BATCH_TOKENS = 1024
+SMOKE_CONTEXT = 32
+SMOKE = {
+    "task.tokens_per_sample": 64,
+    "model.decoder_layers": 2,
+    "model.decoder_embed_dim": 64,
+    "model.decoder_ffn_embed_dim": 128,
+    "model.decoder_attention_heads": 2,
+    "model.dropout": 0.0,
+    "model.adaptive_input_cutoff": "100,1000",
+    "model.adaptive_softmax_cutoff": "100,1000",
+    "lr_scheduler.warmup_updates": 20,
+    "lr_scheduler.lr_period_updates": 80,
+    "optimization.max_update": 100,
+    "common.log_interval": 10,
+    "dataset.validate_interval_updates": 100,
+}
+
+
+def prepare(session: Session) -> None:
+    """Words, binarised; line ends and empty lines are kept, as in fairseq's own results."""
+    options = session.options
+    small = options.smoke and options.raw_dir is None
+
+    def read() -> Splits:
+        return smoke.small_text() if small else read_wikitext(fetch(session, URLS), ARCHIVE, MEMBERS)
+
+    does = f"{smoke.SAYS if small else say_source(session, URLS)}; fairseq-preprocess"
+    threshold = SMOKE_THRESHOLD if options.smoke else 0
+    settings = {"raw": str(options.raw_dir), "threshold": threshold}
+    session.step("data", session.data, settings, does, make_data, read, threshold, 1 if small else options.workers)
+
+
+def make_data(read: Callable[[], Splits], threshold: int, workers: int, folder: Path, console: Console) -> None:
+    """folder/words and folder/bin."""
+    write_splits(read(), folder / "words", console)
+    command = text_command(folder / "words", folder / "bin", workers, "--thresholdsrc", str(threshold))
+    run_program(command, folder / "console.log", console)
+
+
+def train_model(session: Session) -> None:
+    """The settings are those of wikitext103_lm.yaml."""
+    if session.options.smoke:
+        train(session, CONFIG, session.data / "bin", SMOKE_BATCH_TOKENS, DEVICE_TOKENS, SMOKE)
+    else:
+        train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS)
+
+
+def evaluate(session: Session) -> None:
+    """Perplexity per word of the test set."""
+    checkpoint = checkpoint_of(session)
+    context, window = (SMOKE_CONTEXT, 64) if session.options.smoke else (CONTEXT, 512)
+    test = session.out / f"{session.run.name}-test"
+    command = [script("fairseq-eval-lm"), str(session.data / "bin"), "--user-dir", str(USER_DIR), "--path", str(checkpoint)]
+    command += ["--gen-subset", "test", "--tokens-per-sample", str(window), "--context-window", str(context)]
+    command += ["--max-tokens", "3072", "--required-batch-size-multiple", "1", *(["--cpu"] if session.gpus == 0 else [])]
+    session.command("perplexity of the test set", test, command, {"command": command, "checkpoint": age(checkpoint)})
+    if not session.options.dry_run:
+        session.results({**last_figures(test / "console.log", read_result), "context": context})
+
+
+def read_result(line: str) -> Optional[Dict[str, Any]]:
+    """The figures of fairseq-eval-lm's last line."""
+    match = RESULT.search(line)
+    return {"loss_in_bits": float(match.group(1)), "perplexity": float(match.group(2))} if match else None
+
+
+RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+
+if __name__ == "__main__":
+    entry(RECIPE)
