@@ -29,7 +29,7 @@ EPOCHS = {"RTE": 10, "STS-B": 10}  # Appendix B of ELECTRA's paper; 3 for the ot
 WARMUP = 0.1  # of all updates
 TOKENS = EXAMPLES * 512
 GROUPS = {"num_classes": "task", "best_checkpoint_metric": "checkpoint", "maximize_best_checkpoint_metric": "checkpoint"}
-GROUPS["valid_subset"] = "dataset"  # all others are the criterion's
+GROUPS.update(valid_subset="dataset", regression_target="criterion")  # all others are the criterion's, and not in glue.yaml
 SMOKE = {"model._name": "electra_moe_tiny", "task.max_positions": 64, "common.log_interval": 1}
 
 

@@ -1,0 +1,34 @@
+"""Where raw files come from."""
+
+from argparse import Namespace
+
+import pytest
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.session import Session
+from recipes.sources import SUMS, fetch
+
+
+@pytest.fixture
+def session(tmp_path):
+    return Session("some", Namespace(out=tmp_path / "out", smoke=False, raw_dir=None))
+
+
+def test_the_checksum_of_the_first_download_is_kept_and_another_file_refused(session, tmp_path):
+    (tmp_path / "file").write_text("content")
+    urls = {"name.tgz": (tmp_path / "file").as_uri()}
+    folder = fetch(session, urls)
+    assert (folder / "name.tgz").read_text() == "content"
+    sums = (folder / SUMS).read_text()
+    assert sums.endswith("  name.tgz\n") and fetch(session, urls) == folder and (folder / SUMS).read_text() == sums
+    (folder / "name.tgz").write_text("changed")
+    with pytest.raises(ConfigurationError, match="name.tgz is not what was expected"):
+        fetch(session, urls)
+
+
+def test_raw_files_that_are_there_are_taken(session, tmp_path):
+    session.options.raw_dir = tmp_path
+    assert fetch(session, {"name": "http://nowhere.invalid"}) == tmp_path
+    session.options.raw_dir = tmp_path / "missing"
+    with pytest.raises(ConfigurationError, match="--raw-dir .*missing is no folder"):
+        fetch(session, {})
