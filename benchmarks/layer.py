@@ -63,9 +63,10 @@ def measure(shape: Shape, builders: Dict[str, Callable[[Shape], Contender]], lim
         try:
             contender = build(name, builder, shape, limits)
             contender.module.to(device, dtype)
+            contender.step(x, upstream)
             built[name] = contender
-        except NotRunnable as error:
-            absent[name] = str(error)
+        except (NotRunnable, NotImplementedError) as error:  # the latter is torch's, of an operation that a device lacks
+            absent[name] = str(error).splitlines()[0]
     timings = measuring.time_interleaved({name: _step(c, x, upstream) for name, c in built.items()}, limits.rounds)
     figures = {}
     for name, contender in built.items():

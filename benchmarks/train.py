@@ -51,7 +51,7 @@ def train(data: Path, router: str, options: argparse.Namespace, folder: Path) ->
     command += ["--max-tokens", options.tokens, "--max-update", options.updates, "--log-interval", 1, "--log-format", "json"]
     command += ["--log-file", log, "--no-save", "--disable-validation"] + ([] if torch.cuda.is_available() else ["--cpu"])
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    lines = [line[line.index("{") :] for line in log.read_text().splitlines() if '"wps"' in line and "train_inner" in line]
+    lines = [line[line.index("{") :] for line in log.read_text().splitlines() if '"wps"' in line]
     return median(float(json.loads(line)["wps"]) for line in lines[1:])
 
 
