@@ -103,12 +103,12 @@ def main(recipe: Recipe, arguments: Optional[Sequence[str]] = None) -> None:
     options = _parser(recipe).parse_args(arguments)
     if options.router != DENSE and options.router not in GATES:
         raise ConfigurationError(f"--router {options.router} is unknown; choose from {', '.join([DENSE, *sorted(GATES)])}")
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
     getattr(recipe, options.action)(Session(recipe.name, options))
 
 
 def entry(recipe: Recipe) -> None:
     """`main` as a program: an interruption ends it with a sentence."""
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
         main(recipe)
     except KeyboardInterrupt:

@@ -57,7 +57,6 @@ def main(arguments: Optional[List[str]] = None) -> None:
     """The whole experiment."""
     options = parse_options(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
 
     # Data. Multi30k has more words, in freer sentences: it takes more updates, and dropout.
     if options.raw_dir is None:
@@ -91,6 +90,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
         main()
     except KeyboardInterrupt:
