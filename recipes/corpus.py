@@ -62,9 +62,7 @@ def read_pairs(source: Lines, target: Lines, may_be_empty: bool = False) -> Iter
     for number, sentences in enumerate(zip_longest(source.lines, target.lines), start=1):
         for side, sentence in zip(sides, sentences):
             if sentence is None:
-                raise ConfigurationError(
-                    f"{side.name} ends before line {number}, where its other side goes on; give equal sides"
-                )
+                raise ConfigurationError(f"{side.name} ends before line {number}, where its other side goes on; give equal sides")
             if not sentence and not may_be_empty:
                 raise ConfigurationError(f"{side.name}, line {number} is empty; take the pair out of both sides")
         yield Pair(*sentences)

@@ -108,9 +108,7 @@ def averaged(session: Session, count: int) -> Path:
     return folder / "checkpoint.pt"
 
 
-def evaluate(
-    session: Session, checkpoint: Path, languages: Sequence[str], search: List[str], lowercase: bool = False
-) -> None:
+def evaluate(session: Session, checkpoint: Path, languages: Sequence[str], search: List[str], lowercase: bool = False) -> None:
     """Translate the test set; BLEU of its tokens, and sacreBLEU of the detokenised text on the raw references."""
     text, target = text_folder(session), languages[1]
     test = session.out / f"{session.run.name}-test"
