@@ -8,6 +8,8 @@ from typing import Any, Callable, Dict
 
 from rich.console import Console
 
+from fairseq_sparsemixer.files import write_whole
+
 STAMP = "step.json"
 STARTS_OVER = "starts over, as settings changed"
 
@@ -25,7 +27,7 @@ def run_step(title: str, folder: Path, settings: Dict[str, Any], console: Consol
     console.rule(f"[bold]{title}[/]", align="left")
     begin_step(folder, settings)
     action(*arguments, folder, console)
-    _write(folder / STAMP, {"settings": mark, "finished": True})
+    write_whole(folder / STAMP, json.dumps({"settings": mark, "finished": True}))
     return mark
 
 
@@ -35,7 +37,7 @@ def begin_step(folder: Path, settings: Dict[str, Any]) -> None:
     if _read(folder).get("settings") != mark:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / STAMP, {"settings": mark, "finished": False})
+    write_whole(folder / STAMP, json.dumps({"settings": mark, "finished": False}))
 
 
 def state_of(folder: Path, settings: Dict[str, Any]) -> str:
@@ -65,9 +67,3 @@ def _read(folder: Path) -> Dict[str, Any]:
         return json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or cut short: as if nothing had been done
         return {}
-
-
-def _write(stamp: Path, content: Dict[str, Any]) -> None:
-    part = stamp.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(stamp)

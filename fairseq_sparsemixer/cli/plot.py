@@ -7,12 +7,12 @@ example:
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fairseq_sparsemixer.cli.json_file import write_json
 from fairseq_sparsemixer.runs import read_run
 
 HELP = "plot validation losses and expert loads of training runs"
@@ -48,4 +48,4 @@ def run(options: argparse.Namespace) -> None:
     console.print(table)
     console.print(f"wrote {options.out / 'valid_loss.png'}" + (f" and {options.out / 'expert_load.png'}" if with_load else ""))
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, figures)

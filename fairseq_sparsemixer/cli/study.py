@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if not gathered["runs"]:
         raise ConfigurationError(f"no run of {options.spec} is finished in {options.out}" + "".join(f"; {f}" for f in failures))
     for path in filter(None, (options.out / "results.json", options.json)):
-        write_json(str(path), gathered)
+        write_json(path, gathered)
     (options.out / "results.md").write_text(report.markdown(gathered), encoding="utf-8")
     plots.draw(study, gathered, options.out)
     print(report.markdown(gathered))

@@ -20,6 +20,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.runs import TRAIN_LOG
 from fairseq_sparsemixer.study.commands import COMMAND, RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.study.scores import score
@@ -106,7 +107,7 @@ def _train_and_score(
                     return f"{run.name} failed in its test; see {scored}"
             result["test"] = score(study.test, scored)
         result["seconds"] = round(time.time() - begun, 1)
-        _write_whole(folder / RESULT, json.dumps(result, indent=2))
+        write_whole(folder / RESULT, json.dumps(result, indent=2))
     return None
 
 
@@ -153,9 +154,3 @@ def _watch(study: Study, run: Run, folder: Path, progress: Optional[Progress]) -
             progress.update(bar, completed=int(done[-1]) if done else 0, loss=f"loss {losses[-1]}" if losses else "")
 
     return watch
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
