@@ -3,9 +3,10 @@
 All of it is read from the file alone; no dictionary and no model is needed. E experts, M model dimension.
 """
 
+import re
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,13 @@ from fairseq_sparsemixer.models.architectures import fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, router_options
 
 FIRST_WEIGHT, EXPERTS, PROJECTION = ".experts.weight_in", ".experts.", ".gate.projection.weight"
-STACKS = ("encoder", "decoder")
+PARTS = ("generator", "encoder", "decoder")
+# Tables, of which a token takes a row, and the projections of adaptive inputs but the first band's: a word is in one band.
+NO_MATRIX = re.compile(
+    r"\.(embed_tokens|embed_positions|shared\.tokens|shared\.positions|embeddings\.\d+\.0|embeddings\.[1-9]\d*\.1)\.weight$|\.bias\w*$"
+)
+BUFFERS = (".version", "._float_tensor", ".balancer.bias")  # what a state has beside its parameters
+MASKED_LM_HEAD, CLASSIFICATION_HEADS = ".lm_head.", "classification_heads."
 
 
 @dataclass(frozen=True)
@@ -37,17 +44,28 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """parameters: those of all experts; active: those one token meets. flops: of the forward pass for one token, two for
+    each weight of the matrices it is multiplied by; embedding look-ups and the products of attention weights left out.
+    """
+
+    parameters: int
+    active: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
-    """parameters: those of all experts; active: those one token meets. flops: of the forward pass for one token of each
-    stack, two for each weight of its matrices, embedding look-ups and the products of attention weights left out.
+    """top_k: experts for a token, on average. parameters, active: see PartReport. parts: encoder and decoder, or ELECTRA's
+    generator and discriminator; what they share counts in both.
     """
 
     router: str
-    top_k: int
+    top_k: float
     updates: Optional[int]
     parameters: int
     active: int
-    flops: Dict[str, int]
+    parts: Dict[str, PartReport]
     layers: List[LayerReport]
 
 
@@ -62,24 +80,25 @@ def inspect_checkpoint(path: str) -> CheckpointReport:
     weights = distinct_tensors(state["model"])
     layers = [layer_report(weights, name) for name in weights if name.endswith(FIRST_WEIGHT)]
     options = model_options(state)
+    router = getattr(options, "router", DENSE) if layers else DENSE
     top_k = experts_for_a_token(options, layers)
-    share = {name: top_k / _experts_of(weights, name) if EXPERTS in name else 1 for name in weights}
+    total, active = parameter_counts(weights, top_k)
     return CheckpointReport(
-        router=getattr(options, "router", DENSE) if layers else DENSE,
+        router=router,
         top_k=top_k,
         updates=_updates(state),
-        parameters=sum(weight.numel() for weight in weights.values()),
-        active=round(sum(weight.numel() * share[name] for name, weight in weights.items())),
-        flops={stack: round(2 * _matrix_weights(state["model"], stack, share)) for stack in STACKS if _has(weights, stack)},
+        parameters=total,
+        active=active,
+        parts=part_reports(state["model"], router, top_k),
         layers=layers,
     )
 
 
 def distinct_tensors(state: Dict[str, Any]) -> Dict[str, Tensor]:
-    """The floating point tensors of more than one number, each once: tied weights stand in a state under several names."""
+    """The parameters, each once: tied weights stand in a state under several names."""
     found: Dict[Any, str] = {}
     for name, value in state.items():
-        if torch.is_tensor(value) and value.is_floating_point() and value.numel() > 1:
+        if torch.is_tensor(value) and value.is_floating_point() and not name.endswith(BUFFERS):
             found.setdefault((value.data_ptr(), value.shape), name)
     return {name: state[name] for name in found.values()}
 
@@ -117,29 +136,47 @@ def model_options(state: Dict[str, Any]) -> Any:
     return options
 
 
-def experts_for_a_token(options: Any, layers: List[LayerReport]) -> int:
+def experts_for_a_token(options: Any, layers: List[LayerReport]) -> float:
     """k, as the router has it under these flags; 0 without experts."""
     if not layers:
         return 0
-    return build_gate(options.router, 1, layers[0].num_experts, **router_options(options)).top_k
+    return build_gate(options.router, 1, layers[0].num_experts, **router_options(options)).experts_per_token
 
 
-def _matrix_weights(state: Dict[str, Any], stack: str, share: Dict[str, float]) -> float:
-    """Weights a token multiplies in a stack: experts by their share, embeddings only as the output projection."""
-    total = 0.0
-    for name, value in state.items():
-        matrix = name.startswith(f"{stack}.") and torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
-        if matrix and "embed" not in name and not (EXPERTS in name and ".bias_" in name):
-            total += value.numel() * share.get(name, 1)
-    return total
+def parameter_counts(weights: Dict[str, Tensor], top_k: float) -> Tuple[int, int]:
+    """(total, active) of distinct tensors."""
+    return sum(value.numel() for value in weights.values()), round(_met(weights, top_k))
 
 
-def _experts_of(weights: Dict[str, Tensor], name: str) -> int:
-    return weights[name].size(0)
+def part_reports(model: Dict[str, Tensor], router: str, top_k: float) -> Dict[str, PartReport]:
+    """The report of each part that this state of a model has."""
+    found = {part: {name: value for name, value in model.items() if name.startswith(f"{part}.")} for part in PARTS}
+    classifies = any(name.startswith(CLASSIFICATION_HEADS) for name in model)
+    reports = {}
+    for part, tensors in found.items():
+        if tensors:
+            title = "discriminator" if part == "encoder" and found["generator"] else part
+            flops = 2 * _met(matrices(tensors, router, classifies), top_k)
+            reports[title] = PartReport(*parameter_counts(distinct_tensors(tensors), top_k), round(flops))
+    return reports
 
 
-def _has(weights: Dict[str, Tensor], stack: str) -> bool:
-    return any(name.startswith(f"{stack}.") for name in weights)
+def matrices(tensors: Dict[str, Tensor], router: str, classifies: bool) -> Dict[str, Tensor]:
+    """Those of the tensors that a token is multiplied by in training, under each name that it is used by.
+
+    classifies: the masked-LM head, still in the file, gave way to one that runs once a sentence.
+    """
+    found = {name: value for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
+    if router == "hash":  # looks at the token's number alone
+        found = {name: value for name, value in found.items() if not name.endswith(PROJECTION)}
+    if classifies:
+        found = {name: value for name, value in found.items() if MASKED_LM_HEAD not in name}
+    return {name: value for name, value in found.items() if not NO_MATRIX.search(name)}
+
+
+def _met(weights: Dict[str, Tensor], top_k: float) -> float:
+    """The numbers that one token meets: those of k of the E experts, and all others."""
+    return sum(value.numel() * (top_k / value.size(0) if EXPERTS in name else 1) for name, value in weights.items())
 
 
 def _updates(state: Dict[str, Any]) -> Optional[int]:

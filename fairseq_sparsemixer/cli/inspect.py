@@ -70,13 +70,14 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
 
 def print_report(report, load: Optional[Dict[str, List[float]]], console: Console) -> None:
     """The totals, and a line a layer."""
-    flops = ", ".join(f"{count:,} a token of the {stack}" for stack, count in report.flops.items())
     updates = "" if report.updates is None else f", {report.updates:,} updates"
-    experts = f"router {report.router}, {report.top_k} of the experts for a token" if report.layers else "no experts"
+    experts = f"router {report.router}, {report.top_k:g} of the experts for a token" if report.layers else "no experts"
     console.print(f"{experts}{updates}", highlight=False)
     console.print(f"parameters: {report.parameters:,}, of which a token meets {report.active:,}", highlight=False)
-    if flops:
-        console.print(f"forward FLOPs: {flops} (matrices; attention weights and embeddings left out)", highlight=False)
+    parts = Table("", "parameters", "a token meets", "forward FLOPs a token", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, part in report.parts.items():
+        parts.add_row(name, f"{part.parameters:,}", f"{part.active:,}", f"{part.flops:,}")
+    console.print(parts)
     if not report.layers:
         return
     columns = ["layer", "experts", "M", "H", "parameters", "router cosine", "expert cosine"]
