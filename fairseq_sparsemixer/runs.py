@@ -38,17 +38,18 @@ class ExpertLoad:
 
 @dataclass
 class Run:
-    """valid_loss: [(num_updates, loss in bits per token)]; valid_seconds: the wall time before each, to the log line before it.
+    """valid_loss: [(num_updates, loss in bits per token)]; train_loss: as logged on the way; updates: done so far.
 
-    train_loss: as logged on the way. updates: done so far. words_per_second: target tokens, median.
+    words_per_second (target tokens) and seconds_per_update are medians over the log's intervals: validation, a pause, or another
+    program's burst on the machine does not move them. None where the log has no interval.
     """
 
     name: str
     valid_loss: List[Tuple[int, float]] = field(default_factory=list)
-    valid_seconds: List[float] = field(default_factory=list)
     train_loss: List[float] = field(default_factory=list)
     updates: int = 0
     words_per_second: Optional[float] = None
+    seconds_per_update: Optional[float] = None
     load: Optional[ExpertLoad] = None
 
     def figures(self) -> Dict[str, Any]:
@@ -70,26 +71,26 @@ def read_run(folder: Path) -> Run:
             f"{folder} has no {TRAIN_LOG}; train with --log-format json --log-file {path} --moe-load-file {folder / LOAD_LOG}"
         )
     # by num_updates: fairseq repeats lines, and a resumed run repeats updates
-    valid, seconds, train, speed = {}, {}, {}, {}
-    wall, updates = 0.0, 0
+    valid, train, speed, pace = {}, {}, {}, {}
+    updates = 0
     for entry in _json_lines(path):
         if "valid_loss" in entry and "valid_num_updates" in entry:
             valid[int(entry["valid_num_updates"])] = float(entry["valid_loss"])
-            seconds[int(entry["valid_num_updates"])] = wall
         elif "wps" in entry and "num_updates" in entry:
-            updates = max(updates, int(entry["num_updates"]))
-            speed[int(entry["num_updates"])] = float(entry["wps"])
-            train[int(entry["num_updates"])] = float(entry["loss"])
-            wall = float(entry["wall"])
-    if not valid and not speed:
+            done, words = int(entry["num_updates"]), float(entry["wps"])
+            updates = max(updates, done)
+            train[done] = float(entry["loss"])
+            if words > 0:  # fairseq writes 0 where it has not timed yet
+                speed[done], pace[done] = words, float(entry["wpb"]) / words
+    if not valid and not train:
         raise ConfigurationError(f"{path} holds no figures of a training run; train with --log-format json")
     return Run(
         name=folder.resolve().name,
         valid_loss=sorted(valid.items()),
-        valid_seconds=[seconds[done] for done in sorted(valid)],
         train_loss=[train[done] for done in sorted(train)],
         updates=max([updates, *valid]),
         words_per_second=median(speed.values()) if speed else None,
+        seconds_per_update=median(pace.values()) if pace else None,
         load=_read_load(folder / LOAD_LOG),
     )
 

@@ -16,7 +16,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Validation losses, the updates before each, and the seconds."""
+    """Validation losses, the updates before each, and the seconds: updates times the run's median time of one."""
 
     updates: List[int]
     seconds: List[float]
@@ -24,8 +24,10 @@ class Curve(NamedTuple):
 
     @staticmethod
     def of(run: Run) -> "Curve":
-        """The curve of one training."""
-        return Curve([done for done, _ in run.valid_loss], run.valid_seconds, [loss for _, loss in run.valid_loss])
+        """The curve of one training. A log without an interval of training, shorter than --log-interval, has no seconds: 0."""
+        updates = [done for done, _ in run.valid_loss]
+        seconds = [done * (run.seconds_per_update or 0.0) for done in updates]
+        return Curve(updates, seconds, [loss for _, loss in run.valid_loss])
 
     @staticmethod
     def mean(curves: Sequence[Dict[str, Any]]) -> "Curve":

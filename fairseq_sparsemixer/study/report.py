@@ -18,8 +18,9 @@ COLUMNS = (
 NOTE = """Mean ± standard deviation over seeds.
 `p`: paired bootstrap of BLEU against the baseline, {baseline}, with as many experts.
 `updates to baseline`, `time to baseline`: where the mean validation curve first reaches the baseline's final loss, as a share of
-the baseline's own updates and training time (below 1: faster; –: not within this budget). `spikes`: training losses 1.2 times
-the one logged before. `load max/mean`: tokens of the busiest expert of any layer over the mean, late in training."""
+the baseline's own updates and training time (below 1: faster; –: not within this budget). `seconds`: updates times the median
+time of one, without validation. `spikes`: training losses 1.2 times the one logged before. `load max/mean`: tokens of the busiest
+expert of any layer over the mean, late in training."""
 
 
 def rows(results: Dict[str, Any]) -> List[List[str]]:

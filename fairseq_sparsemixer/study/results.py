@@ -92,7 +92,8 @@ def _race(members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Dict
     reached = own.first_below(other.losses[-1])
     if reached is None:
         return {"updates": None, "seconds": None}
-    return {"updates": reached.updates / other.updates[-1], "seconds": reached.seconds / other.seconds[-1]}
+    seconds = reached.seconds / other.seconds[-1] if other.seconds[-1] else None
+    return {"updates": reached.updates / other.updates[-1], "seconds": seconds}
 
 
 def _bootstrap(study: Study, out: Path, members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Optional[float]:

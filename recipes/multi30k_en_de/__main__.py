@@ -4,6 +4,7 @@ The smallest recipe, minutes on a GPU: a 4-layer transformer of width 128 with e
 sentencepiece's pieces; sacreBLEU on test_2016_flickr.
 """
 
+import argparse
 from pathlib import Path
 from typing import Callable
 
@@ -46,11 +47,16 @@ SMOKE = {
 SMOKE_BATCH_TOKENS = 1024
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The option of this recipe alone."""
+    parser.add_argument("--vocabulary", type=int, metavar="N", help=f"prepare: sentencepiece pieces (default: {VOCABULARY:,})")
+
+
 def prepare(session: Session) -> None:
     """Raw text in pieces, binarised."""
     options = session.options
     small = options.smoke and options.raw_dir is None
-    vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
+    vocabulary = options.vocabulary or (SMOKE_VOCABULARY if options.smoke else VOCABULARY)
     source = smoke.SAYS if small else say_source(session, URLS)
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "vocabulary": vocabulary}
 
@@ -92,7 +98,7 @@ def evaluate(session: Session) -> None:
         session.results(translation.sacre_bleu(hypotheses, translation.read_sentences(reference)))
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate, add_options)
 
 if __name__ == "__main__":
     entry(RECIPE)

@@ -17,7 +17,7 @@ def run_dir(tmp_path):
     """The logs of a run of 20 updates with 2 x 2 experts, as fairseq writes them: other text, repeated lines, a cut last one."""
     lines = ["{'_name': None}", "TransformerMoEModel("]
     for updates, loss, speed in ((10, 3.0, 100), (10, 3.0, 100), (20, 2.5, 300)):
-        lines.append(json.dumps({"epoch": 1, "loss": "9", "wps": str(speed), "num_updates": str(updates), "wall": str(updates)}))
+        lines.append(json.dumps({"epoch": 1, "loss": "9", "wps": str(speed), "wpb": "600", "num_updates": str(updates)}))
         lines.append("2026 | INFO | valid | " + json.dumps({"valid_loss": str(loss), "valid_num_updates": str(updates)}))
     folder = tmp_path / "a_run"
     folder.mkdir()
@@ -31,6 +31,7 @@ def run_dir(tmp_path):
 def test_a_run_is_read_from_its_logs(run_dir):
     run = read_run(run_dir)
     assert (run.name, run.updates, run.words_per_second) == ("a_run", 20, 200)
+    assert run.seconds_per_update == (6 + 2) / 2
     assert run.valid_loss == [(10, 3.0), (20, 2.5)]
     assert run.load.layers == LAYERS and len(run.load.counts) == 2
     assert run.load.total() == [[0.5, 0.5], [20 / 30, 10 / 30]]

@@ -39,7 +39,7 @@ if program == "train":
         for done in (5, 10, 15, 20):
             loss = 8 - 0.1 * speed * done + 0.01 * int(seed)
             for entry in (
-                {"loss": loss, "num_updates": done, "wps": 100, "wall": 2 * done},
+                {"loss": loss, "num_updates": done, "wps": 100, "wpb": 200},
                 {"valid_loss": loss, "valid_num_updates": done},
             ):
                 log.write("t | INFO | x | " + json.dumps({name: str(figure) for name, figure in entry.items()}) + "\\n")
