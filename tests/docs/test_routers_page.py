@@ -1,28 +1,11 @@
-"""docs/routers.md: its example runs, its table has every router."""
+"""docs/routers.md: its table has every router."""
 
-import re
 from pathlib import Path
-
-import torch
 
 from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
 
 OWN_FLAGS = {"jitter_eps": "--jitter-eps", "estimator_at_argmax": "--estimator-at-argmax", "top_k": "--moe-top-k"}
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")
-
-
-def test_the_new_router_in_30_lines_runs_as_printed():
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    names = {}
-    try:
-        exec(code, names)
-        layer, y = names["layer"], names["y"]
-        assert y.shape == (10, 16) and layer.gate.router == "sigmoid_topk"
-        torch.testing.assert_close(layer.eval().gate(torch.randn(7, 16)).combine_weight.sum(1), torch.ones(7))
-        body = code[code.index("@register_gate") : code.index("layer = ")].strip().splitlines()
-        assert len(body) <= 30
-    finally:
-        GATES.pop("sigmoid_topk", None)
 
 
 def test_the_table_says_what_the_code_does():
