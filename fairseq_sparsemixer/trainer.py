@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any, Dict, Iterator, List, Optional
 
 import fairseq_cli.train
@@ -91,6 +92,16 @@ class MoETrainer(CheckpointingTrainer):
         for layer in self.moe_layers:
             layer.idle = is_dummy_batch
         return sample, is_dummy_batch
+
+    def _all_gather_list_sync(self, logging_outputs: List[Dict[str, Any]], *stats: Any, ignore: bool = False):
+        # of scores that need every prediction, such as --report-mcc; fairseq's own goes through a buffer on a GPU
+        if self.cuda:
+            return super()._all_gather_list_sync(logging_outputs, *stats, ignore=ignore)
+        gathered: List[Any] = [None] * self.data_parallel_world_size
+        own = ([] if ignore else logging_outputs, *stats)
+        dist.all_gather_object(gathered, own, group=self.data_parallel_process_group)
+        logs, *sums = zip(*gathered)
+        return list(chain.from_iterable(logs)), [sum(values) for values in sums]
 
     @contextmanager
     def _explaining_lost_ranks(self) -> Iterator[None]:
