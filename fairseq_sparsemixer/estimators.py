@@ -23,19 +23,6 @@ from torch import Tensor
 HEUN_THIRD = 1 / 3  # the second node of Heun's third-order method, of weight 3/4
 
 
-class _ScaleApart(torch.autograd.Function):
-    """Multiply by one number forward and by another backward."""
-
-    @staticmethod
-    def forward(ctx, probability: Tensor, node: Tensor, gain: float) -> Tensor:
-        ctx.gain = gain
-        return probability * node
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None, None]:
-        return grad * ctx.gain, None, None
-
-
 @dataclass(frozen=True)
 class Estimator:
     """One row of the table above.
@@ -71,7 +58,8 @@ class Estimator:
 
     def multiplier_at(self, probability: Tensor, node: Tensor) -> Tensor:
         """The same for a node s [...] that is given rather than drawn."""
-        return _ScaleApart.apply(probability, node, self.gain)
+        value = probability.detach()
+        return value * node + self.gain * (probability - value)  # the second term is zero, and carries the gradient
 
 
 def _uniform_quadrature(points: int = 8) -> List[Tuple[float, float]]:

@@ -95,13 +95,22 @@ def test_the_device_path_never_waits_for_the_host(router):
 
 
 @needs_grouped_mm
-@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
-def test_gate_and_experts_compile_without_a_graph_break(router, monkeypatch):
-    layer = build_moe_layer(router, 8, 16, 4).eval().bfloat16()
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2", "noisy_topk", "gshard", "hash", "dense_st"])
+def test_gate_and_experts_compile_without_a_graph_break(router, training, monkeypatch):
+    layer = build_moe_layer(router, 8, 16, 4).train(training).bfloat16()
     monkeypatch.setattr(layer.experts, "takes_device_counts", lambda rows: True)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    x, padding = torch.randn(10, 8).bfloat16(), torch.rand(10) < 0.3
-    torch.testing.assert_close(compiled(x, padding), layer(x, padding))
+    x, padding, ids = torch.randn(10, 8).bfloat16().requires_grad_(), torch.rand(10) < 0.3, torch.arange(10)
+    torch._dynamo.reset()  # its limit of recompilations counts over the whole process
+    outputs, gradients = [], []
+    for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
+        torch.manual_seed(1)  # the same noise
+        layer.zero_grad()
+        outputs.append(run(x, padding, token_ids=ids))
+        (outputs[-1].square().sum() + sum(layer.routing.aux_losses.values())).backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_loop_dropout_keeps_the_expected_output_and_its_gradient_follows_the_mask():

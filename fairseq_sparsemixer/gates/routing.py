@@ -52,7 +52,6 @@ class Routing:
             return torch.tensor(len(self.expert_index), device=self.expert_index.device)
         return (~self.padding_mask).sum()
 
-    @torch.no_grad()
     def queue_positions(self) -> Tensor:
         """[S, k] int64: the place of each routed choice in its expert's queue, from 0; meaningless where nothing runs.
 
