@@ -17,6 +17,7 @@ COMMANDS = {  # by name, the module
     "study": "study",
     "reshard": "reshard",
     "upcycle": "upcycle",
+    "convert": "convert",
 }
 
 

@@ -15,10 +15,11 @@ from fairseq_sparsemixer.gates.routing import Routing
 class Gate(nn.Module):
     """Projects tokens [S, M] to logits [S, E] in float32, whatever the tokens' precision, and routes them.
 
-    A router is a subclass with `decide`. Its constructor takes `**balancing` when it can be combined with both options
-    below, or the one it can honour by name; a flag for any other is refused before training.
+    A router is a subclass with `decide`. Its constructor takes `**balancing` when it can be combined with all options
+    below, or those it can honour by name; a flag for any other is refused before training.
     `capacity_factor`: in training, an expert takes that many times its fair share of tokens and drops the rest; None and
-    infinity drop nothing. `bias_update_rate`: the step of the selection bias (see bias.py), 0 for none.
+    infinity drop nothing. `bias_update_rate`: the step of the selection bias (see bias.py), 0 for none. `router_bias`: the
+    projection has a learned bias, which starts at zero.
     Raises ValueError for fewer than one expert, or an option out of range.
     """
 
@@ -27,14 +28,23 @@ class Gate(nn.Module):
     wants_token_ids = False  # whether models should hand the ids of the tokens down to it
     balance_group: Any = None  # the ranks whose tokens the balance loss is about; None: this rank's own
 
-    def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None, bias_update_rate: float = 0.0):
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        capacity_factor: Optional[float] = None,
+        bias_update_rate: float = 0.0,
+        router_bias: bool = False,
+    ):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f"--num-experts {num_experts} must be at least 1")
         self.model_dim = model_dim
         self.num_experts = num_experts
         self.capacity_factor = require_capacity_factor(capacity_factor)
-        self.projection = nn.Linear(model_dim, num_experts, bias=False)
+        self.projection = nn.Linear(model_dim, num_experts, bias=router_bias)
+        if router_bias:
+            nn.init.zeros_(self.projection.bias)  # no expert is preferred before training
         self.balancer = SelectionBias(num_experts, bias_update_rate) if bias_update_rate else None
 
     @property
@@ -49,7 +59,7 @@ class Gate(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens [S, M] -> logits [S, E] float32 (float64 stays so): routing in half precision is unstable."""
-        return project(tokens, self.projection.weight)
+        return project(tokens, self.projection.weight, self.projection.bias)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """logits [S, E], padding_mask [S] (True = padding) -> Routing, before any capacity."""
@@ -73,11 +83,11 @@ class Gate(nn.Module):
         return self.route(self.logits(tokens), padding_mask)
 
 
-def project(tokens: Tensor, weight: Tensor) -> Tensor:
-    """tokens [S, M], weight [E, M] -> [S, E] in float32 at least, whatever autocast says."""
+def project(tokens: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """tokens [S, M], weight [E, M], bias [E] -> [S, E] in float32 at least, whatever autocast says."""
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
-        return F.linear(tokens.to(dtype), weight.to(dtype))
+        return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def biased(logits: Tensor, bias: Optional[Tensor]) -> Tensor:

@@ -64,6 +64,10 @@ class MoEOptions:
             " (DeepSeek-V3: 0.001; 0: off). Goes with --moe-balance-loss-weight 0"
         },
     )
+    router_bias: bool = field(
+        default=False,
+        metadata={"help": "give the router's projection a learned bias, as microsoft/SparseMixer's example does"},
+    )
     num_shared_experts: int = field(
         default=0, metadata={"help": "experts of each MoE layer that run on every token, beside those the router chooses"}
     )
@@ -148,7 +152,15 @@ def router_options(cfg: Any) -> Dict[str, Any]:
     accepted = gate_options(cfg.router)
     defaults = {option.name: option.default for option in fields(MoEOptions)}
     chosen = {}
-    for option in ("top_k", "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate"):
+    for option in (
+        "top_k",
+        "jitter_eps",
+        "gradient_estimator",
+        "estimator_at_argmax",
+        "capacity_factor",
+        "bias_update_rate",
+        "router_bias",
+    ):
         flag = FLAG_OF_OPTION.get(option, option)
         value = getattr(cfg, flag)
         if option in accepted:
@@ -166,6 +178,7 @@ def _refusal(flag: str, value: Any, router: str, option: str) -> str:
         "estimator_at_argmax": "which does not sample experts",
         "bias_update_rate": "whose selection takes no bias",
         "capacity_factor": "which drops nothing",
+        "router_bias": "whose logits take no bias",
     }.get(option, "which has no use for it")
     others = ", ".join(routers_with(option))
     return f"--{flag.replace('_', '-')} {value} does not go with --router {router}, {why}; the routers that take it: {others}"

@@ -45,9 +45,10 @@ def _check_gates(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
     """Routers differ in what they learn beside the projection: SparseMixer has its omega."""
     for name in sorted({n for n in expected if GATE_PREFIX in n} ^ {n for n in found if GATE_PREFIX in n}):
         holder, other = ("flags", "checkpoint") if name in expected else ("checkpoint", "flags")
+        flags = "the --router, with or without --router-bias," if name.endswith(".projection.bias") else "the --router"
         raise SystemExit(
             f"fairseq-sparsemixer: the router of the {holder} has {name} and that of the {other} has not;"
-            " give the --router the checkpoint was trained with"
+            f" give {flags} the checkpoint was trained with"
         )
 
 

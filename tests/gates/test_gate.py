@@ -24,6 +24,19 @@ def test_float64_stays_float64():
     torch.testing.assert_close(gate.logits(tokens), tokens @ gate.projection.weight.t())
 
 
+def test_a_bias_of_the_router_starts_at_zero_and_is_added_to_the_logits_in_float32():
+    gate = Gate(16, 4, router_bias=True).to(torch.bfloat16)
+    tokens = torch.randn(9, 16).to(torch.bfloat16)
+    assert gate.projection.bias.tolist() == [0] * 4
+    torch.nn.init.normal_(gate.projection.bias)
+    exact = tokens.double() @ gate.projection.weight.double().t() + gate.projection.bias.double()
+    logits = gate.logits(tokens)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-6)
+    logits.sum().backward()
+    assert gate.projection.bias.grad.tolist() == [9] * 4
+
+
 @pytest.mark.parametrize("num_experts", [0, -1])
 def test_there_must_be_an_expert(num_experts):
     with pytest.raises(ValueError, match=f"--num-experts {num_experts} must be at least 1"):

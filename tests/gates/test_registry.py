@@ -19,7 +19,8 @@ def test_an_option_the_router_does_not_take_lists_those_it_takes():
 
 def test_options_are_the_parameters_of_the_gates_constructor():
     assert gate_options("sparsemixer") == [
-        "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate"
+        "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate",
+        "router_bias",
     ]  # fmt: skip
 
 

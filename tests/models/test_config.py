@@ -33,6 +33,7 @@ from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_
     (dict(router="switch", jitter_eps=float("inf")), "--jitter-eps inf must lie between 0 and 1"),
     (dict(router="gshard", estimator_at_argmax=True),
      "--estimator-at-argmax True does not go with --router gshard, .* sample.*: sparsemixer, sparsemixer_v2$"),
+    (dict(router="base", router_bias=True), "--router-bias True .* base, whose logits take no bias; .*: .*sparsemixer, .*switch"),
     (dict(gradient_estimator="euclid"), "--gradient-estimator euclid is unknown; choose from switch, euler"),
 ])  # fmt: skip
 def test_each_bad_option_is_named_with_its_value(options, message):
@@ -51,10 +52,16 @@ def test_good_options_pass(options):
 
 
 def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
-    assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {"jitter_eps": 0.2, "bias_update_rate": 0.0}
+    assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {
+        "jitter_eps": 0.2,
+        "bias_update_rate": 0.0,
+        "router_bias": False,
+    }
     assert router_options(MoEOptions(gradient_estimator="inf", estimator_at_argmax=True)) == {
-        "jitter_eps": 0.1, "gradient_estimator": "inf", "estimator_at_argmax": True, "bias_update_rate": 0.0
+        "jitter_eps": 0.1, "gradient_estimator": "inf", "estimator_at_argmax": True, "bias_update_rate": 0.0,
+        "router_bias": False,
     }  # fmt: skip
     assert router_options(MoEOptions(router="sparsemixer_v2", moe_top_k=2)) == {
-        "top_k": 2, "jitter_eps": 0.1, "estimator_at_argmax": False, "bias_update_rate": 0.0
+        "top_k": 2, "jitter_eps": 0.1, "estimator_at_argmax": False, "bias_update_rate": 0.0,
+        "router_bias": False,
     }  # fmt: skip

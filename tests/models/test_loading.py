@@ -12,6 +12,7 @@ from fairseq_sparsemixer.models.loading import check_checkpoint_fits
     (dict(router="dense"), dict(), "the checkpoint has experts in decoder.layers.0"),
     (dict(router="switch"), dict(router="sparsemixer"), "the router of the checkpoint has .*omega and that of the flags has not"),
     (dict(router="sparsemixer"), dict(router="switch"), "the router of the flags has .*omega and that of the checkpoint has not"),
+    (dict(router_bias=True), dict(), "flags has .*projection.bias .* give the --router, with or without --router-bias, the"),
     (dict(), dict(encoder_ffn_embed_dim=48), "is .* in the checkpoint and .* by the flags; give the embedding and feed-forward"),
 ])  # fmt: skip
 def test_a_mismatch_names_what_differs_and_what_to_do(build_translation_model, ours, theirs, message):

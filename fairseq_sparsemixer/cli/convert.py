@@ -1,0 +1,43 @@
+"""Turn a checkpoint of microsoft/SparseMixer's fairseq example into one of transformer_moe that computes the same.
+
+SRC is what its fairseq-train wrote, with --router SparseMixer or SwitchGate. DST is ready for fairseq-generate and, with the
+flags that are printed, for fairseq-train --restore-file. The optimizer's state comes along where every expert made the same
+number of updates. docs/migration.md has their flags beside ours.
+
+example:
+  fairseq-sparsemixer convert output-4/checkpoint_best.pt moe.pt
+  fairseq-generate DATA --user-dir "$(fairseq-sparsemixer user-dir)" --path moe.pt --beam 4 --lenpen 0.6
+"""
+
+import argparse
+
+from fairseq_sparsemixer.cli.json_file import write_json
+
+HELP = "turn a checkpoint of microsoft/SparseMixer's example into one of this package"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SRC DST."""
+    parser.add_argument("source", metavar="SRC", help="a checkpoint that microsoft/SparseMixer's example wrote")
+    parser.add_argument("target", metavar="DST", help="the checkpoint to write")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write DST, and say what came along and which flags go on from it."""
+    from fairseq_sparsemixer.checkpoints.converting import convert
+    from fairseq_sparsemixer.checkpoints.reading import read_checkpoint
+    from fairseq_sparsemixer.checkpoints.writing import save_atomically
+
+    done = convert(read_checkpoint(options.source))
+    save_atomically(done.state, options.target)
+    experts, layers = done.options, sum(name.endswith(".experts.weight_in") for name in done.state["model"])
+    print(f"{layers} layers of {experts.num_experts} experts, router {experts.router}: {options.target}")
+    print(f"optimizer state left out: {done.left_out}" if done.left_out else "optimizer state moved")
+    print(
+        f"to train on: --arch transformer_moe --router {experts.router} --num-experts {experts.num_experts}"
+        f" --moe-freq {experts.moe_freq} --jitter-eps {experts.jitter_eps:g} --router-bias, and the sizes as before"
+    )
+    if options.json:
+        figures = {"layers": layers, "num_experts": experts.num_experts, "router": experts.router}
+        write_json(options.json, {**figures, "optimizer_state": done.left_out is None, "left_out": done.left_out})
