@@ -43,8 +43,8 @@ GATE_PARTS = {
     "projection.bias": "gating_network.bias",
     "omega": "router.omega",
 }
-# the router of a layer without experts; what some versions of fairseq save beside the parameters
-UNUSED = re.compile(r".*\.layers\.\d+\.gating_network\.(weight|bias)|.*\.(version|_float_tensor|embed_positions\.weights)")
+UNUSED_ROUTER = re.compile(r".*\.layers\.\d+\.gating_network\.(weight|bias)")  # of a layer without experts
+BUFFER = re.compile(r".*\.(version|_float_tensor|embed_positions\.weights)")  # what versions of fairseq save beside parameters
 
 
 @dataclass
@@ -186,7 +186,7 @@ def _require_fit(skeleton: nn.Module, mapping: Dict[str, List[str]], weights: Di
                 )
     used = {name for theirs in mapping.values() for name in theirs}
     for name in weights:
-        if name not in used and not UNUSED.fullmatch(name):
+        if not (name in used or UNUSED_ROUTER.fullmatch(name) or BUFFER.fullmatch(name)):
             raise ConfigurationError(
                 f"the checkpoint has {name}, which microsoft/SparseMixer's example has not by the same arguments;"
                 " convert would have to leave it out"
@@ -220,7 +220,7 @@ def _add_optimizer_state(
     """Give `result` the optimizer's state, for our moe_ criterion; or say why not."""
     if not state.get("last_optimizer_state"):
         return "the checkpoint has none"
-    trained = [name for name in state["model"] if name not in tied and not name.endswith((".version", "._float_tensor"))]
+    trained = [name for name in state["model"] if name not in tied and not BUFFER.fullmatch(name)]
     shapes = {name: state["model"][name].shape for name in trained}
     try:
         result["last_optimizer_state"] = map_optimizer_state(state["last_optimizer_state"], shapes, mapping, join)
