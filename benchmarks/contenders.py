@@ -169,14 +169,7 @@ def fairseq_moe(shape: Shape, path: Path) -> Contender:
 
 def tutel(shape: Shape, path: Path) -> Contender:
     """Microsoft's Tutel."""
-    if not torch.cuda.is_available():
-        raise NotRunnable("it needs a GPU")
-    sys.path.insert(0, str(path))
-    try:
-        from tutel import moe
-    except ImportError as error:
-        raise NotRunnable(f"{error}") from None
-    layer = moe.moe_layer(
+    layer = import_for_gpu(path, "tutel.moe").moe_layer(
         gate_type={"type": "top", "k": shape.top_k, "capacity_factor": 0},
         model_dim=shape.model_dim,
         experts={"type": "ffn", "num_experts_per_device": shape.experts, "hidden_size_per_expert": shape.hidden_dim},
@@ -191,16 +184,9 @@ def tutel(shape: Shape, path: Path) -> Contender:
 
 def megablocks(shape: Shape, path: Path) -> Contender:
     """MegaBlocks' dropless layer."""
-    if not torch.cuda.is_available():
-        raise NotRunnable("it needs a GPU")
-    sys.path.insert(0, str(path))
-    try:
-        from megablocks.layers.arguments import Arguments
-        from megablocks.layers.dmoe import dMoE
-    except ImportError as error:
-        raise NotRunnable(f"{error}") from None
-    layer = dMoE(
-        Arguments(
+    dmoe = import_for_gpu(path, "megablocks.layers.dmoe")
+    layer = dmoe.dMoE(
+        import_for_gpu(path, "megablocks.layers.arguments").Arguments(
             hidden_size=shape.model_dim, ffn_hidden_size=shape.hidden_dim, moe_num_experts=shape.experts,
             moe_top_k=shape.top_k, bf16=True, fp16=False, activation_fn=F.relu,
         )
@@ -214,6 +200,17 @@ PEERS: Dict[str, Callable[[Shape, Path], Contender]] = {
     "tutel": tutel,
     "megablocks": megablocks,
 }
+
+
+def import_for_gpu(path: Path, name: str) -> ModuleType:
+    """A module of a checkout at path that is of use on GPUs alone. Raises NotRunnable where it cannot be imported."""
+    if not torch.cuda.is_available():
+        raise NotRunnable("it needs a GPU")
+    sys.path.insert(0, str(path))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise NotRunnable(f"{error}") from None
 
 
 def load_package(name: str, path: Path) -> ModuleType:

@@ -5,7 +5,6 @@ The text is random words; --data takes a folder that fairseq-preprocess made ins
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch.profiler import profile, record_function
 import fairseq_sparsemixer
 from benchmarks import measuring
 from fairseq_sparsemixer.moe_layer import MoELayer
+from fairseq_sparsemixer.runs import TRAIN_LOG, read_run
 
 STAGES = ("gate", "auxiliary loss", "dispatch", "experts", "combine")
 
@@ -41,8 +41,9 @@ def write_random_text(folder: Path, sentences: int, words: int) -> Path:
 
 
 def train(data: Path, router: str, options: argparse.Namespace, folder: Path) -> float:
-    """Words a second of one run of fairseq-train: the median over its log lines after the first."""
-    log = folder / f"{router}.log"
+    """Words a second of one run of fairseq-train: the median over its updates."""
+    log = folder / router / TRAIN_LOG
+    log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
     program = "from fairseq_cli.train import cli_main; cli_main()"
     command = [sys.executable, "-c", program, data, "--user-dir", Path(fairseq_sparsemixer.__file__).parent]
@@ -51,8 +52,7 @@ def train(data: Path, router: str, options: argparse.Namespace, folder: Path) ->
     command += ["--max-tokens", options.tokens, "--max-update", options.updates, "--log-interval", 1, "--log-format", "json"]
     command += ["--log-file", log, "--no-save", "--disable-validation"] + ([] if torch.cuda.is_available() else ["--cpu"])
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    lines = [line[line.index("{") :] for line in log.read_text().splitlines() if '"wps"' in line]
-    return median(float(json.loads(line)["wps"]) for line in lines[1:])
+    return read_run(log.parent).words_per_second
 
 
 def stage_shares(step: Callable[[], Any], layers: List[MoELayer], repetitions: int = 3) -> Dict[str, float]:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
@@ -21,14 +21,23 @@ BARE = re.compile(r"[\w./\[\]+-]+")  # hydra reads these characters as they stan
 
 
 def train(
-    session: Session, config: Path, data: Path, batch_tokens: int, device_tokens: int, settings: Optional[Dict[str, Any]] = None
+    session: Session,
+    config: Path,
+    data: Path,
+    batch_tokens: int,
+    device_tokens: int,
+    settings: Optional[Dict[str, Any]] = None,
+    smoke: Optional[Tuple[int, Dict[str, Any]]] = None,
 ) -> None:
     """Train on the binarised `data` by `config`, batch_tokens an update.
 
     device_tokens: what a GPU takes at a time, unless --device-tokens says otherwise. settings: those that differ from the
-    config's, by group and name, such as {"model.dropout": 0.1}.
+    config's, by group and name, such as {"model.dropout": 0.1}. smoke: batch_tokens and settings in their place under --smoke.
     """
-    options, settings = session.options, dict(settings or {})
+    options = session.options
+    if smoke is not None and options.smoke:
+        batch_tokens, settings = smoke
+    settings = dict(settings or {})
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     updates = options.updates or settings.get("optimization.max_update") or content["optimization"]["max_update"]
     block = settings.get("task.tokens_per_sample") or content.get("task", {}).get("tokens_per_sample") or 1

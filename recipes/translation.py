@@ -7,6 +7,7 @@ import sacrebleu
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.generation import read_hypothesis, read_sentences
 from recipes.progress import Advance, Meter, run_program, script
 from recipes.session import Session
 
@@ -27,23 +28,17 @@ def translate(command: List[str], total: int, folder: Path, console: Console) ->
     sentences: Dict[int, str] = {}
 
     def read_line(line: str) -> Optional[Advance]:
-        if line.startswith("D-"):  # D-<number> <tab> score <tab> text
-            number, _, text = line.rstrip("\n").split("\t")
-            sentences[int(number[2:])] = text
-            if len(sentences) % PROGRESS_STEP == 0:
-                return Advance(len(sentences), text)
-        return None
+        found = read_hypothesis(line)
+        if found is None:
+            return None
+        number, sentences[number] = found
+        return Advance(len(sentences), sentences[number]) if len(sentences) % PROGRESS_STEP == 0 else None
 
     run_program(command, folder / "console.log", console, Meter(total, "sentences", read_line))
     if len(sentences) != total:
         raise ConfigurationError(f"{len(sentences)} of {total} sentences were translated; see {folder / 'console.log'}")
     text = "".join(sentences[number] + "\n" for number in range(total))
     (folder / TRANSLATION).write_text(text, encoding="utf-8")
-
-
-def read_sentences(path: Path) -> List[str]:
-    """The lines of a file: broken at line feeds alone, as fairseq does it."""
-    return path.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 
 def sacre_bleu(hypotheses: List[str], references: List[str], **options: Any) -> Dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any, Dict, List
 from sacrebleu.metrics import BLEU
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.generation import read_hypothesis, read_sentences
 from fairseq_sparsemixer.study.spec import Test
 
-HYPOTHESIS = re.compile(r"^D-(\d+)\t[^\t]*\t(.*)$")
 PERPLEXITY = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
 
 
@@ -33,10 +33,10 @@ def score(test: Test, output: Path) -> Dict[str, Any]:
 
 def read_hypotheses(output: Path) -> List[str]:
     """The detokenised hypotheses of fairseq-generate's output, in the order of the test set."""
-    lines = map(HYPOTHESIS.match, output.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [text for _, text in sorted((int(line.group(1)), line.group(2)) for line in lines if line)]
+    with output.open(encoding="utf-8", errors="replace") as lines:
+        return [text for _, text in sorted(filter(None, map(read_hypothesis, lines)))]
 
 
 def read_references(test: Test) -> List[str]:
     """The reference, a sentence a line."""
-    return test.reference.read_text(encoding="utf-8").splitlines()
+    return read_sentences(test.reference)

@@ -70,10 +70,7 @@ def make_data(read: Callable[[], Splits], vocabulary: int, workers: int, folder:
 
 def train_model(session: Session) -> None:
     """The settings are those of electra_base.yaml."""
-    if session.options.smoke:
-        train(session, CONFIG, session.data / "bin", SMOKE_BATCH_TOKENS, DEVICE_TOKENS, SMOKE)
-    else:
-        train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS)
+    train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, SMOKE))
 
 
 def evaluate(session: Session) -> None:

@@ -64,10 +64,7 @@ def make_text(read: Read, workers: int, folder: Path, console: Console) -> None:
 
 def train_model(session: Session) -> None:
     """The settings are those of iwslt14_de_en.yaml."""
-    if session.options.smoke:
-        train(session, CONFIG, session.data / "bin", SMOKE_BATCH_TOKENS, DEVICE_TOKENS, moses_translation.SMOKE)
-    else:
-        train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS)
+    train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, moses_translation.SMOKE))
 
 
 def evaluate(session: Session) -> None:

@@ -81,8 +81,7 @@ def make_data(read: Callable[[], Corpus], vocabulary: int, workers: int, folder:
 
 def train_model(session: Session) -> None:
     """The settings are those of multi30k_en_de.yaml."""
-    batch_tokens = SMOKE_BATCH_TOKENS if session.options.smoke else BATCH_TOKENS
-    train(session, CONFIG, session.data / "bin", batch_tokens, DEVICE_TOKENS, SMOKE if session.options.smoke else None)
+    train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, SMOKE))
 
 
 def evaluate(session: Session) -> None:

@@ -71,10 +71,7 @@ def make_data(read: Callable[[], Splits], threshold: int, workers: int, folder: 
 
 def train_model(session: Session) -> None:
     """The settings are those of wikitext103_lm.yaml."""
-    if session.options.smoke:
-        train(session, CONFIG, session.data / "bin", SMOKE_BATCH_TOKENS, DEVICE_TOKENS, SMOKE)
-    else:
-        train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS)
+    train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, SMOKE))
 
 
 def evaluate(session: Session) -> None:

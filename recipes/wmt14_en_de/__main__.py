@@ -71,10 +71,7 @@ def make_text(read: Read, every: int, workers: int, folder: Path, console: Conso
 
 def train_model(session: Session) -> None:
     """The settings are those of wmt14_en_de.yaml."""
-    if session.options.smoke:
-        train(session, CONFIG, session.data / "bin", SMOKE_BATCH_TOKENS, DEVICE_TOKENS, moses_translation.SMOKE)
-    else:
-        train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS)
+    train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, moses_translation.SMOKE))
 
 
 def evaluate(session: Session) -> None:
