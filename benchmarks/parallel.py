@@ -1,17 +1,17 @@
 """What expert parallelism costs and saves: time for an update, the share of all-to-all, memory and traffic.
 
-    python benchmarks/parallel.py --world-sizes 1 2 --json parallel.json
+    python -m benchmarks.parallel --world-sizes 1 2 --out results
 
 Every rank is a process on the CPU with a gloo group. The model is a stack of MoE layers; an update is forward, backward,
 reduction of the gradients and a step of Adam. The global batch is the same for every number of ranks.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
@@ -19,6 +19,8 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import measuring
+from benchmarks.measuring import growth_exponent
 from fairseq_sparsemixer.gradients import reduce_expert_gradients
 from fairseq_sparsemixer.moe_layer import build_moe_layer, spread_experts
 from fairseq_sparsemixer.parallel import Clock, form_expert_group
@@ -27,7 +29,7 @@ MEBIBYTE = 2**20
 
 
 def main() -> None:
-    """Print a line for each number of ranks and group size; with --json, write them too."""
+    """Print a line for each number of ranks and group size; with --out, write them too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--router", default="sparsemixer")
@@ -38,16 +40,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of an update, all ranks together")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--out", type=Path, help="folder for parallel.json")
     options = parser.parse_args()
     lines = []
     for world_size in options.world_sizes:
         for group_size in sorted({1, world_size}):
             lines.append(measure(world_size, group_size, options))
             print_line(lines[-1], first=len(lines) == 1)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"options": vars(options), "torch": torch.__version__, "results": lines}, file, indent=2)
+    fits = growth(lines)
+    print(f"growth in W, as an exponent, experts spread over all ranks: {fits}")
+    if options.out:
+        measuring.write_json(options.out / "parallel.json", {"results": lines, "growth": fits})
 
 
 def measure(world_size: int, group_size: int, options: argparse.Namespace) -> Dict[str, Any]:
@@ -66,6 +69,23 @@ def measure(world_size: int, group_size: int, options: argparse.Namespace) -> Di
         "bytes_sent_per_token": sum(found["sent"] for found in by_rank) / first["crossings"],
         "bytes_minimum": first["minimum"],
     }
+
+
+def growth(lines: List[Dict[str, Any]]) -> Dict[str, float]:
+    """Exponents in W of an update's time, a rank's expert memory and the traffic of a token, where experts are spread (G = W).
+
+    -1 is ideal for the first two, 0 for the third. Empty for fewer than two numbers of ranks.
+    """
+    spread = [line for line in lines if line["group"] == line["ranks"]]
+    if len(spread) < 2:
+        return {}
+    ranks = [line["ranks"] for line in spread]
+    fits = {figure: growth_exponent(ranks, [line[figure] for line in spread]) for figure in ("ms_per_update", "expert_mib")}
+    crossing = [line for line in spread if line["ranks"] > 1]
+    if len(crossing) > 1:
+        figure = "bytes_sent_per_token"
+        fits[figure] = growth_exponent([line["ranks"] for line in crossing], [line[figure] for line in crossing])
+    return {figure: round(exponent, 3) for figure, exponent in fits.items()}
 
 
 def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options: argparse.Namespace, queue: Any) -> None:
