@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairseq_sparsemixer.machine import processor
+
 Step = Callable[[], Any]
 
 
@@ -146,15 +148,7 @@ def hardware() -> Dict[str, Any]:
     facts = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         return {**facts, "device": torch.cuda.get_device_name()}
-    return {**facts, "device": f"CPU, {torch.get_num_threads()} threads of {_processor()}", "memory_gb": _memory_gb()}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return {**facts, "device": f"CPU, {torch.get_num_threads()} threads of {processor()}", "memory_gb": _memory_gb()}
 
 
 def _memory_gb() -> Optional[float]:

@@ -46,7 +46,7 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
 def markdown(results: Dict[str, Any]) -> str:
     """The table with its title and what the columns mean."""
     lines = [f"## {results['title']}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows(results)), ""]
-    return "\n".join([*lines, NOTE.format(baseline=results["baseline"]), ""])
+    return "\n".join([*lines, NOTE.format(baseline=results["baseline"]), "", *results["machines"], ""])
 
 
 def _line(cells: Any) -> str:

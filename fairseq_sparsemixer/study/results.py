@@ -37,7 +37,8 @@ def gather(study: Study, out: Path) -> Dict[str, Any]:
             group["to_baseline"] = _race(by_group[group["group"]], by_group[baseline["group"]])
             if study.test is not None and study.test.metric == "bleu" and baseline is not group:
                 group["bleu_p_value"] = _bootstrap(study, out, by_group[group["group"]], by_group[baseline["group"]])
-    return {"title": study.title, "baseline": study.baseline, "runs": runs, "groups": groups}
+    machines = sorted({run["machine"] for run in runs})
+    return {"title": study.title, "machines": machines, "baseline": study.baseline, "runs": runs, "groups": groups}
 
 
 def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.machine import describe_machine
 from fairseq_sparsemixer.runs import TRAIN_LOG
 from fairseq_sparsemixer.study.commands import COMMAND, RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.study.scores import score
@@ -106,7 +107,7 @@ def _train_and_score(
                 if not _call(test_command(study, folder), environment, lock, test_output):
                     return f"{run.name} failed in its test; see {scored}"
             result["test"] = score(study.test, scored)
-        result["seconds"] = round(time.time() - begun, 1)
+        result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
         write_whole(folder / RESULT, json.dumps(result, indent=2))
     return None
 

@@ -1,18 +1,14 @@
 """The end of the quickstart: a table of the runs, on screen and as Markdown and JSON, and two plots."""
 
-import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any, Dict, List
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import fairseq_sparsemixer
+from fairseq_sparsemixer.machine import describe_machine
 from fairseq_sparsemixer.plotting import plot_expert_load, plot_valid_loss
 from fairseq_sparsemixer.runs import Run
 
@@ -36,7 +32,7 @@ def report(results: List[Dict[str, Any]], runs: List[Run], data: str, folder: Pa
     """Show the table; write results.md, results.json, valid_loss.png and expert_load.png to folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [[_cell(form, result) for form in COLUMNS.values()] for result in results]
-    notes = [f"sacreBLEU {results[0]['signature']}", _speed(results), LEGEND, f"{data}; {_machine()}"]
+    notes = [f"sacreBLEU {results[0]['signature']}", _speed(results), LEGEND, f"{data}; {describe_machine()}"]
     notes = [note for note in notes if note]
     table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
     for row in rows:
@@ -46,7 +42,7 @@ def report(results: List[Dict[str, Any]], runs: List[Run], data: str, folder: Pa
         console.print(note, highlight=False, markup=False)
     lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
     (folder / "results.md").write_text("\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n", encoding="utf-8")
-    content = {"data": data, "machine": _machine(), "results": results}
+    content = {"data": data, "machine": describe_machine(), "results": results}
     (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     plot_valid_loss(runs, folder / "valid_loss.png")
     plot_expert_load(runs, folder / "expert_load.png")
@@ -68,16 +64,3 @@ def _speed(results: List[Dict[str, Any]]) -> str:
         return ""
     ratios = ", ".join(f"{router} {dense / speed:.2f}" for router, speed in speeds.items())
     return f"training time for a word against dense, with equal active FLOPs: {ratios} times"
-
-
-def _machine() -> str:
-    """Processor, cores in use, versions, date."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__},"
-        f" fairseq-sparsemixer {fairseq_sparsemixer.__version__}; {datetime.date.today().isoformat()}"
-    )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fairseq_sparsemixer.cli import main
@@ -82,6 +83,7 @@ def test_a_study_reports_means_deviations_and_speed_up_over_the_baseline(study, 
     assert groups["sparsemixer-e2"]["bleu_p_value"] < 0.05
     assert groups["sparsemixer-e2"]["load_max"]["mean"] == pytest.approx(1.5)
     table = (out / "results.md").read_text()
+    assert f"torch {torch.__version__}" in table.splitlines()[-1]
     assert "| sparsemixer | 2 | 2 | 4.015 ± 0.007 | 100.00 ± 0.00 |" in table and table in capsys.readouterr().out
     for name in ("curves.png", "speedup.png", "load.png"):
         assert (out / name).stat().st_size > 1000
