@@ -30,6 +30,7 @@ setup(
         "sentencepiece>=0.1.99",
         "matplotlib>=3.7",
         "rich>=13",
+        "shtab>=1.6",
     ],
     extras_require={
         "test": [

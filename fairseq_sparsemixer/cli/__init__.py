@@ -18,6 +18,7 @@ COMMANDS = {  # by name, the module
     "reshard": "reshard",
     "upcycle": "upcycle",
     "convert": "convert",
+    "completion": "completion",
 }
 
 
