@@ -47,3 +47,13 @@ def test_an_unknown_peer_is_refused(capsys):
     with pytest.raises(SystemExit):
         layer.main(["--peer", "nobody=/tmp"])
     assert "nobody=/tmp is not NAME=PATH" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing stands in where there is a GPU")
+def test_what_stands_in_for_a_gpu_is_gone_afterwards():
+    before = torch.histc, torch.cuda.Event, torch.cuda.synchronize
+    with contenders.cuda_stand_ins():
+        torch.cuda.Event(enable_timing=True).record()
+        torch.cuda.synchronize()
+        assert torch.histc(torch.tensor([1, 2, 2]), bins=2, min=1, max=2).tolist() == [1, 2]
+    assert (torch.histc, torch.cuda.Event, torch.cuda.synchronize) == before
