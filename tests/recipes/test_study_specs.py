@@ -1,0 +1,36 @@
+"""The studies beside the recipes: each can be read, and fairseq-train takes the flags of each of its routers."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from fairseq import options
+
+from fairseq_sparsemixer.study.commands import train_command
+from fairseq_sparsemixer.study.spec import read_study
+
+ROOT = Path(__file__).resolve().parents[2]
+SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipes_study_has_flags_that_fairseq_train_takes(spec, tmp_path):
+    copy = tmp_path / spec.relative_to(ROOT)
+    copy.parent.mkdir(parents=True)
+    copy.write_text(spec.read_text())
+    content = yaml.safe_load(spec.read_text())
+    (copy.parent / content["data"]).mkdir(parents=True)  # what `prepare` makes
+    if "reference" in content["test"]:
+        reference = copy.parent / content["test"]["reference"]
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.touch()
+    study = read_study(copy)
+    for router in study.routers:
+        run = next(run for run in study.runs() if run.router == router)
+        command = train_command(study, run, tmp_path / run.name)[1:]
+        parser = options.get_training_parser()
+        assert options.parse_args_and_arch(parser, command, modify_parser=None).router == run.flags["router"]
+
+
+def test_there_are_studies():
+    assert len(SPECS) >= 4
