@@ -20,6 +20,7 @@ if find_spec("fairseq") is not None:
 
     checkpoints.install()
     compatibility.restore_numpy_long()
+    compatibility.look_for_nans_forward_only()
     trainer.install()
 
 __all__ = ["MoELayer", "Routing", "build_gate", "build_moe_layer"]

@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -40,6 +41,7 @@ class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `ranks` is None where every rank holds all of them."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
+        refuse_bf16_without_tpu(cfg)
         self.moe_layers = moe_layers(model)
         self.ranks = None
         if self.moe_layers:
@@ -171,6 +173,18 @@ def refuse_training_apart() -> None:
         raise ConfigurationError(
             f"torchrun started {started} ranks (WORLD_SIZE), and fairseq, which sees one GPU at most, would train each alone; add"
             f" --distributed-world-size {started}, or on a CPU use fairseq-sparsemixer launch"
+        )
+
+
+def refuse_bf16_without_tpu(cfg: Any) -> None:
+    """Raise ConfigurationError for --bf16 on a command line, which fairseq takes for a TPU, where there can be none.
+
+    fairseq-hydra-train leaves the two apart.
+    """
+    if cfg.common.bf16 and cfg.common.tpu and find_spec("torch_xla") is None:
+        raise ConfigurationError(
+            "--bf16 means a TPU to fairseq-train, and torch_xla is not installed; on other devices use fairseq-hydra-train with"
+            " common.bf16=true, or --fp16 or --amp"
         )
 
 

@@ -140,6 +140,17 @@ def test_a_checkpoint_of_other_flags_ends_the_command_with_one_sentence(train):
             train("--max-update", "2", *flags)
 
 
+def test_a_gradient_that_is_no_number_is_traced_to_its_module_by_fairseq(train, caplog):
+    with pytest.raises(FloatingPointError, match="gradients are Nan/Inf"):
+        train("--max-update", "20", "--lr", "1e30", "--disable-validation")
+    assert "detected in output of" in caplog.text
+
+
+def test_bf16_on_a_command_line_is_refused_without_a_tpu_and_the_way_named(train):
+    with pytest.raises(SystemExit, match="--bf16 means a TPU to fairseq-train.*common.bf16=true"):
+        train("--max-update", "1", "--no-save", "--bf16")
+
+
 def test_a_criterion_that_ignores_the_auxiliary_loss_is_warned_of(train, caplog):
     train("--max-update", "1", "--no-save", "--criterion", "label_smoothed_cross_entropy", "--disable-validation")
     assert "use --criterion moe_label_smoothed_cross_entropy" in caplog.text
