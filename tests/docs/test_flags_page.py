@@ -1,0 +1,51 @@
+"""docs/flags.md: it names every flag, fairseq-train understands every row, and refuses those that the page says it refuses."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from fairseq import options
+from fairseq.criterions import CRITERION_REGISTRY
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.models import TransformerMoEConfig
+from fairseq_sparsemixer.models.config import check_options
+from scripts.flags import table
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")
+USED, REFUSED = TEXT.split("\n## Refused\n")
+BASE = "data --task translation --arch transformer_moe --criterion moe_cross_entropy".split()
+
+
+def rows(text):
+    """The flags of each row of its tables."""
+    return re.findall(r"^\| `(--[^`]*)` \|", text, re.M)
+
+
+def check(flags, task):
+    """Whether the row is accepted, by the checks that fairseq-train makes before it builds a model and a criterion."""
+    args = options.parse_args_and_arch(options.get_training_parser(), BASE + shlex.split(flags))  # the last of a flag wins
+    model = TransformerMoEConfig.from_namespace(args)
+    check_options(model, autoregressive=not model.moe_encoder_only)
+    CRITERION_REGISTRY[args.criterion].build_criterion(args, task)
+
+
+def test_every_flag_is_named():
+    ours = re.findall(r"^\| `(--[\w-]+)`", table(), re.M)
+    missing = [flag for flag in ours if not re.search(rf"{flag}\b(?!-)", TEXT)]
+    assert len(ours) > 20 and not missing
+
+
+@pytest.mark.parametrize("flags", rows(USED))
+def test_a_row_is_understood_and_accepted(flags, translation_task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check(flags, translation_task)
+
+
+@pytest.mark.parametrize("flags", rows(REFUSED))
+def test_what_is_said_to_be_refused_is_refused_by_name(flags, translation_task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError) as refusal:
+        check(flags, translation_task)
+    assert any(flag in refusal.value.message for flag in re.findall(r"--[\w-]+", flags))
