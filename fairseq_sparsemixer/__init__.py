@@ -12,10 +12,11 @@ if find_spec(f"{__name__}.criterions") is None and (_REPOSITORY / "criterions" /
 
 from fairseq_sparsemixer.gates import Routing, build_gate  # noqa: E402
 from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer  # noqa: E402
+from fairseq_sparsemixer.root_logger import root_logger_untouched  # noqa: E402
 
 if find_spec("fairseq") is not None:
-    with warnings.catch_warnings():  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
-        warnings.simplefilter("ignore", FutureWarning)
+    with root_logger_untouched(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
         from fairseq_sparsemixer import checkpoints, compatibility, criterions, models, trainer  # noqa: E402,F401
 
     checkpoints.install()

@@ -1,0 +1,11 @@
+"""Logging after the package is imported."""
+
+import subprocess
+import sys
+
+
+def test_importing_the_package_leaves_the_root_logger_alone():
+    """fairseq sets it to DEBUG, and the chatter of other libraries would fill the output of every command."""
+    program = "import logging, fairseq_sparsemixer; root = logging.getLogger(); print(root.level, root.handlers)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "30 []\n"
