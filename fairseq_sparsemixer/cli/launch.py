@@ -9,7 +9,6 @@ example:
 
 import argparse
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
+
+from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm, stop
 
 HELP = "run a fairseq command as several ranks on the CPU"
 HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distributed_training
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Start all ranks and wait for them; the exit status of the first that failed, 0 when none did."""
+    """Start all ranks and wait for them; the exit status of the first that failed, 0 when none did. An interruption ends all."""
     command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if not command:
         sys.exit("fairseq-sparsemixer: nothing to launch; put the command behind --, as in launch --nproc 2 -- fairseq-train ...")
@@ -45,9 +46,12 @@ def run(options: argparse.Namespace) -> int:
     environment = {"OMP_NUM_THREADS": threads, **os.environ}  # each rank would take all cores otherwise
     ranks: List[subprocess.Popen] = []
     try:
-        for rank in range(options.nproc):
-            ranks.append(subprocess.Popen(rank_command(command, rank, options.nproc, port), env=environment))
-        return wait_for(ranks, options.grace)
+        with interrupted_by_sigterm():
+            for rank in range(options.nproc):
+                ranks.append(subprocess.Popen(rank_command(command, rank, options.nproc, port), env=environment))
+            return wait_for(ranks, options.grace)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except FileNotFoundError:
         sys.exit(f"fairseq-sparsemixer: {command[0]} is no command here; is it installed in this environment?")
     finally:
@@ -114,17 +118,3 @@ def first_failure(ranks: List[subprocess.Popen]) -> int:
             print(f"fairseq-sparsemixer: rank {number} ended with {how}", file=sys.stderr)
             return rank.returncode if rank.returncode > 0 else 128 - rank.returncode
     return 0
-
-
-def stop(ranks: List[subprocess.Popen], patience: float = 5) -> None:
-    """End those still running: first politely, then for good."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        alive = [rank for rank in ranks if rank.poll() is None]
-        for rank in alive:
-            rank.send_signal(number)
-        deadline = time.monotonic() + patience
-        for rank in alive:
-            try:
-                rank.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                pass

@@ -10,6 +10,7 @@ examples:
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 HELP = "train a grid of routers and seeds, and compare them"
@@ -26,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what is missing, then report. Exit status 1 when a run failed."""
+    """Run what is missing, then report. Exit status 1 when a run failed, 130 after an interruption."""
     from fairseq_sparsemixer.cli.json_file import write_json
     from fairseq_sparsemixer.errors import ConfigurationError
+    from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm
     from fairseq_sparsemixer.study import plots, report, results
     from fairseq_sparsemixer.study.commands import train_command
     from fairseq_sparsemixer.study.runner import progress_display, run_folder, run_study
@@ -43,8 +45,12 @@ def run(options: argparse.Namespace) -> int:
         return 0
     failures = []
     if not options.report_only:
-        with progress_display() as progress:
-            failures = run_study(study, options.out, options.workers, progress)
+        try:
+            with interrupted_by_sigterm(), progress_display() as progress:
+                failures = run_study(study, options.out, options.workers, progress)
+        except KeyboardInterrupt:
+            print("fairseq-sparsemixer: interrupted; the same command goes on from here", file=sys.stderr)
+            return INTERRUPTED
     gathered = results.gather(study, options.out)
     if not gathered["runs"]:
         raise ConfigurationError(f"no run of {options.spec} is finished in {options.out}" + "".join(f"; {f}" for f in failures))

@@ -1,7 +1,8 @@
 """Runs a study: trainings side by side, each in a folder of its own, so that a killed study goes on where it was.
 
 OUT/runs/NAME/ holds command.txt, train.log, load.jsonl, checkpoints/, and at the end result.json, written in one piece.
-fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a run with result.json is not touched again.
+fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a run with result.json is not touched again. A study that
+is interrupted ends its trainings; one that is killed leaves them, and the next waits for them.
 """
 
 import fcntl
@@ -12,8 +13,10 @@ import shlex
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import Queue
+from threading import Event
 from typing import Any, Callable, Dict, IO, List, Optional
 
 import torch
@@ -22,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.machine import describe_machine
+from fairseq_sparsemixer.processes import stop, why_failed
 from fairseq_sparsemixer.runs import TRAIN_LOG
 from fairseq_sparsemixer.study.commands import COMMAND, RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.study.scores import score
@@ -36,11 +40,24 @@ def run_folder(out: Path, run: Run) -> Path:
     return out / "runs" / run.name
 
 
+class Stopped(Exception):
+    """The study is being ended, and what it runs with it."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether there is a result in a run's folder; one that a crash of the machine left in pieces is none."""
+    try:
+        return isinstance(json.loads((folder / RESULT).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
 def devices(workers: Optional[int]) -> List[Dict[str, str]]:
-    """The environment of each place where a run can go: a GPU, or an equal share of the CPU's cores."""
+    """The environment of each place where a run can go: a GPU among those visible, or an equal share of the CPU's cores."""
     gpus = torch.cuda.device_count()
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": str(index % gpus)} for index in range(workers or gpus)]
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [*map(str, range(gpus))]
+        return [{"CUDA_VISIBLE_DEVICES": visible[index % gpus]} for index in range(workers or gpus)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = workers or cores
     return [{"OMP_NUM_THREADS": str(max(1, cores // workers))}] * workers
@@ -49,24 +66,36 @@ def devices(workers: Optional[int]) -> List[Dict[str, str]]:
 def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: Optional[Progress] = None) -> List[str]:
     """Train and score every run that has no result yet. Returns one sentence for each run that failed; the others go on.
 
-    Raises ConfigurationError when a folder holds a run of other flags.
+    An interruption ends what runs, and starts nothing more. Raises ConfigurationError when a folder holds a run of other
+    flags, or cannot be written.
     """
-    runs = [run for run in study.runs() if not (run_folder(out, run) / RESULT).exists()]
-    for run in runs:
+    for run in study.runs():
         _claim(study, run, run_folder(out, run))
+    runs = [run for run in study.runs() if not is_finished(run_folder(out, run))]
     places: "Queue[Dict[str, str]]" = Queue()
     for place in devices(workers):
         places.put(place)
+    stopping = Event()
 
     def work(run: Run) -> Optional[str]:
         place = places.get()
         try:
-            return _train_and_score(study, run, run_folder(out, run), {**os.environ, **place}, progress)
+            failure = _train_and_score(study, run, run_folder(out, run), {**os.environ, **place}, progress, stopping)
+        except Stopped:
+            return None
+        except OSError as error:
+            failure = f"{run.name} failed: {run_folder(out, run)} cannot be written ({error.strerror or error})"
         finally:
             places.put(place)
+        if progress is not None:
+            progress.console.print(failure or f"{run.name} is finished", markup=False, highlight=False, soft_wrap=True)
+        return failure
 
     with ThreadPoolExecutor(places.qsize()) as pool:
-        return [failure for failure in pool.map(work, runs) if failure]
+        try:
+            return [failure for failure in pool.map(work, runs) if failure]
+        finally:
+            stopping.set()  # before the pool waits for its threads: only an interruption finds any at work
 
 
 def progress_display() -> Progress:
@@ -82,51 +111,100 @@ def progress_display() -> Progress:
 
 def _claim(study: Study, run: Run, folder: Path) -> None:
     """Note the command of a new run; a folder begun with another one is somebody else's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command, note = shlex.join(train_command(study, run, folder)) + "\n", folder / COMMAND
-    if note.exists() and note.read_text(encoding="utf-8") != command:
-        raise ConfigurationError(
-            f"{folder} was begun with other flags (see its {COMMAND}); give another --out, or delete the folder"
-        )
-    note.write_text(command, encoding="utf-8")
+    command, note = train_command(study, run, folder), folder / COMMAND
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            write_whole(note, shlex.join(command) + "\n")
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be written ({error.strerror}); give another --out") from None
+    before, now = _flags(shlex.split(note.read_text(encoding="utf-8"))), _flags(command)
+    for flag in sorted({*before, *now}):
+        if before.get(flag) != now.get(flag):
+            raise ConfigurationError(
+                f"{folder} was begun with other flags, {before.get(flag, f'no {flag}')} where the study now has"
+                f" {now.get(flag, f'no {flag}')}; give another --out, or delete the folder"
+            )
+
+
+def _flags(command: List[str]) -> Dict[str, str]:
+    """{"--lr": "--lr 0.1", ...} of a command, the place of the package left out: it may be moved."""
+    flags, name = {}, "the data"
+    for word in command[1:]:
+        name = word if word.startswith("--") else name
+        flags[name] = f"{flags[name]} {word}" if name in flags else word
+    flags.pop("--user-dir", None)
+    return flags
 
 
 def _train_and_score(
-    study: Study, run: Run, folder: Path, environment: Dict[str, str], progress: Optional[Progress]
+    study: Study, run: Run, folder: Path, environment: Dict[str, str], progress: Optional[Progress], stopping: Event
 ) -> Optional[str]:
-    begun = time.time()
-    # the child holds the lock too: a study started again waits for trainings that outlived the one before
-    with (folder / "lock").open("w") as lock, (folder / "output.txt").open("ab") as output:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _call(train_command(study, run, folder), environment, lock, output, _watch(study, run, folder, progress)):
-            return f"{run.name} failed in training; see {folder / 'output.txt'}"
+    """None, or the sentence of the failure. Raises Stopped when the study is being ended, OSError when the disk is full."""
+    output, scored = folder / "output.txt", folder / "test.txt"
+    with (folder / "lock").open("w") as lock:
+        _take(lock, run, progress, stopping)
+        if is_finished(folder):  # by whoever had the lock
+            return None
+        begun = time.time()
+        call = partial(_call, environment=environment, lock=lock, stopping=stopping)
+        reason = call(train_command(study, run, folder), output, "ab", watch=_watch(study, run, folder, progress))
+        if reason is not None:
+            return f"{run.name} failed in training: {reason} (see {output})"
         result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
         if study.test is not None:
-            scored = folder / "test.txt"
-            with scored.open("wb") as test_output:
-                if not _call(test_command(study, folder), environment, lock, test_output):
-                    return f"{run.name} failed in its test; see {scored}"
-            result["test"] = score(study.test, scored)
+            reason = call(test_command(study, folder), scored, "wb")
+            if reason is not None:
+                return f"{run.name} failed in its test: {reason} (see {scored})"
+            try:
+                result["test"] = score(study.test, scored)
+            except ConfigurationError as error:
+                return f"{run.name} failed in its test: {error.message}"
         result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
         write_whole(folder / RESULT, json.dumps(result, indent=2))
     return None
 
 
+def _take(lock: IO, run: Run, progress: Optional[Progress], stopping: Event) -> None:
+    """Wait for the lock, which a run's programs hold, too: a training may have outlived the study that began it."""
+    told = False
+    while not stopping.is_set():
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress is not None and not told:
+                told = True
+                progress.console.print(f"{run.name} waits for its training that an earlier study began", highlight=False)
+            stopping.wait(REFRESH)
+    raise Stopped
+
+
 def _call(
-    command: List[str], environment: Dict[str, str], lock: IO, output: IO, watch: Optional[Callable[[], None]] = None
-) -> bool:
-    process = subprocess.Popen(
-        executable(command), env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
-    )
+    command: List[str],
+    output: Path,
+    mode: str,
+    environment: Dict[str, str],
+    lock: IO,
+    stopping: Event,
+    watch: Optional[Callable[[], None]] = None,
+) -> Optional[str]:
+    """Run a command, its output in a file: None when it succeeded, else why not. Raises Stopped when the study is being ended."""
+    with output.open(mode) as file:
+        start = file.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            executable(command), env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
+        )
     try:
         while not _ended_within(process, REFRESH):
+            if stopping.is_set():
+                raise Stopped
             if watch is not None:
                 watch()
     finally:
-        if process.poll() is None:  # interrupted: the checkpoint of the last save stays
-            process.terminate()
-            process.wait()
-    return process.returncode == 0
+        stop([process])  # the checkpoint of its last save stays
+    if stopping.is_set():  # Ctrl-C reaches the programs, too
+        raise Stopped
+    return None if process.returncode == 0 else why_failed(process.returncode, output, start)
 
 
 def _ended_within(process: subprocess.Popen, seconds: float) -> bool:

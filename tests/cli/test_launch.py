@@ -1,9 +1,12 @@
 """`launch`: the flags each rank gets, and what happens when one fails."""
 
+import os
 import signal
 import sys
+import time
 
 import pytest
+from ranks import start_ranks
 
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.cli.launch import rank_command
@@ -50,6 +53,19 @@ def test_a_killed_rank_is_reported_with_its_signal(tmp_path, capsys):
     program = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(1000)"
     assert launch(tmp_path, program, "--grace", "0.2") == 128 + signal.SIGKILL
     assert "rank 1 ended with signal 9" in capsys.readouterr().err
+
+
+def test_sigterm_ends_all_ranks(tmp_path):
+    pids = [tmp_path / "0", tmp_path / "1"]
+    program = f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
+    (launcher,) = start_ranks(1, launch, tmp_path, program, group=False)
+    while not all(path.exists() and path.read_text() for path in pids):
+        time.sleep(0.01)
+    launcher.kill(signal.SIGTERM)
+    assert launcher.result() == 128 + signal.SIGINT
+    for path in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
 
 
 def test_others_may_end_by_themselves_within_the_grace(tmp_path):
