@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+from fairseq_sparsemixer.errors import ConfigurationError
+
 HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)")  # D-<number> <tab> score <tab> text
 
 
@@ -14,6 +16,15 @@ def read_hypothesis(line: str) -> Optional[Tuple[int, str]]:
 
 
 def read_sentences(path: Path) -> List[str]:
-    """The lines of a file, empty ones too: broken at ends of lines alone, not at the other breaks of Unicode, as fairseq does."""
-    *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    """The lines of a file, empty ones too: broken at ends of lines alone, not at the other breaks of Unicode, as fairseq does.
+
+    Raises ConfigurationError for a file that cannot be read, with the line of what is not UTF-8.
+    """
+    try:
+        *lines, rest = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ConfigurationError(f"{path}, line {number} is not UTF-8; convert the file") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror})") from None
     return [*lines, rest] if rest else lines

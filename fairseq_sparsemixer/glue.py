@@ -116,12 +116,16 @@ def _check_header(fields: List[str], needed: List[str], where: str) -> List[str]
 
 def _example(fields: List[str], columns: List[str], task: GlueTask, labelled: bool, where: str) -> Example:
     if len(fields) != len(columns):
-        raise BadLine(f"{where} {len(fields)} columns where {len(columns)} are expected; correct or --skip-bad-lines")
+        raise BadLine(f"{where} {len(fields)} columns where {len(columns)} are expected; {_remedy(labelled)}")
     row = dict(zip(columns, fields))
     for name in task.inputs:
         if labelled and not row[name].strip():  # a test file's lines are all to be answered
-            raise BadLine(f"{where} column {name!r} is empty; correct or --skip-bad-lines")
+            raise BadLine(f"{where} column {name!r} is empty; {_remedy(labelled)}")
     return Example([row[name] for name in task.inputs], _label(row[task.label], task, where) if labelled else None)
+
+
+def _remedy(labelled: bool) -> str:
+    return "correct or --skip-bad-lines" if labelled else "correct it: answers are numbered by line, and none can be skipped"
 
 
 def _label(text: str, task: GlueTask, where: str) -> str:

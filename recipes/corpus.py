@@ -3,6 +3,7 @@
 import gzip
 import tarfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -101,7 +102,10 @@ def _open_member(path: Path, member: str) -> Iterator[IO[bytes]]:
             yield file
     else:
         with tarfile.open(path) as archive:
-            yield archive.extractfile(member)
+            file = archive.extractfile(member)
+            if file is None:
+                raise KeyError(f"{member} is no file")
+            yield file
 
 
 def _decode(name: str, open_file) -> Iterator[str]:
@@ -112,7 +116,7 @@ def _decode(name: str, open_file) -> Iterator[str]:
                 yield " ".join(line.decode("utf-8-sig" if number == 1 else "utf-8").split())
     except UnicodeDecodeError:
         raise ConfigurationError(f"{name}, line {number} is not UTF-8; convert the file") from None
-    except (OSError, EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigurationError(f"{name} cannot be read beyond line {number} ({error}); fetch it again") from None
 
 

@@ -1,5 +1,9 @@
 """fairseq-generate's hypotheses and the lines of a text."""
 
+import pytest
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.fidelity.trained import read_sentences as read_pairs
 from fairseq_sparsemixer.generation import read_hypothesis, read_sentences
 from fairseq_sparsemixer.study.scores import read_hypotheses
 
@@ -23,3 +27,13 @@ def test_hypotheses_come_in_the_order_of_the_test_set(tmp_path):
     output = tmp_path / "test.txt"
     output.write_text(f"S-10\tx\nD-10\t-1\tlast\nD-9\t-1\t{BREAKS}\nD-0\t-1\t\n", encoding="utf-8")
     assert read_hypotheses(output) == ["", BREAKS, "last"]
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path):
+    (tmp_path / "latin").write_bytes(b"gut\nK\xe4tzin\n")
+    with pytest.raises(ConfigurationError, match="latin, line 2 is not UTF-8; convert the file"):
+        read_sentences(tmp_path / "latin")
+    with pytest.raises(ConfigurationError, match="none cannot be read"):
+        read_sentences(tmp_path / "none")
+    with pytest.raises(ConfigurationError, match="--text .*latin, line 2 is not UTF-8"):
+        read_pairs(str(tmp_path / "latin"), str(tmp_path / "latin"))

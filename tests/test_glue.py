@@ -114,7 +114,7 @@ def test_no_line_of_a_test_file_is_left_out(raw, dict_file, tmp_path, capsys):
     assert stored(tmp_path / "bin" / "input0", "test", 1) == ""
     with (folder / "test.tsv").open("a", encoding="utf-8") as file:
         file.write("2\tw4\n")
-    with pytest.raises(ConfigurationError, match="test.tsv:4: 2 columns where 3"):
+    with pytest.raises(ConfigurationError, match="test.tsv:4: 2 columns where 3 are expected; correct it: answers are numbered"):
         main([*command, "--skip-bad-lines"])
 
 
@@ -133,6 +133,11 @@ def test_wrong_files_are_refused(raw, dict_file, tmp_path):
         main(["glue", "QQP", *command, "--dict", str(dict_file)])
     with pytest.raises(ConfigurationError, match="--dict .*none.txt does not exist"):
         main(["glue", "RTE", *command, "--dict", str(tmp_path / "none.txt")])
+    (tmp_path / "words.txt").write_text("w0 1\nw1\n")
+    with pytest.raises(ConfigurationError, match="--dict .*words.txt is no dictionary of fairseq"):
+        main(["glue", "RTE", *command, "--dict", str(tmp_path / "words.txt")])
+    with pytest.raises(ConfigurationError, match="--sentencepiece-model .*words.txt is no model of sentencepiece"):
+        main(["glue", "RTE", *command, "--dict", str(dict_file), "--sentencepiece-model", str(tmp_path / "words.txt")])
     (folder / "dev.tsv").unlink()
     with pytest.raises(ConfigurationError, match="dev.tsv is missing"):
         main(["glue", "RTE", *command, "--dict", str(dict_file)])

@@ -35,7 +35,11 @@ def encoder(model: Optional[Path]) -> Callable[[str], str]:
         return lambda sentence: " ".join(sentence.split())
     from sentencepiece import SentencePieceProcessor
 
-    pieces = SentencePieceProcessor(model_file=str(require_file(model, "--sentencepiece-model")))
+    require_file(model, "--sentencepiece-model")
+    try:
+        pieces = SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise ConfigurationError(f"--sentencepiece-model {model} is no model of sentencepiece ({error})") from None
     return lambda sentence: " ".join(pieces.encode(sentence, out_type=str))
 
 
@@ -52,7 +56,11 @@ def run(options: argparse.Namespace) -> None:
 
     from fairseq_sparsemixer import glue
 
-    dictionary = Dictionary.load(str(require_file(options.dict, "--dict")))
+    require_file(options.dict, "--dict")
+    try:
+        dictionary = Dictionary.load(str(options.dict))
+    except Exception as error:  # of many kinds, Exception itself among them
+        raise ConfigurationError(f"--dict {options.dict} is no dictionary of fairseq ({error})") from None
     skip = (lambda message: print(message, file=sys.stderr)) if options.skip_bad_lines else None
     counts = glue.prepare(options.task, options.raw_dir, options.dest_dir, dictionary, encoder(options.sentencepiece_model), skip)
     for split, count in counts.items():

@@ -21,6 +21,7 @@ from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.fidelity.problem import Problem
 from fairseq_sparsemixer.gates import Gate, Routing
+from fairseq_sparsemixer.generation import read_sentences as lines_of
 from fairseq_sparsemixer.moe_layer import MoELayer
 
 POSITIONS = 8192  # R T at once: bounds the memory of one pass through the model
@@ -84,13 +85,13 @@ def trained_problem(
 
 
 def read_sentences(text: str, target: str) -> List[Tuple[str, str]]:
-    """Pairs of lines. Raises ConfigurationError for files that are missing, empty, or of unequal length."""
+    """Pairs of lines. Raises ConfigurationError for files that are missing, empty, no UTF-8, or of unequal length."""
     sides = []
     for flag, path in (("--text", text), ("--target", target)):
         try:
-            sides.append(Path(path).read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{flag} {path} cannot be read as UTF-8 text ({error})") from None
+            sides.append(lines_of(Path(path)))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{flag} {error.message}") from None
     if len(sides[0]) != len(sides[1]):
         lengths = f"--text {text} has {len(sides[0])} lines and --target {target} {len(sides[1])}"
         raise ConfigurationError(f"{lengths}; they must be pairs")

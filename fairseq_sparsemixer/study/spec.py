@@ -24,6 +24,7 @@ import yaml
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import DENSE
+from fairseq_sparsemixer.generation import read_sentences
 
 METRICS = ("bleu", "perplexity")
 OURS = ("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file", "restore-file")
@@ -112,6 +113,7 @@ def _test(path: Path, content: Dict[str, Any]) -> Test:
         _require(path, reference, "needs test: reference: FILE for bleu, plain text, a sentence a line")
         reference = (path.parent / str(reference)).resolve()
         _require(path, reference.is_file(), f"has test: reference: {content['reference']}, and there is no file {reference}")
+        _require(path, read_sentences(reference), f"has test: reference: {content['reference']}, which is empty")
     return Test(metric, reference, dict(content.get("flags") or {}))
 
 

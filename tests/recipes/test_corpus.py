@@ -1,5 +1,6 @@
 """Parallel text from files and archives."""
 
+import gzip
 import io
 import tarfile
 import zipfile
@@ -35,9 +36,22 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     make_tar(tmp_path / "a.tgz", de=b"eins\n")
     with pytest.raises(ConfigurationError, match="a.tgz:folder/en cannot be read"):
         list(read_member(tmp_path, "a.tgz", "folder/en").lines)
+    with pytest.raises(ConfigurationError, match="folder is no file"):
+        with tarfile.open(tmp_path / "c.tgz", "w:gz") as archive:
+            archive.add(tmp_path, "folder", recursive=False)
+        list(read_member(tmp_path, "c.tgz", "folder").lines)
     make_tar(tmp_path / "b.tgz", en=b"gut\nK\xe4tzin\n")
     with pytest.raises(ConfigurationError, match="b.tgz:folder/en, line 2 is not UTF-8"):
         list(read_member(tmp_path, "b.tgz", "folder/en").lines)
+
+
+def test_damage_within_a_gzipped_file_is_named_with_the_last_line_that_could_be_read(tmp_path):
+    lines = b"".join(b"%032x\n" % (number * 0x9E3779B97F4A7C15) for number in range(4000))
+    packed = bytearray(gzip.compress(lines))
+    packed[len(packed) // 2 : len(packed) // 2 + 40] = b"\xff" * 40
+    (tmp_path / "text.gz").write_bytes(packed)
+    with pytest.raises(ConfigurationError, match=r"text.gz cannot be read beyond line \d+ \(.*; fetch it again"):
+        list(read_file(tmp_path / "text.gz").lines)
 
 
 def test_empty_lines_are_refused_unless_they_may_be_there(tmp_path):

@@ -68,6 +68,17 @@ def test_a_bad_study_ends_in_one_sentence_that_names_the_file(spec, changes, com
     assert complaint in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_reference_is_read_before_anything_is_trained(spec, tmp_path):
+    path = spec(test={"metric": "bleu", "reference": "test.de"})
+    for content, complaint in (
+        (b"gut\nK\xe4tzin\n", "test.de, line 2 is not UTF-8"),
+        (b"", "reference: test.de, which is empty"),
+    ):
+        (tmp_path / "test.de").write_bytes(content)
+        with pytest.raises(ConfigurationError, match=complaint):
+            read_study(path)
+
+
 def test_text_that_is_no_yaml_and_a_missing_file_are_refused(tmp_path):
     path = tmp_path / "s.yaml"
     with pytest.raises(ConfigurationError, match="cannot be read"):
