@@ -11,7 +11,7 @@ from sacrebleu.significance import PairedTest
 from fairseq_sparsemixer.runs import read_run
 from fairseq_sparsemixer.study.commands import RESULT
 from fairseq_sparsemixer.study.curve import Curve, count_spikes
-from fairseq_sparsemixer.study.runner import run_folder
+from fairseq_sparsemixer.study.runner import is_finished, run_folder
 from fairseq_sparsemixer.study.scores import read_hypotheses, read_references
 from fairseq_sparsemixer.study.spec import Run, Study
 
@@ -25,7 +25,7 @@ def gather(study: Study, out: Path) -> Dict[str, Any]:
     fewer than two). `to_baseline` is when its mean curve first reaches the final loss of the baseline with as many
     experts, as a share of the baseline's updates and of its training time (None: never).
     """
-    finished = [run for run in study.runs() if (run_folder(out, run) / RESULT).exists()]
+    finished = [run for run in study.runs() if is_finished(run_folder(out, run))]
     runs = [_run_figures(study, run, run_folder(out, run)) for run in finished]
     by_group: Dict[str, List[Dict[str, Any]]] = {}
     for run in runs:
