@@ -102,6 +102,14 @@ def test_a_run_that_failed_is_named_and_run_again_while_finished_ones_are_left_a
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 
 
+def test_a_report_passes_over_half_a_result(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    (out / "runs/switch-e2-seed1/result.json").write_text('{"run": "swi')
+    assert main(["study", str(study), "--out", str(out), "--report-only"]) == 0
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
+
+
 def test_a_folder_begun_with_other_flags_is_refused(study, tmp_path):
     begun = read_study(study)
     runner.run_study(begun, tmp_path / "out", workers=1)
