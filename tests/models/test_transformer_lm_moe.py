@@ -1,5 +1,6 @@
 """The language model: which layers route, padding, incremental decoding, and a real text."""
 
+import re
 from argparse import Namespace
 
 import pytest
@@ -105,16 +106,17 @@ def test_bad_options_end_in_one_sentence(language_modeling_task, flags, named):
         build(language_modeling_task, **flags)
 
 
+def words_of(split, folder):
+    """The words of a split and its line ends, by number."""
+    text = (folder.parent / f"{split}.txt").read_text(encoding="utf-8").replace("\n", " </s> ")
+    return Dictionary.load(str(folder / "dict.txt")).encode_line(text, add_if_not_exist=False, append_eos=False).long()
+
+
 def unigram_bits(folder):
     """Bits a token of `valid` under the relative frequencies of `train` (add-one): what counting words alone can do."""
-    dictionary = Dictionary.load(str(folder / "dict.txt"))
-
-    def words(split):
-        text = (folder.parent / f"{split}.txt").read_text(encoding="utf-8").replace("\n", " </s> ")
-        return dictionary.encode_line(text, add_if_not_exist=False, append_eos=False).long()
-
-    counts = torch.bincount(words("train"), minlength=len(dictionary)) + 1
-    return -(counts / counts.sum()).log2()[words("valid")].mean().item()
+    valid, train = words_of("valid", folder), words_of("train", folder)
+    counts = torch.bincount(train, minlength=len(Dictionary.load(str(folder / "dict.txt")))) + 1
+    return -(counts / counts.sum()).log2()[valid].mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,21 @@ def test_training_beats_word_counts_and_evaluation_agrees(run_fairseq, wikitext,
     assert by_block < unigram_bits(wikitext) - 0.5
     assert by_block == pytest.approx(state["extra_state"]["val_loss"], abs=0.01)  # which is rounded
     assert in_context == pytest.approx(by_block, abs=0.05)  # so small a model makes little of context
+
+
+def test_perplexity_of_words_is_that_of_the_pieces_they_are_put_together_from(run_fairseq, wikitext, trained, tmp_path):
+    for path in wikitext.glob("valid*"):
+        (tmp_path / path.name).symlink_to(path)
+    words = re.sub("^the ", "the@@ ", (wikitext / "dict.txt").read_text(encoding="utf-8"), flags=re.M)
+    (tmp_path / "dict.txt").write_text(words, encoding="utf-8")
+    evaluate = ["eval_lm", tmp_path, "--path", trained / "checkpoint_last.pt", "--gen-subset", "valid", "--max-tokens", 1024]
+    evaluate += ["--tokens-per-sample", 64, "--required-batch-size-multiple", 1]
+    by_piece = run_fairseq(*evaluate)["loss"].item()
+    by_word = run_fairseq(*evaluate, "--post-process", "@@ ")["loss"].item()
+    pieces = words_of("valid", wikitext)
+    joined = pieces.eq(Dictionary.load(str(tmp_path / "dict.txt")).index("the@@"))
+    joined[63::64] = False  # the last of a block has nothing behind it
+    assert by_word == pytest.approx(by_piece * len(pieces) / (len(pieces) - joined.sum().item()), rel=1e-5)
 
 
 def test_generation_goes_on_from_prompts_whatever_the_batch(run_fairseq, wikitext, trained, tmp_path, capsys):
