@@ -33,3 +33,9 @@ def plan_batch(target_tokens: int, device_tokens: int, world_size: int) -> Batch
         )
     update_freq = min(math.ceil(target_tokens / (device_tokens * world_size)), target_tokens // world_size)
     return BatchPlan(target_tokens // (world_size * update_freq), update_freq, world_size)
+
+
+def plan_blocks(target_tokens: int, device_tokens: int, world_size: int, block: int) -> BatchPlan:
+    """plan_batch for text in blocks of so many tokens, of which a device takes whole ones; at least one must fit."""
+    plan = plan_batch(target_tokens // block, device_tokens // block, world_size)
+    return plan._replace(max_tokens=plan.max_tokens * block)

@@ -19,6 +19,15 @@ def text_command(pieces: Path, folder: Path, workers: int, *flags: str) -> List[
     return [script("fairseq-preprocess"), "--only-source", *_rest(pieces, folder, workers), *flags]
 
 
+def longest_sentence(folder: Path) -> int:
+    """The tokens of the longest sentence for training and validation in a binarised folder; 1 where there is none."""
+    from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+    files = [path for split in ("train", "valid") for path in folder.glob(f"{split}.*idx")]
+    indices = [MMapIndexedDataset.Index(str(path)) for path in files]  # kept: an index takes its sizes along when it goes
+    return max((int(index.sizes.max()) for index in indices), default=1)
+
+
 def _rest(pieces: Path, folder: Path, workers: int) -> List[str]:
     splits = [word for split in SPLITS for word in (f"--{split}pref", str(pieces / split))]
     return [*splits, "--destdir", str(folder), "--workers", str(workers)]

@@ -10,7 +10,8 @@ import yaml
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.batch import plan_batch
+from recipes.batch import BatchPlan, plan_batch, plan_blocks
+from recipes.binarisation import longest_sentence
 from recipes.progress import Advance, Meter, script
 from recipes.session import Session
 from recipes.slurm import batch_script
@@ -40,7 +41,7 @@ def train(
     settings = dict(settings or {})
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     updates = options.updates or settings.get("optimization.max_update") or content["optimization"]["max_update"]
-    block = settings.get("task.tokens_per_sample") or content.get("task", {}).get("tokens_per_sample") or 1
+    block = settings.get("task.tokens_per_sample") or content.get("task", {}).get("tokens_per_sample")
     settings["optimization.max_update"] = updates
     settings.update({"common.seed": options.seed, "model.router": options.router, "model.num_experts": options.num_experts})
     # what the run is; the number of devices may change in between
@@ -51,12 +52,7 @@ def train(
         "data": session.needs(session.data, "prepare"),
     }
     world_size = max(session.gpus, 1) * options.nodes
-    plan = plan_batch(batch_tokens, options.device_tokens or device_tokens, world_size)
-    if plan.max_tokens < block:
-        raise ConfigurationError(
-            f"{world_size} devices leave {plan.max_tokens} of {batch_tokens:,} tokens to each, less than the blocks of {block}"
-            f" that the text is in; use at most {batch_tokens // block}, or give --device-tokens {block} or more"
-        )
+    plan = _plan(batch_tokens, options.device_tokens or device_tokens, world_size, block, data)
     devices = {
         "common.user_dir": USER_DIR,
         "task.data": data.resolve(),
@@ -79,6 +75,28 @@ def train(
     else:
         meter = Meter(updates, "updates", read_log_line)
         session.command(f"train {session.run.name}", session.run, command, identity, meter)
+
+
+def _plan(batch_tokens: int, device_tokens: int, world_size: int, block: Optional[int], data: Path) -> BatchPlan:
+    """How a batch is split. block: the length that the text is cut to; None for sentences.
+
+    Raises ConfigurationError where a device would have no room for a block or the longest sentence, which fairseq only asserts.
+    """
+    if block:
+        _require_room(batch_tokens, min(batch_tokens // world_size, device_tokens), world_size, "the blocks of", block)
+        return plan_blocks(batch_tokens, device_tokens, world_size, block)
+    plan = plan_batch(batch_tokens, device_tokens, world_size)
+    _require_room(batch_tokens, plan.max_tokens, world_size, "the longest sentence, of", longest_sentence(data))
+    return plan
+
+
+def _require_room(batch_tokens: int, room: int, world_size: int, what: str, needed: int) -> None:
+    if room < needed:
+        crowded = batch_tokens // world_size < needed
+        remedy = f"use at most {batch_tokens // needed} devices" if crowded else f"give --device-tokens {2 * needed} or more"
+        raise ConfigurationError(
+            f"{world_size} devices leave {room} of {batch_tokens:,} tokens to each, less than {what} {needed}; {remedy}"
+        )
 
 
 def checkpoint_of(session: Session, name: str = "checkpoint_best.pt") -> Path:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.batch import plan_batch
+from recipes.batch import plan_batch, plan_blocks
 
 
 @pytest.mark.parametrize("world_size, update_freq", [(1, 16), (8, 2), (16, 1), (64, 1)])
@@ -23,6 +23,16 @@ def test_no_device_gets_more_than_it_holds_and_no_token_too_many_is_planned(targ
     plan = plan_batch(target, device, world_size)
     assert 1 <= plan.max_tokens <= device
     assert target - world_size * plan.update_freq < plan.tokens <= target
+
+
+@given(st.integers(1, 1000), st.integers(1, 100), st.integers(1, 512), st.integers(1, 64))
+def test_text_in_blocks_is_planned_in_whole_ones(blocks, device_blocks, block, world_size):
+    if blocks < world_size:
+        return
+    rest = block - 1  # no block more
+    plan = plan_blocks(blocks * block + rest, device_blocks * block + rest, world_size, block)
+    assert plan.max_tokens % block == 0 and block <= plan.max_tokens <= device_blocks * block
+    assert blocks - world_size * plan.update_freq < plan.tokens // block <= blocks
 
 
 def test_sizes_below_one_are_refused():

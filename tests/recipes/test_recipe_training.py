@@ -3,6 +3,8 @@
 import shlex
 
 import pytest
+import torch
+from fairseq.data.indexed_dataset import make_builder
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
@@ -47,6 +49,22 @@ def test_the_effective_batch_is_the_same_on_any_number_of_devices(run, capsys, g
     said = capsys.readouterr().out
     assert f"dataset.max_tokens={tokens}" in said and f"optimization.update_freq=[{micro_batches}]" in said
     assert tokens * micro_batches * gpus * nodes == 4096
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--gpus", "8", "--nodes", "2"), "256 of 4,096 tokens to each, less than the longest sentence, of 300; use at most 13 dev"),
+    (("--gpus", "1", "--device-tokens", "299"), "less than the longest sentence, of 300; give --device-tokens 600 or more"),
+])  # fmt: skip
+def test_devices_without_room_for_the_longest_sentence_are_refused_before_fairseq_asserts(run, tmp_path, options, message):
+    run("--dry-run", "--gpus", "8", "--nodes", "2", "--slurm", "job")  # nothing is prepared yet
+    run("--gpus", "1", "--slurm", str(tmp_path / "job.sh"))
+    for split, length in (("train", 7), ("valid", 300), ("test", 5000)):
+        builder = make_builder(str(tmp_path / "out" / "data" / f"{split}.de-en.de.bin"), "mmap", vocab_size=10)
+        builder.add_item(torch.ones(length, dtype=torch.int32))
+        builder.finalize(str(tmp_path / "out" / "data" / f"{split}.de-en.de.idx"))
+    run("--dry-run", "--gpus", "8")
+    with pytest.raises(ConfigurationError, match=message):
+        run("--dry-run", *options)
 
 
 def test_a_batch_script_starts_a_task_for_each_gpu_and_trains_nothing(run, tmp_path):

@@ -35,8 +35,14 @@ def test_the_settings_are_those_of_fairseqs_architecture():
 
 
 def test_more_devices_than_blocks_in_a_batch_are_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match="less than the blocks of 512 .* use at most 144"):
+    with pytest.raises(ConfigurationError, match="less than the blocks of 512; use at most 144 devices"):
         main(RECIPE, ["train", "--dry-run", "--gpus", "8", "--nodes", "32", "--slurm", "job", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("gpus, tokens", [(1, "73,728"), (8, "73,728"), (64, "65,536")])
+def test_an_update_is_said_in_the_whole_blocks_that_devices_take(gpus, tokens, tmp_path, capsys):
+    main(RECIPE, ["train", "--dry-run", "--gpus", str(gpus), "--out", str(tmp_path)])
+    assert f"an update of {tokens} tokens at most" in capsys.readouterr().out
 
 
 def test_the_archive_is_read_and_a_split_without_words_refused(tmp_path):
