@@ -1,20 +1,23 @@
 """Show what a checkpoint holds: experts, parameters (total and active), FLOPs per token, and how alike the experts are.
 
-The file alone is enough. With --text and --target the model also runs on sentences, and the load of each expert is shown.
+The file alone is enough. With --text the model also runs on sentences, and the load of each expert is shown; a translation
+model needs their translations as well.
 
 examples:
   fairseq-sparsemixer inspect checkpoint_best.pt
+  fairseq-sparsemixer inspect lm/checkpoint_best.pt --text valid.tokens
   fairseq-sparsemixer inspect checkpoint_best.pt --text val.bpe.en --target val.bpe.de --json report.json
 """
 
 import argparse
 from dataclasses import asdict
 from itertools import islice
-from typing import Dict, List, Optional
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fairseq_sparsemixer.cli.json_file import write_json
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -26,8 +29,8 @@ SENTENCES = 200
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and text to run it on."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of fairseq")
-    parser.add_argument("--text", metavar="FILE", help="source sentences, in subwords as the model was trained on")
-    parser.add_argument("--target", metavar="FILE", help="their translations, line by line")
+    parser.add_argument("--text", metavar="FILE", help="sentences, in subwords as the model was trained on")
+    parser.add_argument("--target", metavar="FILE", help="of a translation model: their translations, line by line")
     parser.add_argument("--data-bin", metavar="DIR", help="where the dictionaries are (default: where the model was trained)")
     parser.add_argument("--sentences", type=int, default=SENTENCES, metavar="N", help="run the first N (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
@@ -37,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
     """Inspect, print, write. Raises ConfigurationError for flags and files that cannot be used."""
     from fairseq_sparsemixer.inspection import inspect_checkpoint  # needs fairseq
 
-    if bool(options.text) != bool(options.target):
-        raise ConfigurationError("the load is measured on sentence pairs: give both --text FILE and --target FILE")
+    if options.target and not options.text:
+        raise ConfigurationError(f"--target {options.target} needs the sentences that it translates; give --text FILE")
     if options.sentences < 1:
         raise ConfigurationError(f"--sentences {options.sentences} must be at least 1")
     report = inspect_checkpoint(options.checkpoint)
@@ -50,22 +53,48 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
-    """Tokens of each expert at inference by layer, over the first sentences, targets given."""
+    """Tokens of each expert at inference by layer, over the first sentences; targets given, where there are some."""
     import torch
 
     from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
-    from fairseq_sparsemixer.fidelity.trained import load_model, make_sample, read_sentences
+    from fairseq_sparsemixer.fidelity.trained import load_model
 
-    sentences = read_sentences(options.text, options.target)
     model, _, task = load_model(options.checkpoint, options.data_bin)
     layers = moe_layers(model)
     load = {name: torch.zeros(layer.gate.num_experts) for name, layer in layers}
     with torch.no_grad():
-        for source, target in islice(sentences, options.sentences):
-            model(**make_sample(task, source, target)["net_input"])
+        for inputs in islice(model_inputs(options, model, task), options.sentences):
+            model(**inputs)
             for name, layer in layers:
                 load[name] += layer.routing.statistics()["load"].sum(0).float()
     return {name: tokens.tolist() for name, tokens in load.items()}
+
+
+def model_inputs(options: argparse.Namespace, model: Any, task: Any) -> Iterator[Dict[str, Any]]:
+    """What the model's forward takes, for one sentence after the other. Raises ConfigurationError for the wrong files."""
+    from fairseq_sparsemixer.fidelity.trained import make_sample, read_sentences, translates
+    from fairseq_sparsemixer.generation import read_sentences as read_text
+
+    if translates(model):
+        if not options.target:
+            raise ConfigurationError(f"{options.checkpoint} is a translation model; give --target FILE beside --text")
+        return (make_sample(task, *pair)["net_input"] for pair in read_sentences(options.text, options.target))
+    if options.target:
+        raise ConfigurationError(f"--target {options.target} is for translation models, and {options.checkpoint} is none")
+    lines = [line for line in read_text(Path(options.text)) if line.strip()]
+    if not lines:
+        raise ConfigurationError(f"--text {options.text} holds no sentence")
+    return (text_input(model, task, line) for line in lines)
+
+
+def text_input(model: Any, task: Any, line: str) -> Dict[str, Any]:
+    """A sentence as fairseq's tasks give it to a language model (after an end of sentence) or masked one (between its marks)."""
+    words = task.source_dictionary
+    tokens = words.encode_line(line, add_if_not_exist=False).long().unsqueeze(0)  # [1, T]
+    if hasattr(model, "decoder"):
+        return {"src_tokens": tokens.roll(1, dims=1)[:, : model.max_positions()]}
+    tokens = tokens.new_tensor([[words.bos(), *tokens[0].tolist()]])
+    return {"src_tokens": tokens[:, : model.max_positions()], "features_only": True}
 
 
 def print_report(report, load: Optional[Dict[str, List[float]]], console: Console) -> None:
@@ -80,8 +109,9 @@ def print_report(report, load: Optional[Dict[str, List[float]]], console: Consol
     console.print(parts)
     if not report.layers:
         return
-    columns = ["layer", "experts", "M", "H", "parameters", "router cosine", "expert cosine"]
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ["experts", "M", "H", "parameters", "router cosine", "expert cosine"]
+    layer_name = Column("layer", overflow="fold")  # cut short, the names of layers would all be the same
+    table = Table(layer_name, *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for layer in report.layers:
         cells = [layer.name, f"{layer.num_experts}", f"{layer.model_dim}", f"{layer.hidden_dim}", f"{layer.parameters:,}"]
         cells += ["-" if value is None else f"{value:.3f}" for value in (layer.router_similarity, layer.expert_similarity)]

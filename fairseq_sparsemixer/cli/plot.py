@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fairseq_sparsemixer.cli.json_file import write_json
 from fairseq_sparsemixer.runs import read_run
@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> None:
     plot_valid_loss(runs, options.out / "valid_loss.png")
     with_load = plot_expert_load(runs, options.out / "expert_load.png")
     figures = [run.figures() for run in runs]
-    table = Table(*(name.replace("_", " ") for name in COLUMNS))
+    first, *others = (name.replace("_", " ") for name in COLUMNS)
+    table = Table(Column(first, overflow="fold"), *others)  # cut short, the names of runs would be the same
     for row in figures:
         table.add_row(*("-" if row[name] is None else form.format(row[name]) for name, form in COLUMNS.items()))
     console = Console()

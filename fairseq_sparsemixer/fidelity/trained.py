@@ -62,6 +62,8 @@ def trained_problem(
     """
     sentences = read_sentences(text, target)
     model, criterion, task = load_model(checkpoint, data_bin)
+    if not translates(model):
+        raise ConfigurationError(f"{checkpoint} is no translation model; give a checkpoint of transformer_moe")
     name, moe = find_layer(model, layer, checkpoint)
     scenes: List[Scene] = []
     tokens = 0
@@ -112,11 +114,14 @@ def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.
         raise ConfigurationError(
             f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder by --data-bin"
         ) from None
-    if not hasattr(models[0], "encoder") or not hasattr(models[0], "decoder"):
-        raise ConfigurationError(f"{checkpoint} is no translation model; give a checkpoint of transformer_moe")
     if "moe_load_file" in cfg.criterion:
         cfg.criterion.moe_load_file = None
     return models[0].double().eval().requires_grad_(False), task.build_criterion(cfg.criterion), task
+
+
+def translates(model: nn.Module) -> bool:
+    """Whether the model has a source and a target."""
+    return hasattr(model, "encoder") and hasattr(model, "decoder")
 
 
 def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple[str, MoELayer]:

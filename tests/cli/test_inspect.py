@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.errors import ConfigurationError
 
 
 def test_shows_experts_parameters_flops_and_load_and_writes_them(trained, tmp_path, capsys):
@@ -27,7 +28,7 @@ def test_the_file_alone_is_enough(trained, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--text", "a.en"], "give both --text FILE and --target FILE"),
+        (["--target", "a.de"], "--target a.de needs the sentences that it translates; give --text FILE"),
         (["--sentences", "0"], "--sentences 0 must be at least 1"),
         ([], "does not exist"),
     ],
@@ -36,3 +37,42 @@ def test_bad_flags_end_with_one_sentence(flags, message):
     with pytest.raises(SystemExit, match="fairseq-sparsemixer: ") as stopped:
         main(["inspect", "missing.pt", *flags])
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_the_wrong_side_of_text_is_named(trained):
+    flags, checkpoint = trained
+    with pytest.raises(ConfigurationError, match="m.pt is a translation model; give --target FILE"):
+        main(["inspect", str(checkpoint), *flags[2:4]])
+
+
+@pytest.mark.parametrize("task, criterion, arch, mark", [
+    ("language_modeling", "moe_cross_entropy", "transformer_lm_moe_tiny", 0),
+    ("masked_lm", "moe_masked_lm", "roberta_moe_tiny", 1),
+    ("masked_lm", "electra", "electra_moe_tiny", 1),
+])  # fmt: skip
+def test_the_load_of_a_model_of_one_side_is_of_the_words_and_marks(
+    task, criterion, arch, mark, run_fairseq, dictionary, tmp_path, capsys
+):
+    text = tmp_path / "train"
+    text.write_text("w1 w2 w3 w4\nw5 w6\n", encoding="utf-8")
+    dictionary.save(str(tmp_path / "words"))
+    prefixes = ["--trainpref", text, "--validpref", text, "--srcdict", tmp_path / "words"]
+    run_fairseq("preprocess", "--only-source", *prefixes, "--destdir", tmp_path / "bin")
+    run_fairseq(
+        "train", tmp_path / "bin", "--task", task, "--criterion", criterion, "--arch", arch, "--num-experts", 4,
+        "--tokens-per-sample", 16, "--batch-size", 1, "--required-batch-size-multiple", 1, "--max-update", 1,
+        "--optimizer", "adam", "--save-dir", tmp_path, *(["--mask-prob", 0.5] if mark else []),
+    )  # fmt: skip
+    checkpoint = str(tmp_path / "checkpoint_last.pt")
+    capsys.readouterr()
+    assert main(["inspect", checkpoint, "--text", str(text), "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert list(report["load"]) == [layer["name"] for layer in report["layers"]]
+    assert {sum(load) for load in report["load"].values()} == {6 + 2 * (1 + mark)}
+    printed = "".join(capsys.readouterr().out.split())
+    assert all(layer["name"] in printed for layer in report["layers"])
+    with pytest.raises(ConfigurationError, match="is for translation models"):
+        main(["inspect", checkpoint, "--text", str(text), "--target", str(text)])
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ConfigurationError, match="empty holds no sentence"):
+        main(["inspect", checkpoint, "--text", str(tmp_path / "empty")])
