@@ -95,7 +95,7 @@ def _require_room(batch_tokens: int, room: int, world_size: int, what: str, need
         crowded = batch_tokens // world_size < needed
         remedy = f"use at most {batch_tokens // needed} devices" if crowded else f"give --device-tokens {2 * needed} or more"
         raise ConfigurationError(
-            f"{world_size} devices leave {room} of {batch_tokens:,} tokens to each, less than {what} {needed}; {remedy}"
+            f"{room} of {batch_tokens:,} tokens would go to each of {world_size} devices, less than {what} {needed}; {remedy}"
         )
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study's file, and where it runs."""
     parser.add_argument("spec", metavar="SPEC", type=Path, help="the study, a YAML file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs, tables and plots")
-    parser.add_argument("--workers", type=int, help="runs at the same time (default: one a GPU, or one a CPU core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="runs at the same time (default: one a GPU, or one a CPU core)")
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and run nothing")
     parser.add_argument("--report-only", action="store_true", help="report the finished runs and start none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too, beside DIR/results.json")

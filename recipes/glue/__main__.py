@@ -133,13 +133,14 @@ def starting_point(session: Session) -> Path:
 
 
 def number_of_updates(session: Session) -> int:
-    """As many as make the epochs of the paper; 1 where --dry-run finds no data."""
+    """As many as make the epochs of the paper; those of one batch an epoch where --dry-run finds no data, which it says."""
     session.needs(session.data, "prepare")
-    path = session.data / SIZES
+    path, epochs = session.data / SIZES, EPOCHS.get(session.options.task, 3)
     if not path.is_file():
-        return 1
+        session.say(f"{epochs} epochs; the updates below are of {EXAMPLES} examples, as the task is not prepared yet")
+        return epochs
     examples = json.loads(path.read_text(encoding="utf-8"))["train"]
-    return math.ceil(examples / EXAMPLES) * EPOCHS.get(session.options.task, 3)
+    return math.ceil(examples / EXAMPLES) * epochs
 
 
 def task_settings(task: str) -> Dict[str, Any]:

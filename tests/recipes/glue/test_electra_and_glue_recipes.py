@@ -35,6 +35,7 @@ def test_fine_tuning_starts_from_it_and_ends_with_the_tasks_metric(pretrained, t
     folder = tmp_path / "STS-B"
     results = json.loads((folder / "sparsemixer-e2-seed1-valid-results.json").read_text())
     assert results["split"] == "valid" and results["loss"] >= 0
+    assert results["pearson_and_spearman"] == pytest.approx((results["pearson"] + results["spearman"]) / 2, abs=0.1)  # rounded
     assert "loaded checkpoint" in (folder / "sparsemixer-e2-seed1" / "console.log").read_text().lower()
 
 
@@ -54,6 +55,8 @@ def test_the_plan_of_each_task_is_said(task, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"GLUE/{task}" in said and "checkpoint.finetune_from_model=" in said and "fairseq-validate" in said
     assert ("valid1" in said) == (task == "MNLI")
+    epochs = 10 if task in ("RTE", "STS-B") else 3
+    assert f"{epochs} epochs; the updates below are of 32 examples" in said and f"optimization.max_update={epochs} " in said
 
 
 def test_a_tasks_flags_become_settings_of_their_groups():
