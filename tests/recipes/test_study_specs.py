@@ -23,7 +23,7 @@ def test_a_recipes_study_has_flags_that_fairseq_train_takes(spec, tmp_path):
     if "reference" in content["test"]:
         reference = copy.parent / content["test"]["reference"]
         reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.touch()
+        reference.write_text("Ein Satz.\n", encoding="utf-8")
     study = read_study(copy)
     for router in study.routers:
         run = next(run for run in study.runs() if run.router == router)
