@@ -81,10 +81,13 @@ def _mean_and_deviation(values: List[Optional[float]]) -> Optional[Dict[str, Opt
 
 
 def _baseline(study: Study, groups: List[Dict[str, Any]], group: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """The baseline's group with as many experts; a dense model is set against each baseline's smallest."""
+    """The baseline's group with as many experts. A dense model is set against the baseline with the fewest, and where the
+    baseline is dense, all are set against that one.
+    """
     candidates = [other for other in groups if other["router"] == study.baseline]
-    same = [other for other in candidates if other["num_experts"] == group["num_experts"]]
-    return next(iter(same or (candidates if group["num_experts"] is None else [])), None)
+    same = [other for other in candidates if other["num_experts"] in (group["num_experts"], None)]
+    fewest = sorted(candidates, key=lambda other: other["num_experts"] or 0) if group["num_experts"] is None else []
+    return next(iter(same or fewest), None)
 
 
 def _race(members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Dict[str, Optional[float]]:

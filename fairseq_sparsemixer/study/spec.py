@@ -93,19 +93,25 @@ def read_study(path: Path) -> Study:
         title=str(content["title"]),
         data=(path.parent / str(content["data"])).resolve(),
         flags=_flags(path, "flags", content["flags"]),
-        routers={name: _flags(path, f"routers: {name}", flags) for name, flags in dict(content["routers"]).items()},
+        routers={
+            name: _flags(path, f"routers: {name}", flags) for name, flags in _mapping(path, "routers", content["routers"]).items()
+        },
         num_experts=_integers(path, "num-experts", content["num-experts"]),
         seeds=_integers(path, "seeds", content["seeds"]),
         baseline=str(content["baseline"]),
-        test=None if content.get("test") is None else _test(path, content["test"]),
+        test=None if content.get("test") is None else _test(path, _mapping(path, "test", content["test"])),
     )
     _require(path, study.routers, "names no routers")
+    for name in study.routers:
+        _require(path, Path(str(name)).name == str(name), f"has routers: {name}, which cannot name a folder; give another name")
     _require(path, study.baseline in study.routers, f"has baseline: {study.baseline}, which is none of its routers")
     _require(path, study.data.is_dir(), f"has data: {content['data']}, and there is no folder {study.data}; prepare it first")
     return study
 
 
 def _test(path: Path, content: Dict[str, Any]) -> Test:
+    unknown = set(content) - {entry.name for entry in fields(Test)}
+    _require(path, not unknown, f"has test: {_first(unknown)}, an unknown key; known are metric, reference, flags")
     metric = content.get("metric")
     _require(path, metric in METRICS, f"has test: metric: {metric}; choose from {_list(METRICS)}")
     reference = content.get("reference")
@@ -114,12 +120,16 @@ def _test(path: Path, content: Dict[str, Any]) -> Test:
         reference = (path.parent / str(reference)).resolve()
         _require(path, reference.is_file(), f"has test: reference: {content['reference']}, and there is no file {reference}")
         _require(path, read_sentences(reference), f"has test: reference: {content['reference']}, which is empty")
-    return Test(metric, reference, dict(content.get("flags") or {}))
+    return Test(metric, reference, _mapping(path, "test: flags", content.get("flags")))
+
+
+def _mapping(path: Path, key: str, value: Any) -> Dict[str, Any]:
+    _require(path, value is None or isinstance(value, dict), f"has {key}: {value}; give keys with values, as in key: value")
+    return dict(value or {})
 
 
 def _flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
-    _require(path, isinstance(flags or {}, dict), f"has {key} that is no mapping of flags to values")
-    flags = dict(flags or {})
+    flags = _mapping(path, key, flags)
     taken = set(flags) & set(OURS)
     _require(path, not taken, f"has {key}: {_first(taken)}, which the study sets itself; take it out")
     return flags
@@ -128,6 +138,7 @@ def _flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
 def _integers(path: Path, key: str, values: Any) -> List[int]:
     good = isinstance(values, list) and values and all(isinstance(value, int) and value > 0 for value in values)
     _require(path, good, f"has {key}: {values}; give a list of positive integers")
+    _require(path, len(values) == len(set(values)), f"has {key}: {values}; give each number once")
     return values
 
 

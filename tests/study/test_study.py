@@ -12,6 +12,7 @@ import yaml
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.study import runner
+from fairseq_sparsemixer.study.results import _baseline, gather
 from fairseq_sparsemixer.study.spec import read_study
 
 SPEC = {
@@ -87,6 +88,25 @@ def test_a_study_reports_means_deviations_and_speed_up_over_the_baseline(study, 
     assert "| sparsemixer | 2 | 2 | 4.015 ± 0.007 | 100.00 ± 0.00 |" in table and table in capsys.readouterr().out
     for name in ("curves.png", "speedup.png", "load.png"):
         assert (out / name).stat().st_size > 1000
+
+
+def test_a_dense_baseline_is_that_of_every_number_of_experts(study, tmp_path):
+    study.write_text(study.read_text().replace("baseline: switch", "baseline: dense"))
+    runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    assert main(["study", str(study), "--out", str(tmp_path / "out"), "--report-only"]) == 0
+    groups = {group["group"]: group for group in json.loads((tmp_path / "out" / "results.json").read_text())["groups"]}
+    assert groups["sparsemixer-e2"]["to_baseline"]["updates"] == pytest.approx(0.25)  # falls four times as fast
+    assert groups["switch-e2"]["to_baseline"]["updates"] == pytest.approx(0.5)
+    assert "bleu_p_value" in groups["switch-e2"] and "bleu_p_value" not in groups["dense"]
+
+
+def test_a_dense_model_is_set_against_the_baseline_with_the_fewest_experts(study, tmp_path):
+    study.write_text(study.read_text().replace("num-experts:\n- 2", "num-experts:\n- 4\n- 2"))
+    runner.run_study(read_study(study), tmp_path / "out", workers=2)
+    gathered = gather(read_study(study), tmp_path / "out")
+    groups = {group["group"]: group for group in gathered["groups"]}
+    assert list(groups) == ["dense", "switch-e4", "switch-e2", "sparsemixer-e4", "sparsemixer-e2"]
+    assert _baseline(read_study(study), gathered["groups"], groups["dense"]) is groups["switch-e2"]
 
 
 def test_a_run_that_failed_is_named_and_run_again_while_finished_ones_are_left_alone(study, tmp_path, capsys):
