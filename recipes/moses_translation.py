@@ -67,7 +67,8 @@ def prepare_pieces(
     text = text_folder(session)
     after = session.needs(text, "prepare")
     settings = {"text": after, "vocabulary": vocabulary, "longest": longest, "ratio": ratio}
-    does = f"{vocabulary:,} sentencepiece BPE pieces, sides of at most {longest} pieces and {ratio} times the other"
+    limits = "" if math.isinf(longest) else f", sides of at most {longest} pieces and {ratio} times the other"
+    does = f"{vocabulary:,} sentencepiece BPE pieces{limits}"
     arguments = text / "tokens", languages, vocabulary, longest, ratio, 1 if session.options.smoke else session.options.workers
     session.step("data", session.data, settings, f"{does}; fairseq-preprocess", _make_data, *arguments)
 

@@ -124,7 +124,9 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser.add_argument("action", choices=("prepare", "train", "evaluate"), help="the three parts, in this order")
     parser.add_argument("--raw-dir", type=Path, metavar="DIR", help="raw data that is there already: nothing is downloaded")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of everything made (default: runs/{recipe.name})")
-    parser.add_argument("--dry-run", action="store_true", help="say what each step would do, and print its commands")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what each step would do; of train and evaluate, print the command"
+    )
     parser.add_argument("--smoke", action="store_true", help="a size that runs on a CPU in two minutes")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that prepare text")
     group = parser.add_argument_group("train and evaluate")

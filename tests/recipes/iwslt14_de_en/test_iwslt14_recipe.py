@@ -44,4 +44,4 @@ def test_the_plan_says_every_step(tmp_path, capsys):
     for action in ("prepare", "train", "evaluate"):
         main(RECIPE, [action, "--dry-run", "--gpus", "1", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "de-en.tgz" in said and "10,000 sentencepiece BPE pieces" in said and "fairseq-generate" in said
+    assert "de-en.tgz" in said and "10,000 sentencepiece BPE pieces; fairseq-preprocess" in said and "fairseq-generate" in said
