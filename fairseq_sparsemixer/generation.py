@@ -1,4 +1,4 @@
-"""What fairseq-generate prints, and the text that it is held against."""
+"""What fairseq-generate and fairseq-eval-lm print, and the text that it is held against."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,14 @@ from typing import List, Optional, Tuple
 from fairseq_sparsemixer.errors import ConfigurationError
 
 HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)")  # D-<number> <tab> score <tab> text
+
+PERPLEXITY = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")  # fairseq-eval-lm's last words
+
+
+def read_perplexity(text: str) -> Optional[Tuple[float, float]]:
+    """(loss in bits, perplexity) where fairseq-eval-lm says them in the text, else None."""
+    found = PERPLEXITY.search(text)
+    return found and (float(found.group(1)), float(found.group(2)))
 
 
 def read_hypothesis(line: str) -> Optional[Tuple[int, str]]:

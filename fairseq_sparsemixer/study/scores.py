@@ -1,16 +1,13 @@
 """The test score of one run, read from what fairseq-generate or fairseq-eval-lm printed."""
 
-import re
 from pathlib import Path
 from typing import Any, Dict, List
 
 from sacrebleu.metrics import BLEU
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.generation import read_hypothesis, read_sentences
+from fairseq_sparsemixer.generation import read_hypothesis, read_perplexity, read_sentences
 from fairseq_sparsemixer.study.spec import Test
-
-PERPLEXITY = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")
 
 
 def score(test: Test, output: Path) -> Dict[str, Any]:
@@ -25,10 +22,11 @@ def score(test: Test, output: Path) -> Dict[str, Any]:
         bleu = BLEU()
         value = bleu.corpus_score(hypotheses, [references]).score
         return {"score": round(value, 3), "signature": str(bleu.get_signature()), "sentences": len(references)}
-    found = PERPLEXITY.search(output.read_text(encoding="utf-8", errors="replace"))
+    found = read_perplexity(output.read_text(encoding="utf-8", errors="replace"))
     if found is None:
         raise ConfigurationError(f"{output} holds no perplexity; see what fairseq-eval-lm says there")
-    return {"score": float(found.group(2)), "bits": float(found.group(1))}
+    bits, perplexity = found
+    return {"score": perplexity, "bits": bits}
 
 
 def read_hypotheses(output: Path) -> List[str]:

@@ -3,12 +3,12 @@
 Experts in every second layer; perplexity per word of the test set, with at least 400 words of context (--context-window).
 """
 
-import re
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 from rich.console import Console
 
+from fairseq_sparsemixer.generation import read_perplexity
 from recipes import smoke
 from recipes.binarisation import text_command
 from recipes.progress import run_program, script
@@ -25,7 +25,6 @@ MEMBERS = {split: f"wikitext-103/wiki.{split}.tokens" for split in ("train", "va
 BATCH_TOKENS = 8 * 3 * 3072  # 8 GPUs, 3 micro-batches
 DEVICE_TOKENS = 3072
 CONTEXT = 400  # words before each that is scored, of windows of 512
-RESULT = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")  # fairseq-eval-lm's last words
 
 # --smoke: WikiText-2's test part, words that occur five times
 SMOKE_THRESHOLD = 5
@@ -89,8 +88,8 @@ def evaluate(session: Session) -> None:
 
 def read_result(line: str) -> Optional[Dict[str, Any]]:
     """The figures of fairseq-eval-lm's last line."""
-    match = RESULT.search(line)
-    return {"loss_in_bits": float(match.group(1)), "perplexity": float(match.group(2))} if match else None
+    found = read_perplexity(line)
+    return dict(zip(("loss_in_bits", "perplexity"), found)) if found else None
 
 
 RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
