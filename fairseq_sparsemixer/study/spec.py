@@ -27,6 +27,7 @@ from fairseq_sparsemixer.gates import DENSE
 from fairseq_sparsemixer.generation import read_sentences
 
 METRICS = ("bleu", "perplexity")
+NEEDED_OFF = ("disable-validation", "no-save")
 OURS = ("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file", "restore-file")
 
 
@@ -132,6 +133,10 @@ def _flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
     flags = _mapping(path, key, flags)
     taken = set(flags) & set(OURS)
     _require(path, not taken, f"has {key}: {_first(taken)}, which the study sets itself; take it out")
+    for flag in NEEDED_OFF:
+        _require(
+            path, not flags.get(flag), f"has {key}: {flag}, and compares validation losses and best checkpoints; take it out"
+        )
     return flags
 
 

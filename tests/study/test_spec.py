@@ -54,6 +54,8 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(num_experts=4), "positive integers"),
         (dict(baseline="glam"), "baseline: glam"),
         (dict(data="nowhere"), "no folder"),
+        (dict(flags={"disable-validation": True}), "flags: disable-validation"),
+        (dict(flags={"no-save": True}), "flags: no-save"),
         (dict(flags={"save-dir": "x"}), "save-dir, which the study sets itself"),
         (dict(routers={}), "names no routers"),
         (dict(routers=["switch"]), "routers: ['switch']; give keys with values"),
