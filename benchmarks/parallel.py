@@ -20,7 +20,6 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import measuring
-from benchmarks.measuring import growth_exponent
 from fairseq_sparsemixer.gradients import reduce_expert_gradients
 from fairseq_sparsemixer.moe_layer import build_moe_layer, spread_experts
 from fairseq_sparsemixer.parallel import Clock, form_expert_group
@@ -80,11 +79,13 @@ def growth(lines: List[Dict[str, Any]]) -> Dict[str, float]:
     if len(spread) < 2:
         return {}
     ranks = [line["ranks"] for line in spread]
-    fits = {figure: growth_exponent(ranks, [line[figure] for line in spread]) for figure in ("ms_per_update", "expert_mib")}
+    fits = {
+        figure: measuring.growth_exponent(ranks, [line[figure] for line in spread]) for figure in ("ms_per_update", "expert_mib")
+    }
     crossing = [line for line in spread if line["ranks"] > 1]
     if len(crossing) > 1:
         figure = "bytes_sent_per_token"
-        fits[figure] = growth_exponent([line["ranks"] for line in crossing], [line[figure] for line in crossing])
+        fits[figure] = measuring.growth_exponent([line["ranks"] for line in crossing], [line[figure] for line in crossing])
     return {figure: round(exponent, 3) for figure, exponent in fits.items()}
 
 

@@ -175,8 +175,7 @@ def _require_fit(skeleton: nn.Module, mapping: Dict[str, List[str]], weights: Di
     expected = skeleton.state_dict()
     buffers = {name for name, _ in skeleton.named_buffers()}
     for name, theirs in mapping.items():
-        shape = expected[name].shape[1:] if EXPERTS in name else expected[name].shape
-        shape = shape[::-1] if EXPERTS in name else shape
+        shape = expected[name].shape[1:][::-1] if EXPERTS in name else expected[name].shape  # of one expert, transposed
         for their_name in theirs:
             if name not in buffers and (their_name not in weights or weights[their_name].shape != shape):
                 found = f"of {tuple(weights[their_name].shape)}" if their_name in weights else "missing"

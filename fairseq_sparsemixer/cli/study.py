@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Run what is missing, then report. Exit status 1 when a run failed, 130 after an interruption."""
     from fairseq_sparsemixer.cli.json_file import write_json
     from fairseq_sparsemixer.errors import ConfigurationError
+    from fairseq_sparsemixer.files import write_whole
     from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm
     from fairseq_sparsemixer.study import plots, report, results
     from fairseq_sparsemixer.study.commands import train_command
@@ -56,9 +57,10 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"no run of {options.spec} is finished in {options.out}" + "".join(f"; {f}" for f in failures))
     for path in filter(None, (options.out / "results.json", options.json)):
         write_json(path, gathered)
-    (options.out / "results.md").write_text(report.markdown(gathered), encoding="utf-8")
+    table = report.markdown(gathered)
+    write_whole(options.out / "results.md", table)
     plots.draw(study, gathered, options.out)
-    print(report.markdown(gathered))
+    print(table)
     for failure in failures:
         print(failure)
     return 1 if failures else 0
