@@ -50,8 +50,8 @@ def groups_of(counts: Sequence[int], rounded: bool = False) -> List[Group]:
 
 
 def _round_up(count: int) -> int:
-    """To one of about sixteen sizes between a number and its double."""
-    step = max(8, 1 << max(count.bit_length() - 5, 0))
+    """To one of sixteen sizes between a power of two and the next; below 32 every number is one."""
+    step = 1 << max(count.bit_length() - 5, 0)
     return -(-count // step) * step
 
 
