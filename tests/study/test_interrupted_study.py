@@ -65,6 +65,7 @@ def finished(out: Path):
 
 
 def run_played(spec: Path, out: Path) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as these tests may be, ignores it
     runner.executable = played(spec.parent / "player.py")
     return main(["study", str(spec), "--out", str(out), "--workers", "1"])
 
