@@ -17,6 +17,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import DENSE, build_gate
 from fairseq_sparsemixer.models.architectures import fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, router_options
+from fairseq_sparsemixer.models.fast_path import without_copies
 
 FIRST_WEIGHT, EXPERTS, PROJECTION = ".experts.weight_in", ".experts.", ".gate.projection.weight"
 PARTS = ("generator", "encoder", "decoder")
@@ -77,7 +78,8 @@ def inspect_checkpoint(path: str) -> CheckpointReport:
             f"{path} is one file of a sharded checkpoint, without the experts of other ranks;"
             " make one file of all: fairseq-sparsemixer reshard IN OUT --portable"
         )
-    weights = distinct_tensors(state["model"])
+    model = without_copies(state["model"])
+    weights = distinct_tensors(model)
     layers = [layer_report(weights, name) for name in weights if name.endswith(FIRST_WEIGHT)]
     options = model_options(state)
     router = getattr(options, "router", DENSE) if layers else DENSE
@@ -89,7 +91,7 @@ def inspect_checkpoint(path: str) -> CheckpointReport:
         updates=_updates(state),
         parameters=total,
         active=active,
-        parts=part_reports(state["model"], router, top_k),
+        parts=part_reports(model, router, top_k),
         layers=layers,
     )
 

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.experts import Experts
 from fairseq_sparsemixer.gates import Routing, build_gate
@@ -84,6 +85,13 @@ class MoELayer(MOELayer):
         self.experts.keep(ranks.index * self.num_local_experts, self.num_local_experts)
         for parameter in self.experts.parameters():
             parameter.expert = True
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks each module first
+        raise ConfigurationError(
+            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or"
+            " --router dense"
+        )
 
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along, nor its idleness

@@ -28,6 +28,7 @@ from fairseq_sparsemixer.checkpoints.layout import COPIES_OF_MODEL, EXPERTS, LAY
 from fairseq_sparsemixer.checkpoints.optimizer_state import Unmapped, map_optimizer_state
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.models.config import MoEOptions
+from fairseq_sparsemixer.models.fast_path import without_copies
 from fairseq_sparsemixer.models.transformer_moe import TransformerMoEModel
 
 ROUTERS = {"sparsemixer": "sparsemixer", "switchgate": "switch"}  # theirs, in lower case as they look it up, and ours
@@ -184,7 +185,7 @@ def _require_fit(skeleton: nn.Module, mapping: Dict[str, List[str]], weights: Di
                     " it is no checkpoint of microsoft/SparseMixer's example, or a changed one"
                 )
     used = {name for theirs in mapping.values() for name in theirs}
-    for name in weights:
+    for name in without_copies(weights):
         if not (name in used or UNUSED_ROUTER.fullmatch(name) or BUFFER.fullmatch(name)):
             raise ConfigurationError(
                 f"the checkpoint has {name}, which microsoft/SparseMixer's example has not by the same arguments;"

@@ -22,6 +22,7 @@ from fairseq_sparsemixer.checkpoints.layout import COPIES_OF_MODEL, EXPERTS
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import DENSE, build_gate
 from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_options
+from fairseq_sparsemixer.models.fast_path import without_copies
 from fairseq_sparsemixer.models.moe_block import MoEDecoderLayer, MoEEncoderLayer
 from fairseq_sparsemixer.models.transformer_moe import TransformerMoEConfig
 
@@ -110,7 +111,7 @@ def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
 
 def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed: int) -> Dict[str, Tensor]:
     """Dense weights by name -> weights with experts in every layer that routes."""
-    result = dict(weights)
+    result = without_copies(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in sorted(weights):

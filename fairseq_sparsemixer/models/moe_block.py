@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.gates import DENSE
 from fairseq_sparsemixer.models.config import router_options
+from fairseq_sparsemixer.models.fast_path import NoFastPath
 from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer
 
 
@@ -29,7 +30,17 @@ def expert_dropout(cfg: Any) -> float:
     return float(cfg.activation_dropout or cfg.relu_dropout or 0)
 
 
-class _FeedForward(nn.Module):
+class _NoWeights:
+    """Mixed into what stands for fc1 and fc2: fairseq 0.12.2's encoder layer asks for their weights' shapes (see fast_path)."""
+
+    weight = bias = torch.empty(0)
+
+
+class _NoLayer(_NoWeights, nn.Identity):
+    """In fc2's place."""
+
+
+class _FeedForward(_NoWeights, nn.Module):
     """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask and the ids are left here beforehand."""
 
     def __init__(self, moe: MoELayer):
@@ -78,7 +89,7 @@ class _MoEBlock:
         )
 
     def build_fc2(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
-        return nn.Identity()
+        return _NoLayer()
 
     def _run(self, forward: Callable, padding_mask: Optional[Tensor], *args, **kwargs):
         """fairseq's forward, with the padding mask [B, T] at hand as the layer's x [T, B, M] needs it."""
@@ -97,7 +108,7 @@ class _MoEBlock:
             return checkpoint(with_mask, *args, use_reentrant=False, **kwargs)
 
 
-class MoEEncoderLayer(_MoEBlock, TransformerEncoderLayerBase):
+class MoEEncoderLayer(_MoEBlock, NoFastPath, TransformerEncoderLayerBase):
     """fairseq's encoder layer with experts."""
 
     def __init__(self, cfg: Any, return_fc: bool = False):

@@ -1,7 +1,8 @@
 """`transformer_moe`: fairseq's encoder-decoder transformer with experts in every n-th layer of both stacks."""
 
+import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Type
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed import fsdp_wrap
@@ -13,10 +14,12 @@ from fairseq.models.transformer import (
     TransformerModel,
     transformer_legacy,
 )
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.models.architectures import fill_defaults
 from fairseq_sparsemixer.models.config import MoEOptions, check_options
+from fairseq_sparsemixer.models.fast_path import DenseEncoderLayer
 from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import (
@@ -40,18 +43,34 @@ def wrap_for_fsdp(cfg: Any, layer: nn.Module) -> nn.Module:
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
+def as_class(module: nn.Module, base: Type[nn.Module]) -> nn.Module:
+    """What TorchScript compiles, which cannot call super(): the same module, less the methods of ours that serve experts.
+
+    Where there are experts, MoELayer refuses.
+    """
+    plain = copy.copy(module)
+    plain.__class__ = base
+    return plain
+
+
 class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
     """fairseq's encoder; every n-th layer has experts."""
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
-        if not self.routes_next_layer(cfg):
-            return super().build_encoder_layer(cfg)
-        return wrap_for_fsdp(cfg, MoEEncoderLayer(cfg, return_fc=self.return_fc))
+        if self.routes_next_layer(cfg):
+            return wrap_for_fsdp(cfg, MoEEncoderLayer(cfg, return_fc=self.return_fc))
+        layer = DenseEncoderLayer(cfg, return_fc=self.return_fc)
+        if cfg.checkpoint_activations:
+            layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+        return wrap_for_fsdp(cfg, layer)
 
     def forward_embedding(self, src_tokens: Tensor, *args, **kwargs):
         """See TransformerEncoderBase; the place where token ids are known."""
         hand_down_token_ids(self.layers, src_tokens)
         return super().forward_embedding(src_tokens, *args, **kwargs)
+
+    def __prepare_scriptable__(self) -> TransformerEncoderBase:
+        return as_class(self, TransformerEncoderBase)
 
 
 class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
@@ -70,6 +89,9 @@ class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
         """See TransformerDecoderBase; token by token, its layers see the last one alone."""
         hand_down_token_ids(self.layers, prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:])
         return super().extract_features(prev_output_tokens, encoder_out, incremental_state, **kwargs)
+
+    def __prepare_scriptable__(self) -> TransformerDecoderBase:
+        return as_class(self, TransformerDecoderBase)
 
 
 @register_model("transformer_moe")
