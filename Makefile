@@ -1,7 +1,10 @@
 # make test, make quickstart: each installs into .venv first where that is not done yet.
-# Variables: PYTHON, TORCH_INDEX (see scripts/install.py); RAW, UPDATES, SEED, ROUTERS, OUT (quickstart); ARGS (test, bench).
+# Variables: PYTHON, TORCH, TORCH_INDEX, FAIRSEQ, VENV (see scripts/install.py); RAW, UPDATES, SEED, ROUTERS, OUT (quickstart);
+# ARGS (test, bench).
 
 PYTHON3 ?= python3
+VENV ?= .venv
+export VENV
 
 .PHONY: help install test quickstart bench clean
 
@@ -10,21 +13,22 @@ help:
 	@echo 'make quickstart               train, translate with and compare dense, Switch and SparseMixer: 5 minutes on 2 cores'
 	@echo 'make quickstart RAW=DIR       the same on the raw text of Multi30k; UPDATES=N, SEED=N and ROUTERS="dense ..." change it'
 	@echo 'make bench                    an MoE layer beside a dense one, a minute; ARGS="--preset full" and the like are handed on'
-	@echo 'make install                  what the others do first: everything into .venv'
+	@echo 'make install                  what the others do first: everything into .venv; PYTHON=python3.10, TORCH_INDEX=URL and'
+	@echo '                              FAIRSEQ=ve-fairseq choose, and hold until others are given'
 	@echo 'make clean                    remove .venv and runs/'
 
 install:
 	@$(PYTHON3) scripts/install.py
 
 test: install
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 quickstart: install
-	@.venv/bin/python -m recipes.quickstart $(if $(RAW),--raw-dir "$(RAW)") $(if $(OUT),--out "$(OUT)") \
+	@$(VENV)/bin/python -m recipes.quickstart $(if $(RAW),--raw-dir "$(RAW)") $(if $(OUT),--out "$(OUT)") \
 		$(if $(UPDATES),--updates $(UPDATES)) $(if $(SEED),--seed $(SEED)) $(if $(ROUTERS),--routers $(ROUTERS))
 
 bench: install
-	@.venv/bin/python -m benchmarks.layer $(ARGS)
+	@$(VENV)/bin/python -m benchmarks.layer $(ARGS)
 
 clean:
 	rm -rf .venv runs
