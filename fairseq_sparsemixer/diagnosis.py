@@ -1,16 +1,18 @@
-"""What this machine and installation can do: versions, devices, which fairseq it is, and a layer trained on each device."""
+"""What this machine and installation can do: versions, which fairseq it is, a model run, a layer trained on each device."""
 
 import platform
-import sys
+from argparse import Namespace
 from dataclasses import dataclass
-from importlib import import_module, metadata
-from typing import Callable, List, Optional
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Callable, List
 
 import torch
 from torch import distributed as dist
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.moe_layer import build_moe_layer
+from fairseq_sparsemixer.requirements import providers, remedy_for, version
 
 OK, LIMITED, BROKEN = "ok", "limited", "broken"
 
@@ -31,7 +33,7 @@ def diagnose() -> List[Finding]:
         Finding("fairseq-sparsemixer", OK, f"{fairseq_sparsemixer.__version__} on Python {platform.python_version()}"),
         check_torch(),
         check_fairseq(),
-        check_registration(),
+        check_models(),
         *(check_package(name, remedy) for name, remedy in PACKAGES.items()),
         check_balanced_assignment(),
         check_several_ranks(),
@@ -41,18 +43,10 @@ def diagnose() -> List[Finding]:
 
 PACKAGES = {
     "fairscale": "pip install fairscale==0.4.13",
-    "sacrebleu": "evaluation in BLEU will not work; pip install sacrebleu",
-    "sentencepiece": "subword recipes will not work; pip install sentencepiece",
-    "matplotlib": "plots will not work; pip install matplotlib",
+    "sacrebleu": f"evaluation in BLEU will not work; {remedy_for('tools')}",
+    "sentencepiece": f"subword recipes will not work; {remedy_for('tools')}",
+    "matplotlib": f"plots will not work; {remedy_for('tools')}",
 }
-
-
-def version(distribution: str) -> Optional[str]:
-    """The installed version; None where it is not installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def check_torch() -> Finding:
@@ -66,22 +60,23 @@ def check_torch() -> Finding:
 
 def check_fairseq() -> Finding:
     """Which distribution the import package fairseq comes from, and whether it imports."""
-    wanted = "fairseq-fixed==0.12.3.1" if sys.version_info >= (3, 11) else "fairseq==0.12.2"
-    names = [f"{name} {version(name)}" for name in ("fairseq", "fairseq-fixed") if version(name)]
-    if not names:
-        return Finding("fairseq", LIMITED, "not installed: layers work, training does not", f"pip install {wanted}")
+    names, spec, remedy = providers("fairseq"), find_spec("fairseq"), remedy_for("fairseq")
+    if spec is None:
+        return Finding("fairseq", LIMITED, "not installed: layers work, training does not", remedy)
+    found = " and ".join(names) or f"in {spec.origin}, of no distribution"
+    if names:
+        remedy = f"pip uninstall {' '.join(name.split()[0] for name in names)}, then {remedy}"
     if len(names) > 1:
-        remedy = f"both install the same package; pip uninstall fairseq fairseq-fixed, then pip install {wanted}"
-        return Finding("fairseq", BROKEN, " and ".join(names), remedy)
+        return Finding("fairseq", BROKEN, found, f"they install the same package over each other; {remedy}")
     try:
         import_module("fairseq.models")
     except Exception as error:  # whatever a fairseq of another Python or torch stumbles over
-        return Finding("fairseq", BROKEN, f"{names[0]} does not import ({type(error).__name__})", f"pip install {wanted}")
-    return Finding("fairseq", OK, names[0])
+        return Finding("fairseq", BROKEN, f"{found} does not import ({type(error).__name__})", remedy)
+    return Finding("fairseq", OK, found)
 
 
-def check_registration() -> Finding:
-    """Whether fairseq knows our models."""
+def check_models() -> Finding:
+    """Whether fairseq knows our models, and builds and runs them: what imports may still not fit."""
     try:
         registry = import_module("fairseq.models").MODEL_REGISTRY
     except Exception:
@@ -91,7 +86,41 @@ def check_registration() -> Finding:
         return Finding(
             "models", BROKEN, "none registered", "install fairseq first, then import fairseq_sparsemixer in a new process"
         )
-    return Finding("models", OK, ", ".join(sorted(models)))
+    for router in ("dense", "sparsemixer"):
+        try:
+            run_model(router)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            remedy = "this fairseq and this torch do not go together; docs/support.md lists what does"
+            return Finding("models", BROKEN, f"transformer_moe with --router {router} does not run ({reason})", remedy)
+    return Finding("models", OK, f"{', '.join(sorted(models))}: transformer_moe trains and runs")
+
+
+def run_model(router: str) -> None:
+    """Train a tiny transformer_moe on two sentences, one of them padded, and run it as for generation.
+
+    Raises whatever stops it, and ArithmeticError where an output is not finite.
+    """
+    from fairseq.data import Dictionary
+    from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+    from fairseq_sparsemixer.models.transformer_moe import TransformerMoEModel, tiny
+
+    words = Dictionary()
+    word, end, padding = words.add_symbol("word"), words.eos(), words.pad()
+    sizes = {f"{stack}_{size}": 16 for stack in ("encoder", "decoder") for size in ("embed_dim", "ffn_embed_dim")}
+    args = Namespace(router=router, num_experts=2, **sizes)
+    tiny(args)
+    model = TransformerMoEModel.build_model(args, TranslationTask(TranslationConfig(), words, words))
+    source, lengths = torch.tensor([[word, word, end], [padding, word, end]]), torch.tensor([3, 2])
+    target = torch.tensor([[end, word], [end, word]])
+    logits, _ = model(source, lengths, target)
+    logits.sum().backward()
+    model.eval()
+    with torch.no_grad():
+        translated, _ = model(source, lengths, target)
+    if not (logits.isfinite().all() and translated.isfinite().all()):
+        raise ArithmeticError("its output is not finite")
 
 
 def check_package(name: str, remedy: str) -> Finding:
@@ -107,7 +136,7 @@ def check_balanced_assignment() -> Finding:
     for module in ("fairseq.libbase", "scipy.optimize"):
         try:
             import_module(module)
-        except ImportError:
+        except (ImportError, OSError):  # not there, or built against another torch
             continue
         return Finding("--router base", OK, f"assigns with {module}")
     return Finding("--router base", LIMITED, "neither fairseq's libbase nor scipy", "pip install scipy")

@@ -5,6 +5,8 @@ from importlib import import_module
 from typing import List, Optional
 
 import fairseq_sparsemixer
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.requirements import without
 
 COMMANDS = {  # by name, the module
     "user-dir": "user_dir",
@@ -42,4 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run one command; the exit status."""
     options = build_parser().parse_args(arguments)
-    return options.run(options) or 0
+    try:
+        return options.run(options) or 0
+    except ModuleNotFoundError as error:
+        sentence = without(error, options.command)
+        if sentence is None:
+            raise
+        raise ConfigurationError(sentence) from None
