@@ -1,7 +1,37 @@
-"""Defaults of the experts' flags for fairseq's architecture functions."""
+"""Architecture functions: named sets of defaults, for a command line's flags and for a hydra config alike."""
 
+import functools
+from argparse import Namespace
 from dataclasses import fields
-from typing import Any
+from typing import Any, Callable
+
+from fairseq.models import register_model_architecture
+from omegaconf import OmegaConf
+
+Architecture = Callable[[Any], None]
+
+
+def register_architecture(model: str, name: str) -> Callable[[Architecture], Architecture]:
+    """fairseq's register_model_architecture, for a function that may call fairseq's own architecture functions.
+
+    Those ask for getattr(args, name, default). A hydra config of omegaconf 2.0, which fairseq 0.12.2 has, answers None: they
+    are given a Namespace instead.
+    """
+
+    def register(function: Architecture) -> Architecture:
+        @functools.wraps(function)
+        def architecture(args: Any) -> None:
+            if not OmegaConf.is_config(args):
+                return function(args)
+            filled = Namespace(**{key: args[key] for key in args if not OmegaConf.is_missing(args, key)})
+            function(filled)
+            for key, value in vars(filled).items():
+                if key not in args or args[key] != value:
+                    args[key] = value
+
+        return register_model_architecture(model, name)(architecture)
+
+    return register
 
 
 def fill_defaults(args: Any, options: type) -> None:
@@ -12,5 +42,5 @@ def fill_defaults(args: Any, options: type) -> None:
 def fill(args: Any, **defaults: Any) -> None:
     """Give args every one of the defaults that it does not have yet."""
     for name, value in defaults.items():
-        if not hasattr(args, name):
+        if not (name in args if OmegaConf.is_config(args) else hasattr(args, name)):
             setattr(args, name, value)

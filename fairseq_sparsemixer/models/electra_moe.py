@@ -12,7 +12,7 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from fairseq import utils
-from fairseq.models import register_model, register_model_architecture
+from fairseq.models import register_model
 from fairseq.models.roberta.model import RobertaEncoder, RobertaLMHead
 from fairseq.modules import LayerNorm, PositionalEmbedding
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import DENSE
 from fairseq_sparsemixer.models import roberta_moe
-from fairseq_sparsemixer.models.architectures import fill
+from fairseq_sparsemixer.models.architectures import fill, register_architecture
 from fairseq_sparsemixer.models.roberta_moe import RobertaMoEEncoder, RobertaMoEModel
 
 
@@ -215,7 +215,7 @@ def generator_args(args: Any) -> Any:
     return small
 
 
-@register_model_architecture("electra_moe", "electra_moe")
+@register_architecture("electra_moe", "electra_moe")
 def base(args: Any) -> None:
     """ELECTRA-Base (Table 6 of the paper) with experts: 12 layers of width 768, the generator a third as wide."""
     fill(args, generator_size=1 / 3)
@@ -224,13 +224,13 @@ def base(args: Any) -> None:
     fill(args, embedding_dim=args.encoder_embed_dim)
 
 
-@register_model_architecture("electra_moe", "electra_moe_base")
+@register_architecture("electra_moe", "electra_moe_base")
 def base_by_name(args: Any) -> None:
     """The same under its full name."""
     base(args)
 
 
-@register_model_architecture("electra_moe", "electra_moe_small")
+@register_architecture("electra_moe", "electra_moe_small")
 def small(args: Any) -> None:
     """ELECTRA-Small (Table 6) with experts: 12 layers of width 256, embeddings of 128, the generator a quarter as wide."""
     fill(args, encoder_layers=12, encoder_embed_dim=256, encoder_ffn_embed_dim=1024, encoder_attention_heads=4)
@@ -238,7 +238,7 @@ def small(args: Any) -> None:
     base(args)
 
 
-@register_model_architecture("electra_moe", "electra_moe_tiny")
+@register_architecture("electra_moe", "electra_moe_tiny")
 def tiny(args: Any) -> None:
     """2 layers of width 64, embeddings of 32, the generator half as wide; for tests."""
     fill(args, encoder_layers=2, encoder_embed_dim=64, encoder_ffn_embed_dim=128, encoder_attention_heads=2)

@@ -5,9 +5,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Dict
 
+from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.models import register_model, register_model_architecture
+from fairseq.models import register_model
 from fairseq.models.roberta import model as roberta
 from fairseq.models.roberta.model import RobertaEncoder, RobertaModel
 from fairseq.modules import LearnedPositionalEmbedding
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.experts import Experts
 from fairseq_sparsemixer.gates import DENSE
-from fairseq_sparsemixer.models.architectures import fill, fill_defaults
+from fairseq_sparsemixer.models.architectures import fill, fill_defaults, register_architecture
 from fairseq_sparsemixer.models.config import MoEOptions, check_options
 from fairseq_sparsemixer.models.hydra import check_option_names
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
@@ -83,8 +84,10 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
     @classmethod
     def complete(cls, args: Any, task: Any) -> None:
         """Give args what the flags leave open: fairseq's and the experts' defaults, and the length that the task needs."""
-        if not hasattr(args, "max_positions"):
-            args.max_positions = getattr(args, "tokens_per_sample", task.max_positions())
+        if not utils.safe_hasattr(args, "max_positions"):
+            # fairseq 0.12.2's masked_lm task has no maximum of its own, only the setting
+            of_task = task.max_positions() or utils.safe_getattr(task.cfg, "tokens_per_sample")
+            args.max_positions = utils.safe_getattr(args, "tokens_per_sample", of_task)
         if getattr(args, "offload_activations", False):
             args.checkpoint_activations = True
         base(args)
@@ -111,34 +114,34 @@ def check_pruning(args: Any) -> None:
     """Raise ConfigurationError for fairseq's pruning of feed-forward layers, which reads weights that experts do not have."""
     off = {"ffn_reg_scale_factor": 0.0, "ffn_blocks_to_remove": -1}
     for name, value in off.items():
-        if args.router != DENSE and getattr(args, name, value) != value:
+        if args.router != DENSE and utils.safe_getattr(args, name, value) != value:
             raise ConfigurationError(
                 f"--{name.replace('_', '-')} {getattr(args, name)} prunes fairseq's own feed-forward layers; leave it out,"
                 " or use --router dense"
             )
 
 
-@register_model_architecture("roberta_moe", "roberta_moe")
+@register_architecture("roberta_moe", "roberta_moe")
 def base(args: Any) -> None:
     """RoBERTa-base with experts: 12 layers, width 768."""
     fill_defaults(args, MoEOptions)
     roberta.base_architecture(args)
 
 
-@register_model_architecture("roberta_moe", "roberta_moe_base")
+@register_architecture("roberta_moe", "roberta_moe_base")
 def base_by_name(args: Any) -> None:
     """The same under its full name."""
     base(args)
 
 
-@register_model_architecture("roberta_moe", "roberta_moe_tiny")
+@register_architecture("roberta_moe", "roberta_moe_tiny")
 def tiny(args: Any) -> None:
     """2 layers of width 64; for tests."""
     fill(args, encoder_layers=2, encoder_embed_dim=64, encoder_ffn_embed_dim=128, encoder_attention_heads=2)
     base(args)
 
 
-@register_model_architecture("roberta_moe", "roberta_moe_large")
+@register_architecture("roberta_moe", "roberta_moe_large")
 def large(args: Any) -> None:
     """RoBERTa-large with experts: 24 layers, width 1024."""
     fill_defaults(args, MoEOptions)

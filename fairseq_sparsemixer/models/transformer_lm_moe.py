@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.models import register_model, register_model_architecture, transformer_lm
+from fairseq.models import register_model, transformer_lm
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from fairseq_sparsemixer.gates import DENSE
+from fairseq_sparsemixer.models.architectures import register_architecture
 from fairseq_sparsemixer.models.config import MoEOptions, check_options
 from fairseq_sparsemixer.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.models.moe_block import RemembersUpdates
@@ -33,37 +34,37 @@ class TransformerLanguageModelMoE(ChecksCheckpoints, RemembersUpdates, Transform
         return cls(MoEDecoder(cfg, task.target_dictionary, dense.decoder.embed_tokens, no_encoder_attn=True))
 
 
-@register_model_architecture("transformer_lm_moe", "transformer_lm_moe_base")
+@register_architecture("transformer_lm_moe", "transformer_lm_moe_base")
 def base(args: Any) -> None:
     """6 layers of width 512, each normalising its inputs: fairseq's transformer_lm architecture function with experts."""
     transformer_lm.base_lm_architecture(args)
 
 
-@register_model_architecture("transformer_lm_moe", "transformer_lm_moe_tiny")
+@register_architecture("transformer_lm_moe", "transformer_lm_moe_tiny")
 def tiny(args: Any) -> None:
     """fairseq's transformer_lm_gpt2_tiny with experts; for tests."""
     transformer_lm.transformer_lm_gpt2_tiny(args)
 
 
-@register_model_architecture("transformer_lm_moe", "transformer_lm_moe_gpt")
+@register_architecture("transformer_lm_moe", "transformer_lm_moe_gpt")
 def gpt(args: Any) -> None:
     """fairseq's transformer_lm_gpt with experts: 12 layers, width 768, the size of GPT and of GPT-2's smallest."""
     transformer_lm.transformer_lm_gpt(args)
 
 
-@register_model_architecture("transformer_lm_moe", "transformer_lm_moe_gpt2_small")
+@register_architecture("transformer_lm_moe", "transformer_lm_moe_gpt2_small")
 def gpt2_small(args: Any) -> None:
     """fairseq's transformer_lm_gpt2_small with experts: 24 layers, width 1024."""
     transformer_lm.transformer_lm_gpt2_small(args)
 
 
-@register_model_architecture("transformer_lm_moe", "transformer_lm_moe_gpt2_medium")
+@register_architecture("transformer_lm_moe", "transformer_lm_moe_gpt2_medium")
 def gpt2_medium(args: Any) -> None:
     """fairseq's transformer_lm_gpt2_medium with experts: 36 layers, width 1280."""
     transformer_lm.transformer_lm_gpt2_medium(args)
 
 
-@register_model_architecture("transformer_lm_moe", "transformer_lm_moe_wiki103")
+@register_architecture("transformer_lm_moe", "transformer_lm_moe_wiki103")
 def wiki103(args: Any) -> None:
     """fairseq's transformer_lm_wiki103 with experts: adaptive softmax, tied adaptive inputs (arXiv 1809.10853)."""
     transformer_lm.transformer_lm_baevski_wiki103(args)

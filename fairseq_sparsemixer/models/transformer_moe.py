@@ -6,7 +6,7 @@ from typing import Any, Type
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed import fsdp_wrap
-from fairseq.models import register_model, register_model_architecture
+from fairseq.models import register_model
 from fairseq.models.transformer import (
     TransformerConfig,
     TransformerDecoderBase,
@@ -17,7 +17,7 @@ from fairseq.models.transformer import (
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.models.architectures import fill_defaults
+from fairseq_sparsemixer.models.architectures import fill_defaults, register_architecture
 from fairseq_sparsemixer.models.config import MoEOptions, check_options
 from fairseq_sparsemixer.models.fast_path import DenseEncoderLayer
 from fairseq_sparsemixer.models.hydra import check_option_names
@@ -120,20 +120,20 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
         return MoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
-@register_model_architecture("transformer_moe", "transformer_moe")
+@register_architecture("transformer_moe", "transformer_moe")
 def base(args: Any) -> None:
     """The paper's translation model: Transformer-base, experts in every second layer."""
     fill_defaults(args, MoEOptions)
     transformer_legacy.base_architecture(args)
 
 
-@register_model_architecture("transformer_moe", "transformer_moe_base")
+@register_architecture("transformer_moe", "transformer_moe_base")
 def base_by_name(args: Any) -> None:
     """The same under its full name."""
     base(args)
 
 
-@register_model_architecture("transformer_moe", "transformer_moe_glam")
+@register_architecture("transformer_moe", "transformer_moe_glam")
 def glam(args: Any) -> None:
     """GLaM's choices (arXiv 2112.06905) in the base transformer: two experts a token, in every other layer, gated by GELU."""
     preset = {"router": "gshard", "moe_freq": 2, "expert_activation": "geglu"}
@@ -142,21 +142,21 @@ def glam(args: Any) -> None:
     base(args)
 
 
-@register_model_architecture("transformer_moe", "transformer_moe_tiny")
+@register_architecture("transformer_moe", "transformer_moe_tiny")
 def tiny(args: Any) -> None:
     """fairseq's transformer_tiny with experts; for tests."""
     fill_defaults(args, MoEOptions)
     transformer_legacy.tiny_architecture(args)
 
 
-@register_model_architecture("transformer_moe", "transformer_moe_iwslt")
+@register_architecture("transformer_moe", "transformer_moe_iwslt")
 def iwslt(args: Any) -> None:
     """fairseq's transformer_iwslt_de_en with experts."""
     fill_defaults(args, MoEOptions)
     transformer_legacy.transformer_iwslt_de_en(args)
 
 
-@register_model_architecture("transformer_moe", "transformer_moe_big")
+@register_architecture("transformer_moe", "transformer_moe_big")
 def big(args: Any) -> None:
     """fairseq's transformer_vaswani_wmt_en_de_big with experts."""
     fill_defaults(args, MoEOptions)

@@ -19,9 +19,9 @@ def small_config(**flags):
 def copy_weights(ours, dense):
     """The single expert and everything around it become those of fairseq's layer."""
     experts = ours.fc1.moe.experts
-    for name, parameter in dense.named_parameters():
-        if not name.startswith("fc"):
-            ours.get_parameter(name).data.copy_(parameter)
+    for name, parameter in ours.named_parameters():
+        if not name.startswith("fc1."):
+            parameter.data.copy_(dense.get_parameter(name))
     for linear, weight, bias in ((dense.fc1, "weight_in", "bias_in"), (dense.fc2, "weight_out", "bias_out")):
         getattr(experts, weight).data[0] = linear.weight.t()
         getattr(experts, bias).data[0] = linear.bias
