@@ -17,6 +17,7 @@ from recipes.moses import detokeniser
 from recipes.progress import run_program
 from recipes.segmentation import learn_pieces, segment_file
 from recipes.session import Session
+from recipes.steps import fingerprint_of
 from recipes.training import USER_DIR, age, checkpoint_of
 
 SMOKE = {
@@ -94,11 +95,11 @@ def _make_data(
 
 
 def averaged(session: Session, count: int) -> Path:
-    """The average of the run's last checkpoints, made when they have changed."""
-    folder = session.out / f"{session.run.name}-average"
+    """The average of the run's last checkpoints, made when they have changed: each in a folder of its own, none is deleted."""
     last = checkpoint_of(session, "checkpoint_last.pt")
     does = f"averages the last {count} checkpoints of {session.run}"
     settings = {"count": count, "checkpoint": age(last)}
+    folder = session.out / f"{session.run.name}-average-{fingerprint_of(settings)[:6]}"
 
     def average(folder: Path, console: Console) -> None:
         paths = last_checkpoints(session.run, count)

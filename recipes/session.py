@@ -5,20 +5,29 @@ import json
 import logging
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.gates import DENSE, GATES
+from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm
 from recipes.progress import Meter, format_command, run_program
 from recipes.steps import fingerprint, finished, run_step, state_of
 
 WIDTH = 120  # where there is no terminal
-ROOT = Path(__file__).resolve().parent.parent
 TEXT_VARIABLE = "SPARSEMIXER_DATA"  # a folder with multi30k/ and wikitext2/, for --smoke
+DOWNLOADS = "downloads"  # in a recipe's folder
+# options that are numbers, of this module and of the recipes, and the least that makes sense
+LEAST = {
+    **dict.fromkeys(("workers", "num_experts", "updates", "nodes", "device_tokens", "vocabulary"), 1),
+    **dict.fromkeys(("seed", "gpus"), 0),
+}
+LARGEST = 2**32 - 1  # numpy's largest seed
 
 
 class Session:
@@ -77,7 +86,7 @@ class Session:
     def results(self, figures: Dict[str, Any], suffix: str = "") -> None:
         """Show the figures of an evaluation, and write them to RUN-results.json in the session's folder."""
         path = self.out / f"{self.run.name}{suffix}-results.json"
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(figures, indent=2) + "\n")
         for name, value in figures.items():
             self.console.print(f"  {name}: {value:,.4g}" if isinstance(value, float) else f"  {name}: {value}", highlight=False)
         self.say(f"[green]✓[/] {path}")
@@ -101,18 +110,57 @@ class Recipe(NamedTuple):
 def main(recipe: Recipe, arguments: Optional[Sequence[str]] = None) -> None:
     """The recipe's command line."""
     options = _parser(recipe).parse_args(arguments)
+    check_numbers(options, LEAST)
     if options.router != DENSE and options.router not in GATES:
         raise ConfigurationError(f"--router {options.router} is unknown; choose from {', '.join([DENSE, *sorted(GATES)])}")
-    getattr(recipe, options.action)(Session(recipe.name, options))
+    session = Session(recipe.name, options)
+    keep_apart(options.raw_dir, session.out)
+    with file_errors_said(session.out):
+        getattr(recipe, options.action)(session)
 
 
 def entry(recipe: Recipe) -> None:
-    """`main` as a program: an interruption ends it with a sentence."""
+    """`main` as a program."""
+    run_as_program(lambda: main(recipe))
+
+
+def run_as_program(action: Callable[[], None]) -> None:
+    """Run it; Ctrl-C, and the SIGTERM of a batch system, end it and what it has started with a sentence."""
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
-        main(recipe)
+        with interrupted_by_sigterm():
+            action()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def check_numbers(options: argparse.Namespace, least: Dict[str, int]) -> None:
+    """Raise ConfigurationError for a number among the options that is below its least value, or larger than any use of it."""
+    for name, smallest in least.items():
+        value = getattr(options, name, None)
+        if value is not None and not smallest <= value <= LARGEST:
+            flag = name.replace("_", "-")
+            raise ConfigurationError(f"--{flag} {value} must be at least {smallest:,} and at most {LARGEST:,}")
+
+
+def keep_apart(raw: Optional[Path], out: Path) -> None:
+    """Raise ConfigurationError where raw data lie among what is written; what was downloaded there may be."""
+    if raw is None:
+        return
+    inner, outer = Path(os.path.realpath(raw)), Path(os.path.realpath(out))
+    if outer in inner.parents and inner.relative_to(outer).parts[0] != DOWNLOADS:
+        raise ConfigurationError(f"--raw-dir {raw} lies in --out {out}, where the recipe writes; give another --out")
+
+
+@contextmanager
+def file_errors_said(out: Path) -> Iterator[None]:
+    """Let a full disk, a folder that is read-only or gone, and the like end in a sentence."""
+    try:
+        yield
+    except OSError as error:
+        what = error.filename or out
+        raise ConfigurationError(f"{what} cannot be used ({error.strerror or error}); mend that, or give another --out") from None
 
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
@@ -143,6 +191,6 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
 
 
 def real_text(name: str) -> Optional[Path]:
-    """The folder `name` of the real text for --smoke and tests: in $SPARSEMIXER_DATA, or beside the repository; else None."""
-    folder = Path(os.environ.get(TEXT_VARIABLE, ROOT.parent / "shared" / "data")) / name
-    return folder if folder.is_dir() else None
+    """The folder `name` of the real text for --smoke, in $SPARSEMIXER_DATA; None where there is none."""
+    folder = os.environ.get(TEXT_VARIABLE)
+    return Path(folder, name) if folder and Path(folder, name).is_dir() else None

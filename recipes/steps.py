@@ -1,17 +1,26 @@
-"""Steps that can be interrupted: a finished one is skipped, one whose settings changed starts over."""
+"""Steps that can be interrupted: a finished one is skipped, one whose settings changed starts over.
+
+A step fills a folder, and keeps there a stamp of its settings and a list of the files that it made. Only those are ever
+removed, and only where every file is one of them: a folder of the user's, one with a checkpoint, and one that was changed
+since are refused with a sentence.
+"""
 
 import hashlib
 import json
-import shutil
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from rich.console import Console
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 
 STAMP = "step.json"
 STARTS_OVER = "starts over, as settings changed"
+CHECKPOINT = ".pt"
+REMEDY = "give another --out, or delete the folder yourself"
 
 
 def run_step(title: str, folder: Path, settings: Dict[str, Any], console: Console, action: Callable, *arguments: Any) -> str:
@@ -20,31 +29,55 @@ def run_step(title: str, folder: Path, settings: Dict[str, Any], console: Consol
     Returns a fingerprint of the settings, to be among those of later steps.
     After a kill, action finds in the folder what was there: it goes on if it can. Other settings empty the folder first.
     """
-    mark = _hash(settings)
-    if _read(folder) == {"settings": mark, "finished": True}:
+    mark = fingerprint_of(settings)
+    if _read(folder).get("settings") == mark and finished(folder):
         console.print(f"[green]✓[/] {title} [dim](done before, in {folder})[/]")
         return mark
     console.rule(f"[bold]{title}[/]", align="left")
     begin_step(folder, settings)
-    action(*arguments, folder, console)
-    write_whole(folder / STAMP, json.dumps({"settings": mark, "finished": True}))
+    found, made = _files(folder), _read(folder).get("files", {})
+    try:
+        action(*arguments, folder, console)
+    except BaseException:
+        with suppress(OSError):  # a full disk is said already
+            _write(folder, mark, False, _made(folder, found, made))
+        raise
+    _write(folder, mark, True, _made(folder, found, made))
     return mark
 
 
 def begin_step(folder: Path, settings: Dict[str, Any]) -> None:
-    """Make the folder that of an unfinished step of these settings; that of other settings is emptied."""
-    mark = _hash(settings)
-    if _read(folder).get("settings") != mark:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / STAMP, json.dumps({"settings": mark, "finished": False}))
+    """Make the folder that of an unfinished step of these settings; what a step of other settings made there is removed.
+
+    Raises ConfigurationError, before anything is removed, where that could lose what the step did not make.
+    """
+    mark, before = fingerprint_of(settings), _read(folder)
+    require_usable(folder, settings)
+    made = before.get("files", {})
+    try:
+        if before.get("settings") != mark:
+            _remove(folder, made)
+            made = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, mark, False, made)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); give another --out") from None
+
+
+def require_usable(folder: Path, settings: Dict[str, Any]) -> None:
+    """Raise ConfigurationError where the folder is not that of a step, or a step of other settings cannot be removed from it."""
+    problem = _problem(folder, settings)
+    if problem is not None:
+        raise ConfigurationError(problem)
 
 
 def state_of(folder: Path, settings: Dict[str, Any]) -> str:
     """What run_step would do, in words."""
-    before = _read(folder)
-    if before.get("settings") == _hash(settings):
-        return "done before" if before.get("finished") else "goes on"
+    problem, before = _problem(folder, settings), _read(folder)
+    if problem is not None:
+        return f"would be refused: {problem}"
+    if before.get("settings") == fingerprint_of(settings):
+        return "done before" if before["finished"] else "goes on"
     return STARTS_OVER if before else "to do"
 
 
@@ -58,12 +91,93 @@ def fingerprint(folder: Path) -> str:
     return _read(folder).get("settings", "")
 
 
-def _hash(settings: Dict[str, Any]) -> str:
+def fingerprint_of(settings: Dict[str, Any]) -> str:
+    """A few letters that other settings do not have."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _read(folder: Path) -> Dict[str, Any]:
+def _problem(folder: Path, settings: Dict[str, Any]) -> Optional[str]:
+    """Why a step of these settings must not be begun in the folder; None where it may."""
     try:
-        return json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or cut short: as if nothing had been done
+        if folder.exists() and not folder.is_dir():
+            return f"{folder} is no folder; give another --out"
+        before, found = _read(folder), _files(folder)
+    except (OSError, ValueError) as error:
+        return f"{folder} cannot be read ({_reason(error)}); give another --out"
+    if before.get("settings") == fingerprint_of(settings) or not found:
+        return None
+    if not before:
+        return f"{folder} has files, {next(iter(found))} among them, and no valid {STAMP}: no recipe made it; {REMEDY}"
+    checkpoint = next((name for name in found if name.endswith(CHECKPOINT)), None)
+    if checkpoint is not None:
+        return f"{folder} holds a run of other settings, with the checkpoint {checkpoint}; {REMEDY}"
+    made = before["files"]
+    other = next((name for name, about in found.items() if about is None or made.get(name) != about), None)
+    if other is not None:
+        return f"{folder} is of other settings, and {other} in it is new or changed since its step was done; {REMEDY}"
+    return None
+
+
+def _remove(folder: Path, made: Dict[str, Any]) -> None:
+    """Take away the files that a step made, and folders that are empty then. Nothing is reached through a link."""
+    if not folder.is_dir():
+        return
+    for name in _files(folder):  # of which require_usable has seen that all are the step's
+        if name in made:
+            os.unlink(folder / name)
+    for path, _, _ in os.walk(folder, topdown=False):
+        if path != str(folder) and not os.listdir(path):
+            os.rmdir(path)
+
+
+def _files(folder: Path) -> Dict[str, Optional[List[int]]]:
+    """What lies below the folder, the stamp apart: size and time of change of files; None for links, pipes and the like."""
+    return {os.path.relpath(entry.path, folder): _about(entry) for entry in _walk(str(folder))} if folder.is_dir() else {}
+
+
+def _walk(folder: str, top: bool = True) -> Iterator[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path, top=False)
+            elif not (top and _is_stamp(entry.name)):
+                yield entry
+
+
+def _is_stamp(name: str) -> bool:
+    """The stamp, or what a kill left of one that was being written."""
+    return name.startswith((STAMP, f".{STAMP}"))
+
+
+def _about(entry: os.DirEntry) -> Optional[List[int]]:
+    if not entry.is_file(follow_symlinks=False):
+        return None
+    about = entry.stat(follow_symlinks=False)
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _made(folder: Path, found: Dict[str, Any], made: Dict[str, Any]) -> Dict[str, Any]:
+    """The files of a step that has run: those it had made before, and those that are new or changed since they were `found`."""
+    return {name: about for name, about in _files(folder).items() if name in made or found.get(name) != about}
+
+
+def _write(folder: Path, mark: str, done: bool, made: Dict[str, Any]) -> None:
+    write_whole(folder / STAMP, json.dumps({"settings": mark, "finished": done, "files": made}))
+
+
+def _read(folder: Path) -> Dict[str, Any]:
+    """The stamp; empty where there is none, or one that no step wrote."""
+    path = folder / STAMP
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return {}
+    valid = isinstance(stamp, dict) and isinstance(stamp.get("settings"), str) and isinstance(stamp.get("finished"), bool)
+    if not valid:
+        return {}
+    files = stamp.get("files")
+    return {**stamp, "files": files if isinstance(files, dict) else {}}
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -10,12 +10,13 @@ import yaml
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_whole
 from recipes.batch import BatchPlan, plan_batch, plan_blocks
 from recipes.binarisation import longest_sentence
 from recipes.progress import Advance, Meter, script
 from recipes.session import Session
 from recipes.slurm import batch_script
-from recipes.steps import STARTS_OVER, begin_step, state_of
+from recipes.steps import begin_step, require_usable
 
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent
 BARE = re.compile(r"[\w./\[\]+-]+")  # hydra reads these characters as they stand
@@ -67,7 +68,7 @@ def train(
     command = hydra_command(config, {**settings, **devices})
     split = f"{plan.max_tokens:,} x {plan.update_freq} micro-batches x {world_size} devices"
     session.say(f"an update of {plan.tokens:,} tokens at most: {split}")
-    _keep_another_run(session, identity)
+    require_usable(session.run, identity)  # a run of other settings may have taken days
     if options.slurm is not None:
         _write_slurm(session, command, identity)
     elif options.nodes > 1:
@@ -112,13 +113,6 @@ def age(path: Path) -> str:
     return str(path.stat().st_mtime_ns) if path.exists() else ""
 
 
-def _keep_another_run(session: Session, identity: Dict[str, Any]) -> None:
-    """Refuse to train where a run of other settings has checkpoints: it may have taken days."""
-    if state_of(session.run, identity) == STARTS_OVER and (session.run / "checkpoint_last.pt").exists():
-        if not session.options.smoke:
-            raise ConfigurationError(f"{session.run} holds a run of other settings; move it away, or give another --out")
-
-
 def hydra_command(config: Path, settings: Dict[str, Any]) -> List[str]:
     """fairseq-hydra-train with the settings that differ from the file's."""
     folder = os.path.relpath(config.parent)
@@ -152,5 +146,5 @@ def _write_slurm(session: Session, command: List[str], identity: Dict[str, Any])
         session.console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     begin_step(session.run, identity)
-    options.slurm.write_text(text, encoding="utf-8")
+    write_whole(options.slurm, text)
     session.say(f"[green]✓[/] submit it with: sbatch {options.slurm}")

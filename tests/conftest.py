@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # for subprocesses
 
+for found in sorted(ROOT.parent.glob("*/data/multi30k")):  # real text in a folder beside the repository
+    os.environ.setdefault("SPARSEMIXER_DATA", str(found.parent))
 
 torch.set_num_threads(1)  # tensors here are tiny: more threads cost more than they give
 
@@ -24,10 +26,10 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with multi30k/ and wikitext2/, from the environment variable SPARSEMIXER_DATA or beside the repository."""
-    path = Path(os.environ.get("SPARSEMIXER_DATA", ROOT.parent / "shared" / "data"))
+    """The folder with multi30k/ and wikitext2/ that the environment variable SPARSEMIXER_DATA names."""
+    path = Path(os.environ.get("SPARSEMIXER_DATA", "nowhere"))
     if not path.is_dir():
-        pytest.skip(f"no real text at {path}; set SPARSEMIXER_DATA to a folder with multi30k/ and wikitext2/")
+        pytest.skip("no real text; set SPARSEMIXER_DATA to a folder with multi30k/ and wikitext2/")
     return path
 
 

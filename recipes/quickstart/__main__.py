@@ -5,7 +5,6 @@ The data is an English-German corpus of dates, amounts and names made from Unico
 """
 
 import argparse
-import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from recipes.quickstart import pipeline
 from recipes.cldr import make_cldr
 from recipes.multi30k_en_de.raw_text import read_multi30k
 from recipes.quickstart.report import report
+from recipes.session import check_numbers, file_errors_said, keep_apart, run_as_program
 from recipes.steps import run_step
 
 ROUTERS = ("dense", "switch", "sparsemixer")
@@ -40,10 +40,7 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name, least in (("updates", 1), ("pairs", LEAST_PAIRS)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigurationError(f"--{name} {value} must be at least {least:,}")
+    check_numbers(options, {"updates": 1, "pairs": LEAST_PAIRS, "seed": 0})
     try:
         for router in options.routers:
             if router != DENSE:
@@ -56,6 +53,14 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
 def main(arguments: Optional[List[str]] = None) -> None:
     """The whole experiment."""
     options = parse_options(arguments)
+    out = options.out or Path("runs", "quickstart" if options.raw_dir is None else "multi30k")
+    keep_apart(options.raw_dir, out)
+    with file_errors_said(out):
+        compare(options, out)
+
+
+def compare(options: argparse.Namespace, out: Path) -> None:
+    """Prepare the data, train and translate with each router, and report."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
 
     # Data. Multi30k has more words, in freer sentences: it takes more updates, and dropout.
@@ -67,7 +72,6 @@ def main(arguments: Optional[List[str]] = None) -> None:
     else:
         name, vocabulary, updates, dropout = "Multi30k, English-German", 4000, options.updates or 3000, 0.1
         make_corpus, source = partial(read_multi30k, options.raw_dir), {"raw": str(options.raw_dir.resolve())}
-    out = options.out or Path("runs", "quickstart" if options.raw_dir is None else "multi30k")
     data = out / "data"
     settings = {**source, "vocabulary": vocabulary}
     prepared = run_step(f"data: {name}", data, settings, console, pipeline.prepare, make_corpus, vocabulary)
@@ -90,8 +94,4 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+    run_as_program(main)

@@ -1,9 +1,14 @@
 """Restartable steps."""
 
+import errno
+import os
+
 import pytest
 from rich.console import Console
 
-from recipes.steps import STAMP, run_step
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.session import Recipe, main
+from recipes.steps import STAMP, finished, run_step, state_of
 
 
 @pytest.fixture
@@ -45,7 +50,103 @@ def test_an_interrupted_step_goes_on_with_what_it_had(step):
     assert step({"seed": 1}) is None
 
 
-def test_a_damaged_stamp_starts_over(step):
+def test_a_changed_setting_starts_over_after_a_failure_too(step):
+    step({"seed": 1}, fails=True)
+    assert step({"seed": 2}) == []
+
+
+def refuses(step, settings, message):
+    """That a step of these settings is refused, by run_step and in words by state_of, and that every file is as it was."""
+    folder = step.stamp.parent
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigurationError, match=message):
+        step(settings)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert state_of(folder, settings).startswith("would be refused: ")
+
+
+@pytest.mark.parametrize("stamp", [None, "", '{"settings": "12', "[]", '{"settings": 1, "finished": true}', "[" * 9999])
+def test_a_folder_that_no_step_made_is_refused_and_kept(step, stamp):
+    folder = step.stamp.parent
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    if stamp is not None:
+        step.stamp.write_text(stamp)
+    refuses(step, {"seed": 1}, "has files, thesis.txt among them.*give another --out, or delete the folder yourself")
+
+
+def test_a_checkpoint_is_never_removed(step):
     step({"seed": 1})
-    step.stamp.write_text('{"settings": "12')
-    assert step({"seed": 1}) == []
+    (step.stamp.parent / "checkpoint_last.pt").write_bytes(b"days of training")
+    refuses(step, {"seed": 2}, "holds a run of other settings, with the checkpoint checkpoint_last.pt")
+    step.stamp.unlink()
+    refuses(step, {"seed": 1}, "no valid step.json")
+
+
+@pytest.mark.parametrize("change", ["new", "edited", "link"])
+def test_files_of_the_user_in_a_finished_steps_folder_keep_it_from_starting_over(step, tmp_path, change):
+    step({"seed": 1})
+    work = step.stamp.parent / "work"
+    if change == "new":
+        (work.parent / "sub").mkdir()
+        (work.parent / "sub" / "notes").write_text("mine")
+    elif change == "edited":
+        work.write_text("corrected by hand")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "work").write_text("mine")
+        (work.parent / "there").symlink_to(tmp_path / "elsewhere")
+    refuses(step, {"seed": 2}, "is of other settings, and .* in it is new or changed")
+    assert step({"seed": 1}) is None
+
+
+def test_a_file_that_was_there_before_the_step_does_not_become_its_own(step):
+    step({"seed": 1}, fails=True)
+    (step.stamp.parent / "notes").write_text("mine")
+    assert step({"seed": 1}) == ["notes", "work"]
+    refuses(step, {"seed": 2}, "notes in it is new or changed")
+
+
+def test_a_stamp_that_was_being_written_at_a_kill_is_no_file_of_the_users(step):
+    step.stamp.parent.mkdir()
+    step.stamp.with_name(f"{STAMP}.123-abc.tmp").write_text("{")
+    step({"seed": 1})
+    assert finished(step.stamp.parent)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(step):
+    step.stamp.parent.write_text("mine")
+    with pytest.raises(ConfigurationError, match="is no folder"):
+        step({"seed": 1})
+
+
+@pytest.mark.parametrize(
+    "raw, refused", [("P/data", True), ("P/data/raw", True), ("P", False), ("P/downloads", False), ("raw", False)]
+)
+def test_raw_data_among_what_a_recipe_writes_are_refused_before_they_are_read(tmp_path, raw, refused):
+    recipe = Recipe("some", "", lambda session: None, lambda session: None, lambda session: None)
+    (tmp_path / raw).mkdir(parents=True)
+    call = ["prepare", "--raw-dir", str(tmp_path / raw), "--out", str(tmp_path / "P")]
+    if refused:
+        with pytest.raises(ConfigurationError, match="--raw-dir .* lies in --out"):
+            main(recipe, call)
+    else:
+        main(recipe, call)
+
+
+NUMBERS = {"--seed": -1, "--updates": 0, "--num-experts": 0, "--gpus": -1, "--nodes": 0, "--device-tokens": -5, "--workers": 0}
+
+
+@pytest.mark.parametrize("flag, value", [*NUMBERS.items(), ("--seed", 2**32)])
+def test_numbers_without_a_meaning_are_refused(flag, value):
+    recipe = Recipe("some", "", lambda session: None, lambda session: None, lambda session: None)
+    with pytest.raises(ConfigurationError, match=f"{flag} {value} must be at least"):
+        main(recipe, ["train", flag, str(value)])
+
+
+def test_a_full_disk_ends_in_a_sentence(tmp_path):
+    def fill(session):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
+
+    with pytest.raises(ConfigurationError, match="some file cannot be used .No space left on device"):
+        main(Recipe("some", "", fill, fill, fill), ["prepare", "--out", str(tmp_path)])
