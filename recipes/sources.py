@@ -1,20 +1,21 @@
 """Where raw data comes from: --raw-dir, or a download into OUT/downloads whose checksums are kept and checked."""
 
 from pathlib import Path
-from typing import Dict, Mapping
+from typing import Dict, Mapping, Optional
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.download import download, sha256_of
-from recipes.session import Session
+from fairseq_sparsemixer.files import write_whole
+from recipes.download import download
+from recipes.session import DOWNLOADS, Session
 
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks it: one "<checksum>  <file>" a line
 
 
 def downloads(session: Session) -> Path:
     """The folder of the recipe's downloads."""
-    return session.out / "downloads"
+    return session.out / DOWNLOADS
 
 
 def say_source(session: Session, urls: Mapping[str, str]) -> str:
@@ -24,11 +25,11 @@ def say_source(session: Session, urls: Mapping[str, str]) -> str:
     return "downloads " + ", ".join(urls.values()) + f" to {downloads(session)}"
 
 
-def fetch(session: Session, urls: Mapping[str, str]) -> Path:
+def fetch(session: Session, urls: Mapping[str, str], sums: Mapping[str, str] = {}) -> Path:
     """The folder of the raw files: --raw-dir, else OUT/downloads once the files of `urls` (name -> address) are there.
 
-    No source here publishes checksums: that of the first download is noted in SHA256SUMS, and a file that is not that one
-    is refused in later calls.
+    sums: the SHA-256 of files of which it is known. Of the others, that of the first download, once its length is the
+    server's, is noted in SHA256SUMS; a file that is not that one is refused in later calls.
     """
     if session.options.raw_dir is not None:
         if not session.options.raw_dir.is_dir():
@@ -36,21 +37,25 @@ def fetch(session: Session, urls: Mapping[str, str]) -> Path:
         return session.options.raw_dir
     folder = downloads(session)
     folder.mkdir(parents=True, exist_ok=True)
-    sums = _read_sums(folder / SUMS)
+    noted = _read_sums(folder / SUMS)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=session.console) as progress:
         for name, url in urls.items():
             task = progress.add_task(name)
-            path = folder / name
-            download(url, path, sums.get(name), lambda done, total: progress.update(task, completed=done, total=total))
-            if name not in sums:
-                with (folder / SUMS).open("a", encoding="utf-8") as file:
-                    file.write(f"{sha256_of(path)}  {name}\n")
+
+            def advance(done: int, total: Optional[int], task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            def note(checksum: str, name: str = name) -> None:
+                noted[name] = checksum
+                write_whole(folder / SUMS, "".join(f"{value}  {key}\n" for key, value in noted.items()))
+
+            download(url, folder / name, sums.get(name, noted.get(name)), advance, note)
     return folder
 
 
 def _read_sums(path: Path) -> Dict[str, str]:
     if not path.is_file():
         return {}
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return {fields[1]: fields[0] for fields in lines if len(fields) == 2}

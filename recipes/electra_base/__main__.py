@@ -24,6 +24,7 @@ NAME = "electra_base"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
 ARCHIVE = "wikitext-103-raw-v1.zip"
 URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as fairseq's RoBERTa pre-training
+SHA256 = {ARCHIVE: "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"}  # as several that fetched it have noted
 MEMBERS = {split: f"wikitext-103-raw/wiki.{split}.raw" for split in SPLITS}
 VOCABULARY = 30_000  # sentencepiece pieces
 BATCH_TOKENS = 256 * 512  # Table 6 of the paper: 256 blocks of 512
@@ -50,7 +51,7 @@ def prepare(session: Session) -> None:
     vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
 
     def read() -> Splits:
-        return smoke.small_text() if small else read_wikitext(fetch(session, URLS), ARCHIVE, MEMBERS)
+        return smoke.small_text() if small else read_wikitext(fetch(session, URLS, SHA256), ARCHIVE, MEMBERS)
 
     does = f"{smoke.SAYS if small else say_source(session, URLS)}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "vocabulary": vocabulary}

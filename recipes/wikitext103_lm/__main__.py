@@ -21,6 +21,7 @@ NAME = "wikitext103_lm"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
 ARCHIVE = "wikitext-103-v1.zip"
 URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as fairseq's prepare-wikitext-103.sh
+SHA256 = {ARCHIVE: "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"}  # as several that fetched it have noted
 MEMBERS = {split: f"wikitext-103/wiki.{split}.tokens" for split in ("train", "valid", "test")}
 BATCH_TOKENS = 8 * 3 * 3072  # 8 GPUs, 3 micro-batches
 DEVICE_TOKENS = 3072
@@ -53,7 +54,7 @@ def prepare(session: Session) -> None:
     small = options.smoke and options.raw_dir is None
 
     def read() -> Splits:
-        return smoke.small_text() if small else read_wikitext(fetch(session, URLS), ARCHIVE, MEMBERS)
+        return smoke.small_text() if small else read_wikitext(fetch(session, URLS, SHA256), ARCHIVE, MEMBERS)
 
     does = f"{smoke.SAYS if small else say_source(session, URLS)}; fairseq-preprocess"
     threshold = SMOKE_THRESHOLD if options.smoke else 0

@@ -16,7 +16,7 @@ from recipes.moses import Tokeniser, tokenise_pairs
 from recipes.session import Recipe, Session, entry
 from recipes.sources import fetch, say_source
 from recipes.training import train
-from recipes.wmt14_en_de.raw_text import URLS, read_newstest2014, read_training
+from recipes.wmt14_en_de.raw_text import SHA256, URLS, read_newstest2014, read_training
 
 NAME = "wmt14_en_de"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
@@ -46,7 +46,7 @@ def prepare(session: Session) -> None:
         if small:
             corpus = smoke.small_corpus(SMOKE_SIZES)
             return corpus["train"], corpus["test"]
-        folder = fetch(session, URLS)
+        folder = fetch(session, URLS, SHA256)
         return read_training(folder), read_newstest2014(folder)
 
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "every": every}

@@ -15,15 +15,23 @@ def session(tmp_path):
 
 
 def test_the_checksum_of_the_first_download_is_kept_and_another_file_refused(session, tmp_path):
-    (tmp_path / "file").write_text("content")
+    (tmp_path / "file").write_bytes(b"\x1f\x8b and more")
     urls = {"name.tgz": (tmp_path / "file").as_uri()}
     folder = fetch(session, urls)
-    assert (folder / "name.tgz").read_text() == "content"
+    assert (folder / "name.tgz").read_bytes() == b"\x1f\x8b and more"
     sums = (folder / SUMS).read_text()
     assert sums.endswith("  name.tgz\n") and fetch(session, urls) == folder and (folder / SUMS).read_text() == sums
     (folder / "name.tgz").write_text("changed")
     with pytest.raises(ConfigurationError, match="name.tgz is not what was expected"):
         fetch(session, urls)
+
+
+def test_a_known_checksum_is_held_against_the_file_and_none_noted(session, tmp_path):
+    (tmp_path / "file").write_bytes(b"\x1f\x8b and more")
+    urls = {"name.tgz": (tmp_path / "file").as_uri()}
+    with pytest.raises(ConfigurationError, match="gives something else than expected"):
+        fetch(session, urls, {"name.tgz": "0" * 64})
+    assert not (session.out / "downloads" / "name.tgz").exists() and not (session.out / "downloads" / SUMS).exists()
 
 
 def test_raw_files_that_are_there_are_taken(session, tmp_path):
