@@ -5,7 +5,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 from unittest.mock import patch
 
 import torch
@@ -92,10 +92,13 @@ def interact(data: Path, path: Any, text: Path, *flags) -> List[Hypothesis]:
     ]
 
 
-def log_probabilities(model: nn.Module, source: Tensor, tokens: Tensor) -> Tensor:
-    """log p(word | source, tokens before it), [length, words], in float64; a model of target words alone has source None."""
+def log_probabilities(model: nn.Module, source: Optional[Tensor], tokens: Tensor, first: int = EOS) -> Tensor:
+    """log p(word | source, tokens before it), [length, words], in float64; `first` stands before the tokens.
+
+    A language model has source None.
+    """
     model = copy.deepcopy(model).double().eval()
-    given = torch.cat([tokens.new_tensor([EOS]), tokens[:-1]]).unsqueeze(0)
+    given = torch.cat([tokens.new_tensor([first]), tokens[:-1]]).unsqueeze(0)
     with torch.no_grad():
         if source is None:
             logits = model(given)[0]

@@ -1,0 +1,72 @@
+"""fairseq's online_backtranslation: the model translates its own batches between updates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoding import log_probabilities
+from fitting import EXPERTS, TRANSLATION, bits, fit
+from texts import draw_sentences, write_dictionary, write_sentences
+
+FLAGS = [
+    *"--task online_backtranslation --mono-langs de,en --valid-lang-pairs de-en --batch-size 4 --share-all-embeddings".split(),
+    *"--no-epoch-checkpoints --disable-validation".split(), *TRANSLATION, *EXPERTS,
+]  # fmt: skip
+SHORTEST = 5  # words the task asks of a translation
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Random words in two languages, apart from each other."""
+    folder = tmp_path_factory.mktemp("mono")
+    for name in ("dict.txt", "dict.de.txt", "dict.en.txt"):
+        words = write_dictionary(folder / name)
+    for seed, language in enumerate(("de", "en")):
+        write_sentences(folder / language / "train", draw_sentences(24, seed), words)
+        write_sentences(folder / f"valid.de-en.{language}", draw_sentences(4, seed), words)
+    return folder
+
+
+def greedy(model, source, first: int, length: int) -> list:
+    """The words that a model puts after `first`, the likeliest of each step, by one forward pass a step; at least five."""
+    words = torch.tensor([], dtype=torch.long)
+    for step in range(length):
+        given = torch.cat([words, words.new_zeros(1)])
+        chances = log_probabilities(model, source, given, first=first)[-1]
+        chances[1] = -torch.inf  # padding
+        if step < SHORTEST:
+            chances[2] = -torch.inf
+        words = torch.cat([words, chances.argmax().view(1)])
+        if words[-1] == 2:
+            break
+    return words.tolist()
+
+
+def test_the_model_of_the_moment_translates_and_learns_from_it(data, tmp_path):
+    run = fit(data, tmp_path, *FLAGS, updates=3)
+    words = run.trainer.task.dictionary
+    update = 2
+    (sample,) = run.batches[update]
+    model = run.models[update]
+    for language, other in (("de", "en"), ("en", "de")):
+        learnt = sample[f"{language}-BT"]
+        for source, target, given in zip(
+            learnt["net_input"]["src_tokens"], learnt["target"], learnt["net_input"]["prev_output_tokens"]
+        ):
+            target = target[target.ne(words.pad())]
+            assert given[0] == words.index(f"__{language}__")
+            assert source[0] == words.index(f"__{other}__"), "the translation is named by its language"
+            translation = source[1:][source[1:].ne(words.pad())].tolist()
+            original = torch.cat([target.new_tensor([words.index(f"__{language}__")]), target])
+            assert translation == greedy(model, original, words.index(f"__{other}__"), len(translation))
+    counts = {name: part["ntokens"] for name, part in sample.items()}
+    expected = sum(counts[name] * bits(model, part, words.pad()) for name, part in sample.items()) / sum(counts.values())
+    assert sample.keys() == {"de-BT", "de-DENOISE", "en-BT", "en-DENOISE"}
+    assert run.losses[update] == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_resumes_with_the_words_that_it_added(data, tmp_path):
+    whole = fit(data, tmp_path / "whole", *FLAGS, updates=4)
+    fit(data, tmp_path / "parts", *FLAGS, updates=2)
+    resumed = fit(data, tmp_path / "parts", *FLAGS, updates=4)
+    assert resumed.losses == whole.losses[2:]
