@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import time
 import traceback
+from contextlib import closing
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, List
@@ -80,6 +82,18 @@ def collect(ranks: List[Rank], deadline: float) -> List[Any]:
         for rank in ranks:
             rank.process.kill()
             rank.process.join()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def meeting_place() -> str:
+    """A URL where ranks can find each other, as `launch` gives them one."""
+    return f"file://{tempfile.mktemp(prefix='ranks-')}"
 
 
 def rank_number() -> int:

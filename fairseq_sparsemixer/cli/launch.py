@@ -1,24 +1,26 @@
 """Run a fairseq command as several ranks on this machine's CPU.
 
 On GPUs, fairseq-train starts a rank for each by itself, and torchrun and srun work as well; on a CPU fairseq counts no
-devices and starts nothing. This starts the ranks and adds fairseq's flags for them.
+devices and starts nothing. This starts the ranks and adds fairseq's flags for them. They meet in a file of their own and
+talk over the loopback interface: nothing listens to the network.
 
 example:
   fairseq-sparsemixer launch --nproc 2 -- fairseq-train DATA --user-dir "$(fairseq-sparsemixer user-dir)" ...
 """
 
 import argparse
-import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm, stop
+from fairseq_sparsemixer.machine import usable_cores
+from fairseq_sparsemixer.processes import INTERRUPTED, child_environment, die_with_parent, interrupted_by_sigterm, stop
 
+LONGEST_GRACE = 31_536_000  # a year
 HELP = "run a fairseq command as several ranks on the CPU"
 HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distributed_training
 
@@ -26,7 +28,6 @@ HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distri
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The number of ranks, and the command behind `--`."""
     parser.add_argument("--nproc", type=int, required=True, metavar="W", help="number of ranks")
-    parser.add_argument("--port", type=int, help="TCP port where the ranks meet (default: a free one)")
     parser.add_argument(
         "--grace", type=float, default=30, metavar="SECONDS",
         help="when a rank fails, time for the others to say why and end by themselves (default: 30)",
@@ -41,29 +42,48 @@ def run(options: argparse.Namespace) -> int:
         sys.exit("fairseq-sparsemixer: nothing to launch; put the command behind --, as in launch --nproc 2 -- fairseq-train ...")
     if options.nproc < 1:
         sys.exit(f"fairseq-sparsemixer: --nproc {options.nproc} must be at least 1")
-    port = options.port or free_port()
-    threads = str(max((os.cpu_count() or 1) // options.nproc, 1))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}  # each rank would take all cores otherwise
+    if not 0 <= options.grace <= LONGEST_GRACE:  # false for NaN, too
+        sys.exit(f"fairseq-sparsemixer: --grace {options.grace} must be a number of seconds between 0 and {LONGEST_GRACE}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="fairseq-sparsemixer-") as folder:  # private to this user
+            return run_ranks(command, options.nproc, f"file://{folder}/ranks", options.grace)
+    except OSError as error:
+        sys.exit(f"fairseq-sparsemixer: no folder for the ranks to meet in ({error}); TMPDIR names one that can be written")
+
+
+def run_ranks(command: List[str], world_size: int, meeting: str, grace: float) -> int:
+    """Start `command` as each rank of world_size, to meet at the URL `meeting`; see run and wait_for."""
+    cores = usable_cores() // world_size
+    environment = {"GLOO_SOCKET_IFNAME": loopback(), **child_environment(threads=cores)}  # each would take all cores otherwise
     ranks: List[subprocess.Popen] = []
     try:
         with interrupted_by_sigterm():
-            for rank in range(options.nproc):
-                ranks.append(subprocess.Popen(rank_command(command, rank, options.nproc, port), env=environment))
-            return wait_for(ranks, options.grace)
+            for rank in range(world_size):
+                words = rank_command(command, rank, world_size, meeting)
+                ranks.append(subprocess.Popen(words, env=environment, preexec_fn=die_with_parent()))
+            return wait_for(ranks, grace)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except FileNotFoundError:
-        sys.exit(f"fairseq-sparsemixer: {command[0]} is no command here; is it installed in this environment?")
+    except OSError as error:
+        sys.exit(
+            f"fairseq-sparsemixer: {command[0]} is no command here ({error.strerror}); is it installed in this environment?"
+        )
     finally:
         stop(ranks)
 
 
-def rank_command(command: List[str], rank: int, world_size: int, port: int) -> List[str]:
-    """The command with what fairseq needs to run as one rank of several on a CPU.
+def loopback() -> str:
+    """The network interface that reaches this machine alone: lo on Linux, lo0 on BSD and macOS."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo0" if "lo0" in names and "lo" not in names else "lo"
+
+
+def rank_command(command: List[str], rank: int, world_size: int, meeting: str) -> List[str]:
+    """The command with what fairseq needs to run as one rank of several on a CPU. meeting: the URL where they find each other.
 
     A setting that the command gives itself is left alone.
     """
-    settings = rank_settings(rank, world_size, port)
+    settings = rank_settings(rank, world_size, meeting)
     if Path(command[0]).name == "fairseq-hydra-train":
         words = [f"{HYDRA_GROUP.get(name, 'distributed_training')}.{name}={value}" for name, value in settings.items()]
         return [*command, *(word for word in words if not any(given.startswith(word.split("=")[0] + "=") for given in command))]
@@ -75,7 +95,7 @@ def rank_command(command: List[str], rank: int, world_size: int, port: int) -> L
     return [*command, *flags]
 
 
-def rank_settings(rank: int, world_size: int, port: int) -> Dict[str, Any]:
+def rank_settings(rank: int, world_size: int, meeting: str) -> Dict[str, Any]:
     """fairseq's settings for one rank; with a single one, only that it runs on the CPU."""
     if world_size == 1:
         return {"cpu": True}
@@ -83,19 +103,12 @@ def rank_settings(rank: int, world_size: int, port: int) -> Dict[str, Any]:
         "cpu": True,
         "distributed_world_size": world_size,
         "distributed_rank": rank,
-        "distributed_init_method": f"tcp://127.0.0.1:{port}",
+        "distributed_init_method": meeting,
         "distributed_backend": "gloo",
         "distributed_no_spawn": True,
         "device_id": 0,
         "ddp_backend": "legacy_ddp",  # fairseq hands pytorch_ddp a GPU's number
     }
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(ranks: List[subprocess.Popen], grace: float) -> int:

@@ -3,7 +3,10 @@
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import List
 
 import pytest
 from ranks import start_ranks
@@ -13,25 +16,25 @@ from fairseq_sparsemixer.cli.launch import rank_command
 
 
 def test_each_rank_gets_fairseq_its_flags():
-    assert rank_command(["fairseq-train", "data", "--fp16"], rank=1, world_size=2, port=9999) == (
+    assert rank_command(["fairseq-train", "data", "--fp16"], rank=1, world_size=2, meeting="file:///tmp/m/ranks") == (
         "fairseq-train data --fp16 --cpu --distributed-world-size 2 --distributed-rank 1 --distributed-init-method"
-        " tcp://127.0.0.1:9999 --distributed-backend gloo --distributed-no-spawn --device-id 0 --ddp-backend legacy_ddp"
+        " file:///tmp/m/ranks --distributed-backend gloo --distributed-no-spawn --device-id 0 --ddp-backend legacy_ddp"
     ).split(" ")
 
 
 def test_hydra_gets_overrides():
-    command = rank_command(["/bin/fairseq-hydra-train", "task.data=x"], rank=0, world_size=4, port=9999)
+    command = rank_command(["/bin/fairseq-hydra-train", "task.data=x"], rank=0, world_size=4, meeting="file:///tmp/m/ranks")
     assert command[2:4] == ["common.cpu=True", "distributed_training.distributed_world_size=4"]
     assert "distributed_training.ddp_backend=legacy_ddp" in command
 
 
 def test_what_the_user_sets_stays():
-    command = rank_command(["fairseq-train", "--cpu", "--ddp-backend", "no_c10d"], rank=0, world_size=2, port=9999)
+    command = rank_command(["fairseq-train", "--cpu", "--ddp-backend", "no_c10d"], rank=0, world_size=2, meeting="file:///tmp/m/ranks")
     assert command.count("--cpu") == 1 and command.count("--ddp-backend") == 1
 
 
 def test_one_rank_needs_no_process_group():
-    assert rank_command(["fairseq-train"], rank=0, world_size=1, port=9999) == ["fairseq-train", "--cpu"]
+    assert rank_command(["fairseq-train"], rank=0, world_size=1, meeting="file:///tmp/m/ranks") == ["fairseq-train", "--cpu"]
 
 
 def launch(tmp_path, program: str, *flags: str) -> int:
@@ -55,17 +58,91 @@ def test_a_killed_rank_is_reported_with_its_signal(tmp_path, capsys):
     assert "rank 1 ended with signal 9" in capsys.readouterr().err
 
 
-def test_sigterm_ends_all_ranks(tmp_path):
-    pids = [tmp_path / "0", tmp_path / "1"]
-    program = f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
+def sleeping_ranks(tmp_path: Path, first: str = "pass"):
+    """A launcher whose two ranks sleep, and their process ids; `first` is what the ranks do before."""
+    program = f"{first}\nopen({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
     (launcher,) = start_ranks(1, launch, tmp_path, program, group=False)
-    while not all(path.exists() and path.read_text() for path in pids):
+    paths = [tmp_path / "0", tmp_path / "1"]
+    while not all(path.exists() and path.read_text() for path in paths):
         time.sleep(0.01)
+    return launcher, [int(path.read_text()) for path in paths]
+
+
+def await_end(processes: List[int]) -> None:
+    """Wait until no process has these ids; they are not our children, and may stay defunct where nobody reaps orphans."""
+    for process in processes:
+        while not ended(process):
+            time.sleep(0.01)
+
+
+def ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_sigterm_ends_all_ranks(tmp_path):
+    launcher, processes = sleeping_ranks(tmp_path)
     launcher.kill(signal.SIGTERM)
     assert launcher.result() == 128 + signal.SIGINT
-    for path in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(path.read_text()), 0)
+    assert all(ended(process) for process in processes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
+def test_killing_the_launcher_ends_all_ranks(tmp_path):
+    launcher, processes = sleeping_ranks(tmp_path)
+    os.kill(processes[1], signal.SIGSTOP)
+    launcher.kill(signal.SIGKILL)
+    launcher.process.join()
+    await_end(processes)
+
+
+def test_sigterm_ends_ranks_that_are_stopped_or_deaf_to_it(tmp_path):
+    launcher, processes = sleeping_ranks(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    os.kill(processes[1], signal.SIGSTOP)
+    launcher.kill(signal.SIGTERM)
+    assert launcher.result() == 128 + signal.SIGINT
+    assert all(ended(process) for process in processes)
+
+
+TALK = """
+import torch
+from torch import distributed as dist
+value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+dist.init_process_group('gloo', init_method=value('--distributed-init-method'), rank=rank, world_size=2)
+total = torch.ones(1)
+dist.all_reduce(total)
+inodes = [os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{fd}')]
+for name in ('tcp', 'tcp6'):
+    for line in list(open(f'/proc/net/{name}'))[1:] if os.path.exists(f'/proc/net/{name}') else []:
+        words = line.split()
+        if words[3] == '0A' and f'socket:[{words[9]}]' in inodes:  # one of this process that listens
+            open(sys.argv[1] + f'/{rank}', 'a').write(words[1].split(':')[0] + '\\n')
+dist.barrier()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets there")
+def test_nothing_listens_to_the_network(tmp_path):
+    script, found = tmp_path / "talk.py", tmp_path / "found"
+    found.mkdir()
+    script.write_text("import os\nimport sys\nrank = int(sys.argv[sys.argv.index('--distributed-rank') + 1])" + TALK)
+    assert main(["launch", "--nproc", "2", "--", sys.executable, str(script), str(found)]) == 0
+    for rank in ("0", "1"):
+        addresses = (found / rank).read_text().split()  # gloo's: empty would mean that the test looks in the wrong place
+        assert addresses and set(addresses) == {"0100007F"}, addresses  # 127.0.0.1
+
+
+def test_the_meeting_place_is_private_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    program = (
+        "from stat import S_IMODE\nfolder = os.path.dirname(sys.argv[sys.argv.index('--distributed-init-method') + 1][7:])\n"
+        "sys.exit(S_IMODE(os.stat(folder).st_mode) != 0o700)"
+    )
+    assert launch(tmp_path, program) == 0
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_others_may_end_by_themselves_within_the_grace(tmp_path):
@@ -81,6 +158,9 @@ def test_others_may_end_by_themselves_within_the_grace(tmp_path):
         (["--nproc", "2"], "nothing to launch"),
         (["--nproc", "0", "--", "fairseq-train"], "--nproc 0 must be at least 1"),
         (["--nproc", "2", "--", "no-such-program"], "no-such-program is no command here"),
+        (["--nproc", "2", "--", "/dev/null"], "/dev/null is no command here .Permission denied"),
+        (["--nproc", "2", "--grace", "nan", "--", "true"], "--grace nan must be a number of seconds between 0 and"),
+        (["--nproc", "2", "--grace", "-1", "--", "true"], "--grace -1.0 must be a number of seconds between 0 and"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, sentence):

@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ranks import rank_number, run_ranks
+from ranks import meeting_place, rank_number, run_ranks
 from runs import EXPERTS, SMALL, make_corpus, run
 
-from fairseq_sparsemixer.cli.launch import free_port, rank_command
+from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.trainer import MoETrainer
 
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
@@ -21,7 +21,7 @@ FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, 
 ROUNDING_ALONE = "k_proj.bias"  # a key's bias changes no attention: its gradient is rounding, which Adam blows up
 
 
-def train(data: Path, world_size: int, port: int, rank: int, *flags: str) -> Dict[str, Any]:
+def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> Dict[str, Any]:
     """What fairseq-train leaves behind on this rank; with `exit`, the sentence it ended with."""
     import fairseq_cli.train
     from fairseq.logging import metrics
@@ -57,7 +57,7 @@ def train(data: Path, world_size: int, port: int, rank: int, *flags: str) -> Dic
     result: Dict[str, Any] = {"exit": None}
     with patch.multiple(MoETrainer, __init__=start, _check_grad_norms=check, valid_step=validate, train_step=step):
         try:
-            run(fairseq_cli.train.cli_main, *rank_command(command, rank, world_size, port)[1:])
+            run(fairseq_cli.train.cli_main, *rank_command(command, rank, world_size, meeting)[1:])
         except SystemExit as end:
             return {"exit": str(end)}
     (trainer,) = trainers
@@ -78,12 +78,12 @@ def parameters(model: torch.nn.Module, ranks: Any) -> Dict[str, Any]:
     }
 
 
-def train_rank(data: Path, world_size: int, port: int, flags: List[str]) -> Dict[str, Any]:
-    return train(data, world_size, port, rank_number(), *flags)
+def train_rank(data: Path, world_size: int, meeting: str, flags: List[str]) -> Dict[str, Any]:
+    return train(data, world_size, meeting, rank_number(), *flags)
 
 
 def runs(data: Path, world_size: int, *flags: str) -> List[Dict[str, Any]]:
-    return run_ranks(world_size, train_rank, data, world_size, free_port(), list(flags), group=False)
+    return run_ranks(world_size, train_rank, data, world_size, meeting_place(), list(flags), group=False)
 
 
 def whole(results: List[Dict[str, Any]], kind: str = "parameters") -> Dict[str, torch.Tensor]:
@@ -180,7 +180,7 @@ def test_half_precision_has_one_norm_on_all_ranks(flags, five_batches, one_proce
     assert results[0]["norms"] == pytest.approx(one_process["norms"][:3], rel=0.05)
 
 
-def overflowing_rank(data: Path, port: int, flag: str) -> Dict[str, Any]:
+def overflowing_rank(data: Path, meeting: str, flag: str) -> Dict[str, Any]:
     """At the second update, an expert of rank 1 has an infinite gradient."""
     clip = MoETrainer.clip_grad_norm
     scales = []
@@ -192,13 +192,14 @@ def overflowing_rank(data: Path, port: int, flag: str) -> Dict[str, Any]:
         return clip(self, clip_norm)
 
     with patch.object(MoETrainer, "clip_grad_norm", overflow), patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
-        result = train(data, 2, port, rank_number(), flag, "--max-update", "3", "--disable-validation", "--fp16-init-scale", "4")
+        flags = flag, "--max-update", "3", "--disable-validation", "--fp16-init-scale", "4"
+        result = train(data, 2, meeting, rank_number(), *flags)
     return {**result, "scales": scales}
 
 
 @pytest.mark.parametrize("flag", ["--fp16", "--memory-efficient-fp16"])
 def test_all_ranks_skip_an_update_that_overflows_on_one(flag, five_batches):
-    results = run_ranks(2, overflowing_rank, five_batches, free_port(), flag, group=False)
+    results = run_ranks(2, overflowing_rank, five_batches, meeting_place(), flag, group=False)
     assert results[0]["scales"] == results[1]["scales"] == [4.0, 4.0, 2.0, 2.0]
     assert results[0]["norms"] == results[1]["norms"] and len(results[0]["norms"]) == 3
 

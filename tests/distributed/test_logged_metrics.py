@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 from fairseq.data import Dictionary
-from ranks import rank_number, run_ranks
+from ranks import meeting_place, rank_number, run_ranks
 from runs import run
 
-from fairseq_sparsemixer.cli.launch import free_port, rank_command
+from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.glue import TASKS, prepare
 from fairseq_sparsemixer.models import electra_moe
 from fairseq_sparsemixer.trainer import MoETrainer
@@ -70,7 +70,7 @@ def likeliest(src_tokens, target, logits, padding_idx, corrupt=electra_moe.corru
     return corrupt(src_tokens, target, 1e6 * logits, padding_idx)
 
 
-def logged(world_size: int, port: int, flags: List[str]) -> Dict[str, List[Dict[str, Any]]]:
+def logged(world_size: int, meeting: str, flags: List[str]) -> Dict[str, List[Dict[str, Any]]]:
     """The figures of each update and of each validation on this rank, before they are rounded."""
     import fairseq_cli.train
     from fairseq.criterions import sentence_prediction
@@ -97,7 +97,7 @@ def logged(world_size: int, port: int, flags: List[str]) -> Dict[str, List[Dict[
     with patch.multiple(MoETrainer, train_step=step, _prepare_sample=sample), patch.multiple(meters, **exact), patch.multiple(
         sentence_prediction, **exact
     ), patch.object(fairseq_cli.train, "get_valid_stats", stats), patch.object(electra_moe, "corrupt", likeliest):
-        run(fairseq_cli.train.cli_main, *rank_command(["fairseq-train", *flags], rank_number(), world_size, port)[1:])
+        run(fairseq_cli.train.cli_main, *rank_command(["fairseq-train", *flags], rank_number(), world_size, meeting)[1:])
     return found
 
 
@@ -110,7 +110,7 @@ def compare(data: Path, *flags: str, but: Collection[str] = ()) -> Dict[str, Lis
     command = [str(data), "--user-dir", str(USER_DIR), *flags, *FLAGS]
     sizes = {1: ["--batch-size", "8"], 2: ["--batch-size", "4"]}
     (alone,) = run_ranks(1, logged, 1, 0, [*command, *sizes[1]], group=False)
-    both = run_ranks(2, logged, 2, free_port(), [*command, *sizes[2]], group=False)
+    both = run_ranks(2, logged, 2, meeting_place(), [*command, *sizes[2]], group=False)
     assert [any(rank["dummies"]) for rank in both] == [False, True]
     for rank in both:
         for part in ("train", "valid"):

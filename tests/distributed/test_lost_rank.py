@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any, Dict, List
 from unittest.mock import patch
 
+import pytest
 import torch
-from ranks import collect, rank_number, run_ranks, start_ranks
+from ranks import collect, meeting_place, rank_number, run_ranks, start_ranks
 from runs import EXPERTS, SMALL, make_corpus, run
 
-from fairseq_sparsemixer.cli.launch import free_port, rank_command
+from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.trainer import MoETrainer
 
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 
 
-def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> Dict[str, Any]:
+def train(data: Path, save_dir: Path, meeting: str, fate: int = 0, *flags: str) -> Dict[str, Any]:
     """fairseq-train for 12 updates on two ranks, a checkpoint every third; rank 1 meets its fate, a signal, after seven."""
     import fairseq_cli.train
 
@@ -38,7 +39,7 @@ def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> 
     ]  # fmt: skip
     with patch.multiple(MoETrainer, __init__=remembered, train_step=fatal):
         try:
-            run(fairseq_cli.train.cli_main, *rank_command([str(word) for word in command], rank_number(), 2, port)[1:])
+            run(fairseq_cli.train.cli_main, *rank_command([str(word) for word in command], rank_number(), 2, meeting)[1:])
         except SystemExit as end:
             return {"exit": str(end)}
     return {name: parameter.detach().clone() for name, parameter in trainers[0].get_model().named_parameters()}
@@ -46,23 +47,25 @@ def train(data: Path, save_dir: Path, port: int, fate: int = 0, *flags: str) -> 
 
 def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_path):
     data = make_corpus(tmp_path, sentences=100)  # one epoch: resumed in another, fairseq groups sentences anew
-    straight = run_ranks(2, train, data, tmp_path / "straight", free_port(), group=False)
-    ranks = start_ranks(2, train, data, tmp_path / "cut", free_port(), signal.SIGKILL, group=False)
+    straight = run_ranks(2, train, data, tmp_path / "straight", meeting_place(), group=False)
+    ranks = start_ranks(2, train, data, tmp_path / "cut", meeting_place(), signal.SIGKILL, group=False)
     (survivor,) = collect(ranks[:1], deadline=60)
     ranks[1].process.join()
     assert ranks[1].process.exitcode == -signal.SIGKILL
     assert "rank 0 lost contact with another rank" in survivor["exit"]
     assert f"go on from {tmp_path}/cut/checkpoint_last.pt" in survivor["exit"]
-    resumed = run_ranks(2, train, data, tmp_path / "cut", free_port(), group=False)
+    resumed = run_ranks(2, train, data, tmp_path / "cut", meeting_place(), group=False)
     for found, expected in zip(resumed, straight):
         for name, parameter in expected.items():
             torch.testing.assert_close(found[name], parameter, rtol=1e-5, atol=1e-6)
 
 
-def test_a_hanging_rank_ends_the_others_within_the_timeout(tmp_path):
+@pytest.mark.parametrize("group_size", ["2", "1"])
+def test_a_hanging_rank_ends_the_others_within_the_timeout(group_size, tmp_path):
     data = make_corpus(tmp_path, sentences=20)
-    flags = "--collective-timeout", "3", "--no-save"  # torch's own timeout is half an hour
-    ranks = start_ranks(2, train, data, tmp_path / "run", free_port(), signal.SIGSTOP, *flags, group=False)
+    # torch's own timeout is half an hour
+    flags = "--collective-timeout", "3", "--no-save", "--expert-parallel-size", group_size
+    ranks = start_ranks(2, train, data, tmp_path / "run", meeting_place(), signal.SIGSTOP, *flags, group=False)
     try:
         (survivor,) = collect(ranks[:1], deadline=60)
         assert "rank 0 lost contact with another rank" in survivor["exit"]

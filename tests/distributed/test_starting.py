@@ -13,10 +13,9 @@ from unittest.mock import patch
 import pytest
 import runs
 import torch
-from ranks import rank_number, run_ranks
+from ranks import free_port, rank_number, run_ranks
 
 from fairseq_sparsemixer.checkpoints import read_checkpoint
-from fairseq_sparsemixer.cli.launch import free_port
 
 BACKEND = "--distributed-world-size 2 --distributed-backend gloo --ddp-backend legacy_ddp".split()
 SHARDS = ["checkpoint_last-rank-0.pt", "checkpoint_last-rank-1.pt"]  # there are two only where experts are spread
