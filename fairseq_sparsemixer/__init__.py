@@ -17,11 +17,12 @@ from fairseq_sparsemixer.root_logger import root_logger_untouched  # noqa: E402
 if find_spec("fairseq") is not None:
     with root_logger_untouched(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
-        from fairseq_sparsemixer import checkpoints, compatibility, criterions, models, trainer  # noqa: E402,F401
+        from fairseq_sparsemixer import checkpoints, compatibility, criterions, lost_ranks, models, trainer  # noqa: E402,F401
 
     checkpoints.install()
     compatibility.restore_numpy_long()
     compatibility.look_for_nans_forward_only()
+    lost_ranks.install()
     trainer.install()
 
 __all__ = ["MoELayer", "Routing", "build_gate", "build_moe_layer"]

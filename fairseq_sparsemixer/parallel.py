@@ -54,6 +54,16 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class RankGroup:
+    """A process group of torch's that a model keeps: torch can neither copy nor pickle one, and fairseq's EMA copies models."""
+
+    handle: Any
+
+    def __deepcopy__(self, memo: dict) -> "RankGroup":
+        return self
+
+
+@dataclass(frozen=True)
 class ExpertGroup:
     """Where this rank stands.
 
@@ -160,13 +170,16 @@ def _exchange(rows: Tensor, send: List[int], receive: List[int], ranks: ExpertGr
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over ranks; every rank's loss sends its gradient to every rank's tensor."""
+    """The sum of a tensor over the ranks of a RankGroup or process group.
+
+    Every rank's loss sends its gradient to every rank's tensor.
+    """
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+        ctx.group = group.handle if isinstance(group, RankGroup) else group
         total = tensor.clone()
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=ctx.group)
         return total
 
     @staticmethod

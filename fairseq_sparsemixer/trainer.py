@@ -8,12 +8,11 @@ writes and reads is in checkpoints/trainer.py.
 import logging
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 import fairseq_cli.train
 from fairseq.logging import metrics
@@ -27,18 +26,21 @@ from fairseq_sparsemixer.checkpoints.trainer import CheckpointingTrainer
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import forget_loads, update_selection_biases
+from fairseq_sparsemixer.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
 from fairseq_sparsemixer.moe_layer import moe_layers, spread_experts
 from fairseq_sparsemixer.parallel import Clock, ExpertGroup, expert_parallel_size, form_expert_group
+from fairseq_sparsemixer.unequal_forwards import refuse_unequal_forwards, refusing_generation
 
 logger = logging.getLogger(__name__)
 
-LOST_CONTACT = (  # in gloo's and NCCL's words
-    "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "remote process exited",
-)  # fmt: skip
+KEEP_ALL = "use --expert-parallel-size 1, which keeps all experts on every rank"  # remedies
+OWN_TOKENS = "use --balance-scope local, with --expert-parallel-size 1"
 
 
 class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `ranks` is None where every rank holds all of them."""
+
+    never_generate: Optional[str] = None  # the remedy, where a rank that generates would leave the others waiting
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
         refuse_bf16_without_tpu(cfg)
@@ -46,21 +48,26 @@ class MoETrainer(CheckpointingTrainer):
         self.ranks = None
         if self.moe_layers:
             refuse_training_apart()
-            timeout = set_timeout(cfg)
-            self.ranks = share_out_experts(cfg, model, timeout)
-            set_balance_scope(cfg, model, timeout)
+            timeout = timeout_of(cfg)
+            with explaining_lost_ranks(cfg):
+                set_timeout(timeout)
+                self.ranks = share_out_experts(cfg, task, model, timeout)
+                balanced_globally = set_balance_scope(cfg, task, model, timeout)
+            if balanced_globally or self.ranks:
+                self.never_generate = OWN_TOKENS if balanced_globally else KEEP_ALL
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
         self.sharded = self.ranks is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
-        super().__init__(cfg, task, model, criterion, quantizer)
+        with explaining_lost_ranks(cfg):
+            super().__init__(cfg, task, model, criterion, quantizer)
 
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
         """See Trainer. A rank that runs out of memory ends the run: the others wait for it in the middle of the batch."""
         self.in_train_step = True
         try:
-            with self._explaining_lost_ranks():
+            with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
                 output = super().train_step(samples, raise_oom or self.ranks is not None)
         finally:
             self.in_train_step = False
@@ -72,7 +79,7 @@ class MoETrainer(CheckpointingTrainer):
 
     def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False):
         """See Trainer and train_step."""
-        with self._explaining_lost_ranks():
+        with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
             return super().valid_step(sample, raise_oom or self.ranks is not None)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
@@ -105,19 +112,6 @@ class MoETrainer(CheckpointingTrainer):
         logs, *sums = zip(*gathered)
         return list(chain.from_iterable(logs)), [sum(values) for values in sums]
 
-    @contextmanager
-    def _explaining_lost_ranks(self) -> Iterator[None]:
-        """End with one sentence when another rank is gone."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.data_parallel_world_size > 1 and any(words in str(error).lower() for words in LOST_CONTACT):
-                raise ConfigurationError(
-                    f"rank {self.data_parallel_rank} lost contact with another rank ({str(error).splitlines()[0]});"
-                    f" start again to go on from {self.cfg.checkpoint.save_dir}/checkpoint_last.pt"
-                ) from None
-            raise
-
     def set_num_updates(self, num_updates: int) -> None:
         """See Trainer, which calls this once after each optimizer step that was not skipped; the selection biases step too."""
         super().set_num_updates(num_updates)
@@ -131,21 +125,21 @@ class MoETrainer(CheckpointingTrainer):
 
     def consolidate_optimizer(self) -> None:
         """See CheckpointingTrainer."""
-        with self._explaining_lost_ranks():
+        with explaining_lost_ranks(self.cfg):
             super().consolidate_optimizer()
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
         """See CheckpointingTrainer."""
-        with self._explaining_lost_ranks():
+        with explaining_lost_ranks(self.cfg):
             return super().save_checkpoint(filename, extra_state)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
         """See CheckpointingTrainer."""
-        with self._explaining_lost_ranks():
+        with explaining_lost_ranks(self.cfg):
             return super().load_checkpoint(filename, *args, **kwargs)
 
 
-def share_out_experts(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
+def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
     """Leave this rank its share of the experts of every layer; None when every rank keeps them all.
 
     Raises ConfigurationError for sizes that do not divide, and for parts of fairseq that cannot go with it.
@@ -159,6 +153,7 @@ def share_out_experts(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) 
     if size == 1:
         return None
     refuse_incompatible(cfg, size)
+    refuse_unequal_forwards(cfg, task, KEEP_ALL)
     ranks = form_expert_group(size, timeout, Clock() if getattr(cfg.model, "record_a2a_perf_stats", False) else None)
     spread_experts(model, ranks)
     logger.info("experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, ranks.num_replicas)
@@ -188,41 +183,26 @@ def refuse_bf16_without_tpu(cfg: Any) -> None:
         )
 
 
-def set_timeout(cfg: Any) -> Optional[timedelta]:
-    """Apply --collective-timeout to fairseq's process group, which is there already; None when it is not given.
-
-    Raises ConfigurationError when it is not positive.
-    """
-    seconds = getattr(cfg.model, "collective_timeout", None)
-    if seconds is None:
-        return None
-    if seconds <= 0:
-        raise ConfigurationError(f"--collective-timeout {seconds} must be positive; leave it out for torch's default")
-    timeout = timedelta(seconds=seconds)
-    if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timeout)  # torch has no public way once the group is made
-    return timeout
-
-
-def set_balance_scope(cfg: Any, model: nn.Module, timeout: Optional[timedelta]) -> None:
-    """With --balance-scope global, let the balance losses speak of the tokens of all ranks.
+def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> bool:
+    """With --balance-scope global, let the balance losses speak of the tokens of all ranks; whether it does so.
 
     Raises ConfigurationError for an unknown scope.
     """
     scope = getattr(cfg.model, "balance_scope", "local")
     if scope not in ("local", "global"):
         raise ConfigurationError(f"--balance-scope {scope} is unknown; choose local or global")
-    if scope == "global" and dist.is_initialized() and dist.get_world_size() > 1:
-        refuse_unequal_forwards(cfg, "use --balance-scope local, with --expert-parallel-size 1")
-        everyone = dist.new_group(timeout=timeout)  # its own: DistributedDataParallel keeps the default group busy
-        for layer in moe_layers(model):
-            layer.gate.balance_group = everyone
+    if scope == "local" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    refuse_unequal_forwards(cfg, task, OWN_TOKENS)
+    everyone = dist.new_group(timeout=timeout)  # its own: DistributedDataParallel keeps the default group busy
+    for layer in moe_layers(model):
+        layer.gate.balance_group = everyone
+    return True
 
 
 def refuse_incompatible(cfg: Any, size: int) -> None:
     """Raise ConfigurationError for options of fairseq that assume the same parameters on every rank."""
-    remedy = "use --expert-parallel-size 1, which keeps all experts on every rank"
-    distributed = cfg.distributed_training
+    distributed, remedy = cfg.distributed_training, KEEP_ALL
     if distributed.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
         raise ConfigurationError(
             f"--ddp-backend {distributed.ddp_backend} averages or shards all parameters over ranks, and experts spread over"
@@ -235,23 +215,7 @@ def refuse_incompatible(cfg: Any, size: int) -> None:
         )
     if cfg.optimization.use_bmuf:
         raise ConfigurationError(f"--use-bmuf averages models over ranks, and experts differ by rank; {remedy}")
-    refuse_unequal_forwards(cfg, remedy)
     refuse_unshareable_state(cfg, remedy)
-
-
-def refuse_unequal_forwards(cfg: Any, remedy: str) -> None:
-    """Raise ConfigurationError for options by which one rank runs a layer, a collective, more often than another."""
-    for flag in ("encoder_layerdrop", "decoder_layerdrop"):
-        if getattr(cfg.model, flag, 0):
-            raise ConfigurationError(
-                f"--{flag.replace('_', '-')} {getattr(cfg.model, flag)} may skip a layer on one rank while another waits in"
-                f" it; set it to 0, or {remedy}"
-            )
-    if getattr(cfg.task, "eval_bleu", False):
-        raise ConfigurationError(
-            "--eval-bleu generates as many words on each rank as its own sentences need, while the others wait in a layer;"
-            f" score checkpoints with fairseq-generate, or {remedy}"
-        )
 
 
 def refuse_unshareable_state(cfg: Any, remedy: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_sparsemixer.gates import GATES, build_gate
 from fairseq_sparsemixer.parallel import Clock, ExpertGroup, expert_parallel_size
 
 
@@ -42,6 +43,23 @@ def test_a_copied_model_talks_to_the_same_ranks():
     ranks = ExpertGroup(size=2, index=1, group=object(), replicas=object(), world_size=4, first_group=False)
     assert copy.deepcopy(ranks) is ranks
     assert ranks.num_replicas == 2
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_a_copied_gate_balances_over_the_same_ranks(router):
+    gate, group = build_gate(router, 4, 2), Uncopyable()
+    gate.balance_group = group
+    copied = copy.deepcopy(gate)
+    assert copied.balance_group.handle is group
+    gate.balance_group = None
+    assert gate.balance_group is None and copied.balance_group is not None
+
+
+class Uncopyable:
+    """As torch's process groups are."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle ProcessGroup")
 
 
 def test_a_clock_starts_again_when_read():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.gates.bias import SelectionBias
 from fairseq_sparsemixer.gates.capacity import limit_capacity, require_capacity_factor
 from fairseq_sparsemixer.gates.routing import Routing
+from fairseq_sparsemixer.parallel import RankGroup
 
 
 class Gate(nn.Module):
@@ -26,7 +27,7 @@ class Gate(nn.Module):
     top_k = 1  # experts a token; a gate that can choose more takes it as an option
     causal = True  # at inference, a token's routing depends on no other token: fit for autoregressive decoders
     wants_token_ids = False  # whether models should hand the ids of the tokens down to it
-    balance_group: Any = None  # the ranks whose tokens the balance loss is about; None: this rank's own
+    _balance_group: Optional[RankGroup] = None
 
     def __init__(
         self,
@@ -46,6 +47,15 @@ class Gate(nn.Module):
         if router_bias:
             nn.init.zeros_(self.projection.bias)  # no expert is preferred before training
         self.balancer = SelectionBias(num_experts, bias_update_rate) if bias_update_rate else None
+
+    @property
+    def balance_group(self) -> Optional[RankGroup]:
+        """The ranks whose tokens the balance loss is about, set as a process group of torch's; None: this rank's own."""
+        return self._balance_group
+
+    @balance_group.setter
+    def balance_group(self, group: Any) -> None:
+        self._balance_group = group if group is None or isinstance(group, RankGroup) else RankGroup(group)
 
     @property
     def experts_per_token(self) -> float:
