@@ -9,7 +9,7 @@ Every checkpoint of a model with experts says so in its entry `expert_parallel`:
 """
 
 import copy
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,22 @@ Combine = Callable[[List[Tensor]], Tensor]
 def layout_of(state: Dict[str, Any]) -> Dict[str, Any]:
     """The entry described above; that of a portable checkpoint where there is none."""
     return {"size": 1, "index": 0, "save": None, "optimizer": None, **(state.get(LAYOUT) or {})}
+
+
+def wrong_layout(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+    """What is wrong with that entry: its name, and what it is; None where nothing is."""
+    entry = state.get(LAYOUT)
+    if not isinstance(entry, (dict, type(None))):
+        return LAYOUT, f"a {type(entry).__name__}, not a dict"
+    layout = layout_of(state)
+    size, index, save, optimizer = (layout[key] for key in ("size", "index", "save", "optimizer"))
+    if type(size) is not int or type(index) is not int or not 0 <= index < size:
+        return LAYOUT, f"file {index!r} of {size!r}, which are no numbers that go together"
+    if not isinstance(save, (int, type(None))):
+        return LAYOUT, f"of save {save!r}, which is no number"
+    if optimizer is not None and not (isinstance(optimizer, list) and all(type(number) is int for number in optimizer)):
+        return LAYOUT, f"with the optimizer indices {optimizer!r}, which are no numbers"
+    return None
 
 
 def suffix(index: int) -> str:
