@@ -8,8 +8,9 @@ __all__ = ["allow_fairseq_checkpoints", "install", "read_checkpoint", "replace_a
 
 def install() -> None:
     """Make fairseq read and write its checkpoints by this package, whatever the model."""
-    from fairseq_sparsemixer.checkpoints import reading, writing
+    from fairseq_sparsemixer.checkpoints import folder_lock, reading, writing
 
     allow_fairseq_checkpoints()
     reading.install()
     writing.install()
+    folder_lock.install()

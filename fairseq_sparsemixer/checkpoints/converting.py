@@ -119,11 +119,21 @@ def _options(theirs: Dict[str, Any]) -> MoEOptions:
         raise ConfigurationError(f"the checkpoint's --router {router} is unknown; convert knows SparseMixer and SwitchGate")
     return MoEOptions(
         router=ROUTERS[router.lower()],
-        num_experts=int(theirs.get("num_experts", 0)),
+        num_experts=_number(theirs, "num_experts", 0),
         moe_freq=MOE_FREQ,
-        jitter_eps=float(theirs.get("jitter_eps", MoEOptions.jitter_eps)),
+        jitter_eps=_number(theirs, "jitter_eps", MoEOptions.jitter_eps),
         router_bias=True,
     )
+
+
+def _number(theirs: Dict[str, Any], name: str, default: Any) -> Any:
+    """An argument of theirs, of the kind that its default is of."""
+    value = theirs.get(name, default)
+    try:
+        return type(default)(value)
+    except (TypeError, ValueError, OverflowError):
+        flag = name.replace("_", "-")
+        raise ConfigurationError(f"the checkpoint's --{flag} {value} is no number; use an unchanged checkpoint") from None
 
 
 def _model_arguments(theirs: Dict[str, Any], options: MoEOptions) -> argparse.Namespace:

@@ -9,7 +9,9 @@ import math
 import os
 import secrets
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, List
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from fairseq_sparsemixer.checkpoints import shards
 from fairseq_sparsemixer.checkpoints.layout import EXPERTS, LAYOUT, Combine, combine_experts, layout_of, shard_path
-from fairseq_sparsemixer.checkpoints.reading import read_checkpoint
-from fairseq_sparsemixer.checkpoints.writing import save_atomically
+from fairseq_sparsemixer.checkpoints.reading import one_sentence_for, read_checkpoint
+from fairseq_sparsemixer.checkpoints.writing import cannot_write, refuse_special_target, require_targets, try_again
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import finish, unfinished_beside
 
 
 @dataclass
@@ -38,8 +41,10 @@ def reshard(source: str, target: str, size: int) -> Resharded:
     A sharded checkpoint is named as if it were one file: `checkpoint_last.pt` for checkpoint_last-rank-0.pt and on. Every
     bit of every tensor is kept, of the optimizer's state too. Raises ConfigurationError for files that cannot be used.
     """
+    refuse_special_target(target)
     states, read = _read_any(source)
-    num_experts = _count_experts(source, states)
+    with one_sentence_for(source):
+        num_experts = _count_experts(source, states)
     if size < 1 or num_experts % size:
         raise ConfigurationError(f"--expert-parallel-size {size} does not divide the {num_experts} experts of {source}")
     optimizer = layout_of(states[0])["optimizer"]
@@ -49,16 +54,22 @@ def reshard(source: str, target: str, size: int) -> Resharded:
             " load it in a run with --reset-optimizer"
         )
     written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
-    overwritten = {os.path.realpath(path) for path in read} & {os.path.realpath(path) for path in written}
-    if overwritten:
-        raise ConfigurationError(f"{sorted(overwritten)[0]} would be overwritten while it is read; choose another OUT")
     save = None if size == 1 else secrets.randbits(62)
     folder = os.path.dirname(os.path.abspath(target))
-    os.makedirs(folder, exist_ok=True)
-    for index, path in enumerate(written):
-        state = combine_experts(states, _rows_from_files(size, index, folder))
-        state[LAYOUT] = {"size": size, "index": index, "save": save, "optimizer": optimizer}
-        save_atomically(state, path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    require_targets(written, read)
+    with ExitStack() as files:  # no file is replaced before all of the set are on the disk
+        unfinished = [files.enter_context(unfinished_beside(os.path.realpath(path))) for path in written]
+        for index, name in enumerate(unfinished):
+            with one_sentence_for(source):
+                state = combine_experts(states, _rows_from_files(size, index, folder))
+            state[LAYOUT] = {"size": size, "index": index, "save": save, "optimizer": optimizer}
+            try_again(partial(torch.save, state, name), written[index])
+        for name, path in zip(unfinished, written):
+            finish(name, os.path.realpath(path))
     return Resharded(read, written, num_experts, bool(states[0].get("last_optimizer_state")))
 
 

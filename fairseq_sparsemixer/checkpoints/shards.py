@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+from functools import partial
 from glob import escape, glob
 from typing import Any, Dict, List, Optional
 
@@ -50,26 +51,49 @@ def read_set(path: str) -> List[Dict[str, Any]]:
 def mend(path: str, size: int) -> None:
     """Where a kill left a set of `size` files half replaced, finish what the killed ranks had begun.
 
-    Raises ConfigurationError when the set cannot be made of one save.
+    That is the newest save that is there as a whole, under whatever names. Raises ConfigurationError when there is none.
     """
     paths = [shard_path(path, index) for index in range(size)]
     states = {shard: read_checkpoint(shard) for shard in paths if os.path.exists(shard)}
-    if not states:
-        return
-    newest = layout_of(max(states.values(), key=updates))["save"]
     for state in states.values():
         require_size(path, layout_of(state)["size"], size)
-    for index, shard in enumerate(paths):
-        if shard not in states or layout_of(states[shard])["save"] != newest:
-            found = _find(path, index, newest)
-            if found:
-                logger.info("%s is not of the last save, which was interrupted; taken from %s", shard, found)
-                replace_atomically(shard, lambda unfinished: shutil.copyfile(found, unfinished))
-                states[shard] = read_checkpoint(shard)
+    if len(states) == size and _of_one_save(states):
+        return
+    staged = [state for shard in paths for state in _read_if_whole(shard + STAGED)]
+    if not states and len(staged) < size:
+        return  # killed before the first save was on the disk: there is nothing to go on from
+    for save in _saves_by_age([*states.values(), *staged]):
+        whole = _find_all(paths, save)
+        if whole:
+            for shard, found in zip(paths, whole):
+                if found != shard:
+                    logger.info("%s is not of the last whole save; taken from %s", shard, found)
+                    replace_atomically(shard, partial(shutil.copyfile, found))
+            return
     for shard in paths:
         if shard not in states:
             raise ConfigurationError(f"{shard} is missing from the sharded checkpoint {path}; use another one")
     refuse_mixture(path, states)
+
+
+def _saves_by_age(states: List[Dict[str, Any]]) -> List[Optional[int]]:
+    """The numbers of the saves that these are of, the one with most updates first."""
+    newest: Dict[Optional[int], int] = {}
+    for state in states:
+        save = layout_of(state)["save"]
+        newest[save] = max(newest.get(save, 0), updates(state))
+    return sorted(newest, key=newest.__getitem__, reverse=True)
+
+
+def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
+    """A file of that save for each of the ranks, its own where that will do; None where one is missing."""
+    found = []
+    for index, path in enumerate(paths):
+        found.append(_find(path, index, len(paths), save))
+        if found[-1] is None:
+            return None
+    states = {path: read_checkpoint(path) for path in found}
+    return found if _of_one_save(states) else None
 
 
 def mend_folder(folder: str, size: int) -> None:
@@ -84,7 +108,7 @@ def mend_folder(folder: str, size: int) -> None:
         try:
             mend(os.path.join(folder, name), size)
         except ConfigurationError as error:
-            logger.warning("%s", error)  # the run goes on without it
+            logger.warning("%s", error.message)  # the run goes on without it
 
 
 def require_size(path: str, found: int, wanted: int) -> None:
@@ -96,18 +120,35 @@ def require_size(path: str, found: int, wanted: int) -> None:
         )
 
 
-def _find(path: str, index: int, save: Optional[int]) -> Optional[str]:
-    """A file of rank `index` of that save, under any name, in the folder of the set."""
+def _read_if_whole(path: str) -> List[Dict[str, Any]]:
+    """The checkpoint in a list; an empty one where there is none, or none that can be read."""
+    if not os.path.exists(path):
+        return []
+    try:
+        return [read_checkpoint(path)]
+    except ConfigurationError as error:
+        logger.warning("%s", error.message)  # one that cannot be read does not stand for another
+        return []
+
+
+def _find(path: str, index: int, size: int, save: Optional[int]) -> Optional[str]:
+    """A file of rank `index` of `size` of that save: `path`, or one of any name in its folder."""
     pattern = os.path.join(escape(os.path.dirname(path) or "."), f"checkpoint*{suffix(index)}.pt")
-    for candidate in glob(pattern + STAGED) + glob(pattern):
-        if layout_of(read_checkpoint(candidate))["save"] == save:
-            return candidate
+    for candidate in (path, path + STAGED, *sorted(glob(pattern + STAGED)), *sorted(glob(pattern))):
+        for state in _read_if_whole(candidate):
+            layout = layout_of(state)
+            if (layout["save"], layout["size"], layout["index"]) == (save, size, index):
+                return candidate
     return None
+
+
+def _of_one_save(states: Dict[str, Dict[str, Any]]) -> bool:
+    return len({(layout_of(state)["size"], layout_of(state)["save"], updates(state)) for state in states.values()}) <= 1
 
 
 def refuse_mixture(path: str, states: Dict[str, Dict[str, Any]]) -> None:
     """Raise ConfigurationError when the files of a set, by name, are not of one save."""
-    if len({(layout_of(state)["size"], layout_of(state)["save"], updates(state)) for state in states.values()}) > 1:
+    if not _of_one_save(states):
         each = ", ".join(f"{os.path.basename(name)} at update {updates(state)}" for name, state in states.items())
         raise ConfigurationError(f"the files of the sharded checkpoint {path} are of different saves ({each}); use another one")
 

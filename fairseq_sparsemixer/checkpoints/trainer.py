@@ -7,13 +7,12 @@ each rank of the first group writes its own experts, to a file of its own.
 import logging
 import os
 import secrets
-import sys
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 from fairseq.utils import apply_to_sample
 from omegaconf import open_dict
@@ -21,7 +20,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fairseq_sparsemixer.checkpoints import gathering, shards
+from fairseq_sparsemixer.checkpoints.folder_lock import lock_folder
 from fairseq_sparsemixer.checkpoints.layout import EXPERTS, LAYOUT, combine_experts, layout_of, own_rows, suffix
+from fairseq_sparsemixer.checkpoints.reading import changed_by, refuse_special_file
 from fairseq_sparsemixer.checkpoints.writing import STAGED, remove_unfinished
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.parallel import ExpertGroup
@@ -41,6 +42,8 @@ class CheckpointingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not self.cfg.checkpoint.no_save and not self.tpu:
+            self._by_master(lock_existing, self.cfg.checkpoint.save_dir)
         if self.sharded:
             self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self.ranks.size)
 
@@ -93,18 +96,35 @@ class CheckpointingTrainer(Trainer):
         with open_dict(self.cfg):
             # fairseq would send rank 0's copy around, as a pickle that torch's weights_only refuses at the other end
             self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
-        if not self.has_experts:
-            self._require_on_all_ranks(filename)
-            return super().load_checkpoint(filename, *args, **kwargs)
-        if self.sharded:
+        if self.has_experts and self.sharded:
             filename = self._own_shard(filename)
         self._require_on_all_ranks(filename)
-        if self.is_data_parallel_master:
-            remove_unfinished(self.cfg.checkpoint.save_dir)
-        if not os.path.exists(filename):
+        refuse_special_file(filename)
+        if self.has_experts and not os.path.exists(filename):
             self._refuse_to_start_over(filename)
-        with self._taking_own_share(filename):
-            return super().load_checkpoint(filename, *args, **kwargs)
+        with self._one_sentence_for(filename), changed_by(partial(self._own_share, filename=filename)):
+            extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        if self.is_data_parallel_master:  # not before the run has what it goes on from
+            remove_unfinished(self.cfg.checkpoint.save_dir, staged=self.sharded and not self.cfg.checkpoint.no_save)
+        return extra_state
+
+    @contextmanager
+    def _one_sentence_for(self, filename: str) -> Iterator[None]:
+        """What fairseq raises for a checkpoint that does not go with the run, as ConfigurationError."""
+        try:
+            yield
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            if isinstance(error.__context__, ConfigurationError):
+                raise error.__context__ from None  # fairseq put its own advice over the reason
+            if isinstance(error, RuntimeError):
+                raise  # of another rank, or of the memory of a device
+            reason = error.__context__ if type(error) is Exception and error.__context__ else error
+            raise ConfigurationError(
+                f"{filename} does not go with this run ({_first_words(reason)}); give the flags it was trained with, or"
+                " --reset-optimizer --reset-lr-scheduler --reset-meters where only its weights are wanted"
+            ) from None
 
     def _own_shard(self, filename: str) -> str:
         """The file to read in a run with --sharded-checkpoints: its shard, or else one of the whole model."""
@@ -130,10 +150,11 @@ class CheckpointingTrainer(Trainer):
             try:
                 action(*arguments)
             except ConfigurationError as error:
-                sentence = [str(error)]
-        dist.broadcast_object_list(sentence, device=self.device)
+                sentence = [error.message]
+        if self.data_parallel_world_size > 1:
+            dist.broadcast_object_list(sentence, device=self.device)
         if sentence[0] is not None:
-            sys.exit(sentence[0])
+            raise ConfigurationError(sentence[0])
 
     def _refuse_to_start_over(self, filename: str) -> None:
         restore_file = self.cfg.checkpoint.restore_file
@@ -145,21 +166,10 @@ class CheckpointingTrainer(Trainer):
         if restore_file != "checkpoint_last.pt":
             raise ConfigurationError(f"--restore-file {restore_file} does not exist ({filename})")
 
-    @contextmanager
-    def _taking_own_share(self, filename: str) -> Iterator[None]:
-        """For this while, what fairseq reads from a file is what this rank needs of it."""
-        read = checkpoint_utils.load_checkpoint_to_cpu
-
-        def read_own_share(path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-            return self._own_share(read(path, *args, **kwargs), filename)
-
-        checkpoint_utils.load_checkpoint_to_cpu = read_own_share
-        try:
-            yield
-        finally:
-            checkpoint_utils.load_checkpoint_to_cpu = read
-
     def _own_share(self, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
+        """What this rank needs of a checkpoint that fairseq has read."""
+        if not self.has_experts:
+            return state
         layout, size = layout_of(state), 1 if self.ranks is None else self.ranks.size
         if layout["size"] > 1:
             shards.require_size(filename, layout["size"], size)
@@ -196,6 +206,19 @@ class CheckpointingTrainer(Trainer):
         named = chain(self.get_model().named_parameters(), self.get_criterion().named_parameters())
         trained = [name for name, parameter in named if parameter.requires_grad]
         return [index for index, name in enumerate(trained) if EXPERTS in name]
+
+
+def lock_existing(save_dir: str) -> None:
+    """lock_folder, where fairseq has made the folder already."""
+    if os.path.isdir(save_dir):
+        lock_folder(save_dir)
+
+
+def _first_words(error: BaseException) -> str:
+    """The line of an error that says most; torch's list of mismatches starts with a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[1] if len(lines) > 1 and lines[0].startswith("Error") else (lines or [""])[0]
+    return f"{text}" if isinstance(error, (RuntimeError, AssertionError)) else f"{type(error).__name__}: {text}"
 
 
 def resume_between_same_batches(state: Dict[str, Any], world_size: int) -> None:

@@ -8,6 +8,7 @@ leaves the experts on the scale that their optimizer expects, and otherwise in t
 
 import argparse
 import copy
+import math
 import re
 from dataclasses import fields
 from typing import Any, Dict, NamedTuple, Optional
@@ -49,8 +50,8 @@ def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed
     check_options(options)
     if options.router == DENSE:
         raise ConfigurationError(f"--router {DENSE} has no experts; choose another router")
-    if noise < 0:
-        raise ConfigurationError(f"--noise {noise} must not be negative")
+    if not 0 <= noise < math.inf:
+        raise ConfigurationError(f"--noise {noise} must not be negative, and must be finite; give 0 for none")
     if any(EXPERTS in name for name in state["model"]):
         raise ConfigurationError("the checkpoint has experts already; upcycle takes a dense one")
     cfg = _configuration(state)

@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from fairseq_sparsemixer.cli.json_file import write_json
+from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
 
 HELP = "show the experts, parameters and cost of a checkpoint"
@@ -38,13 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Inspect, print, write. Raises ConfigurationError for flags and files that cannot be used."""
-    from fairseq_sparsemixer.inspection import inspect_checkpoint  # needs fairseq
+    from fairseq_sparsemixer.checkpoints.reading import one_sentence_for  # needs fairseq
+    from fairseq_sparsemixer.inspection import inspect_checkpoint
 
     if options.target and not options.text:
         raise ConfigurationError(f"--target {options.target} needs the sentences that it translates; give --text FILE")
     if options.sentences < 1:
         raise ConfigurationError(f"--sentences {options.sentences} must be at least 1")
-    report = inspect_checkpoint(options.checkpoint)
+    require_json(options.json, [options.checkpoint, *filter(None, (options.text, options.target))])
+    with one_sentence_for(options.checkpoint):
+        report = inspect_checkpoint(options.checkpoint)
     load = measure_load(options) if options.text else None
     console = Console()
     print_report(report, load, console)

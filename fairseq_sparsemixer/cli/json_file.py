@@ -1,16 +1,43 @@
 """The `--json FILE` of the commands."""
 
 import json
+import math
+import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Iterable, Optional, Union
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.files import is_special, overwritten, write_whole
+
+
+def require_json(path: Optional[str], others: Iterable[str] = ()) -> None:
+    """Raise ConfigurationError, before any work is done, where that file cannot be written or is another of the command's."""
+    if not path:
+        return
+    others = list(others)
+    if overwritten(others, [path]) or os.path.realpath(path) in map(os.path.realpath, others):
+        raise ConfigurationError(f"--json {path} would overwrite a file of this command; give another path")
+    folder = os.path.dirname(os.path.realpath(path))
+    if not is_special(path) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)) or os.path.isdir(path):
+        raise ConfigurationError(f"--json {path} cannot be written; give a file in a folder that exists and can be written")
+
+
+def as_json(content: Any) -> str:
+    """The content in JSON, which knows no NaN and no infinity: null in their places."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_json(path: Union[str, Path], content: Any) -> None:
     """Write the whole file or nothing. Raises ConfigurationError where it cannot be written."""
     try:
-        write_whole(Path(path), json.dumps(content, indent=2) + "\n")
+        write_whole(Path(path), as_json(content))
     except OSError as error:
         raise ConfigurationError(f"--json {path} cannot be written ({error.strerror}); give another path") from None

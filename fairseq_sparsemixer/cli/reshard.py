@@ -11,7 +11,7 @@ examples:
 import argparse
 import os
 
-from fairseq_sparsemixer.cli.json_file import write_json
+from fairseq_sparsemixer.cli.json_file import require_json, write_json
 
 HELP = "convert a checkpoint between one file and files by rank"
 
@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
     """Write OUT, and say what was written."""
     from fairseq_sparsemixer.checkpoints.resharding import reshard
 
+    require_json(options.json, [options.source, options.target])
     done = reshard(options.source, options.target, options.expert_parallel_size)
     size = sum(os.path.getsize(path) for path in done.target)
     print(

@@ -13,7 +13,8 @@ import argparse
 from dataclasses import fields
 from importlib.util import find_spec
 
-from fairseq_sparsemixer.cli.json_file import write_json
+from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.errors import ConfigurationError
 
 HELP = "turn a dense checkpoint into one with experts"
 
@@ -40,14 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write OUT, and say how it differs from DENSE."""
-    from fairseq_sparsemixer.checkpoints.reading import read_checkpoint
+    from fairseq_sparsemixer.checkpoints.reading import one_sentence_for, read_checkpoint
     from fairseq_sparsemixer.checkpoints.upcycling import upcycle
-    from fairseq_sparsemixer.checkpoints.writing import save_atomically
+    from fairseq_sparsemixer.checkpoints.writing import require_targets, save_atomically
     from fairseq_sparsemixer.models.config import MoEOptions
 
     moe = MoEOptions(**{option.name: getattr(options, option.name) for option in fields(MoEOptions)})
+    if not 0 <= options.seed < 2**63:
+        raise ConfigurationError(f"--seed {options.seed} is no seed; give a number from 0 to 2**63 - 1")
+    require_targets([options.target], [options.source])
+    require_json(options.json, [options.source, options.target])
     dense = read_checkpoint(options.source)
-    sparse = upcycle(dense, moe, options.noise, options.seed)
+    with one_sentence_for(options.source):
+        sparse = upcycle(dense, moe, options.noise, options.seed)
     save_atomically(sparse, options.target)
     counts = [sum(value.numel() for value in state["model"].values()) for state in (dense, sparse)]
     layers = sum(name.endswith(".experts.weight_in") for name in sparse["model"])

@@ -242,9 +242,11 @@ def test_no_optimizer_state_is_no_hindrance(theirs, tmp_path, capsys):
     state = torch.load(path, weights_only=True)
     del state["last_optimizer_state"]
     torch.save(state, path)
-    assert main(["convert", str(path), str(path)]) == 0  # onto itself
+    assert main(["convert", str(path), str(tmp_path / "ours.pt")]) == 0
     assert "left out: the checkpoint has none" in capsys.readouterr().out
-    load(path)
+    load(tmp_path / "ours.pt")
+    with pytest.raises(SystemExit, match="theirs.pt would be overwritten, and it is what is read; choose another OUT"):
+        main(["convert", str(path), str(path)])
 
 
 def changed(state, **options):

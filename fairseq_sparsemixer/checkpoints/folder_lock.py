@@ -1,0 +1,107 @@
+"""One training at a time in a folder of checkpoints: the second one ends with a sentence that names the first."""
+
+import atexit
+import errno
+import functools
+import logging
+import os
+import socket
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import fairseq_cli.train
+
+from fairseq_sparsemixer.errors import ConfigurationError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+NAME = ".training.lock"
+TAKEN = (errno.EACCES, errno.EAGAIN)
+
+_held: Dict[str, Tuple[int, int]] = {}  # by folder, the process that took it (it may have forked) and its open file
+
+
+def lock_folder(folder: str) -> None:
+    """Take the folder until `release_folders` or the end of this process, however it ends; once more is as good as once.
+
+    Raises ConfigurationError where another process has it. Where the file system knows no locks, a warning is all.
+    """
+    folder = os.path.realpath(folder)
+    if _held.get(folder, (None,))[0] == os.getpid():
+        return
+    descriptor = None
+    while descriptor is None:
+        descriptor = _open_and_lock(os.path.join(folder, NAME), folder)
+    if descriptor >= 0:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _held[folder] = (os.getpid(), descriptor)
+
+
+def _open_and_lock(path: str, folder: str) -> Optional[int]:
+    """The open lock file, -1 where there are no locks, None where the one before removed the file just now.
+
+    The lock is one that workers which this process forks do not inherit: they may outlive it by seconds. It would be lost
+    with any other open file of this name that the process closes, so there is never another.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        logger.warning("%s is not protected from a second training (%s)", folder, error.strerror)
+        return -1
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError) as error:
+        holder = os.read(descriptor, 300).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        if getattr(error, "errno", None) in TAKEN:
+            raise ConfigurationError(
+                f"--save-dir {folder} is in use by {holder}, which trains into it; wait until that ends, or give another folder"
+            ) from None
+        logger.warning("%s is not protected from a second training (its file system has no locks)", folder)
+        return -1
+    try:
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def release_folders() -> None:
+    """Let others have the folders that this process took."""
+    for folder, (process, descriptor) in list(_held.items()):
+        del _held[folder]
+        if process == os.getpid():
+            try:
+                os.remove(os.path.join(folder, NAME))
+            except OSError:
+                pass  # gone with its folder
+            os.close(descriptor)
+
+
+def released_after(main: Callable) -> Callable:
+    """fairseq_cli.train.main, for processes that train more than once."""
+
+    @functools.wraps(main)
+    def train(*arguments: Any, **options: Any) -> Any:
+        try:
+            return main(*arguments, **options)
+        finally:
+            release_folders()
+
+    return train
+
+
+def install() -> None:
+    """Have fairseq-train release its folder when a training is over."""
+    if not hasattr(fairseq_cli.train.main, "__wrapped__"):
+        fairseq_cli.train.main = released_after(fairseq_cli.train.main)
+
+
+atexit.register(release_folders)
