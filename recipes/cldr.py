@@ -9,13 +9,18 @@ import datetime
 import random
 from typing import Callable, Dict, List, Tuple
 
-from babel import Locale
-from babel.dates import format_date, format_datetime, format_time
-from babel.lists import format_list
-from babel.numbers import format_currency, format_percent
-from babel.units import format_unit
-
+from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.corpus import Corpus, Pair
+
+try:
+    from babel import Locale
+    from babel.dates import format_date, format_datetime, format_time
+    from babel.lists import format_list
+    from babel.numbers import format_currency, format_percent
+    from babel.units import format_unit
+except ModuleNotFoundError:
+    sentence = "the text of the quickstart is made with the library Babel; pip install -r recipes/requirements.txt"
+    raise ConfigurationError(sentence) from None
 
 SOURCE, TARGET = Locale("en"), Locale("de")
 MEASURES = (

@@ -188,7 +188,7 @@ def pip_command(*arguments):
 
 def pip(what, *arguments):
     """Run pip. Raises InstallError, saying what could not be installed."""
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    quiet = [] if sys.stdout.isatty() else ["-qq"]  # errors alone
     if subprocess.call(pip_command(*arguments, *quiet), cwd=ROOT, pass_fds=LOCKED):
         raise InstallError(
             "installing {} failed (see above); if no package index can be reached, set PIP_INDEX_URL to one".format(what)

@@ -1,7 +1,12 @@
 """The corpus made from CLDR."""
 
+import runpy
+import sys
+
 import pytest
 
+import recipes.cldr
+from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.cldr import NAMES, make_cldr
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
@@ -46,3 +51,9 @@ def test_bare_names_are_for_training_only(corpus):
     names = {getattr(Locale("en"), table)[code] for table, codes in NAMES.items() for code in codes}
     for split in ("valid", "test"):
         assert not names & {pair.source for pair in corpus[split]}
+
+
+def test_without_babel_the_requirements_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "babel", None)
+    with pytest.raises(ConfigurationError, match="Babel; pip install -r recipes/requirements.txt"):
+        runpy.run_path(recipes.cldr.__file__)
