@@ -3,14 +3,21 @@
 A task becomes `input0`, for pairs of sentences `input1`, and `label`, each with the splits train, valid and test.
 """
 
+import errno
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from fairseq.criterions.sentence_prediction import SentencePredictionConfig
 from fairseq.data import Dictionary, indexed_dataset
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import finish
 
 STS_B_MAXIMUM = 5.0  # similarities lie between 0 and 5; a model learns them divided by it, as fairseq's RoBERTa does
 
@@ -21,6 +28,7 @@ CORRELATIONS = (
     "--regression-target --report-pearson-and-spearman --best-checkpoint-metric pearson_and_spearman"
     " --maximize-best-checkpoint-metric"
 )
+LOSS = "--regression-target --best-checkpoint-metric loss"
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,13 @@ class GlueTask:
     def flags(self) -> str:
         """What fairseq-train needs to know of the task."""
         splits = " --valid-subset valid,valid1" if len(self.valid) > 1 else ""
-        return f"--num-classes {max(len(self.classes), 1)} {self.score}{splits}"
+        score = self.score if self.has_score() else ACCURACY if self.classes else LOSS
+        return f"--num-classes {max(len(self.classes), 1)} {score}{splits}"
+
+    def has_score(self) -> bool:
+        """Whether the installed fairseq computes GLUE's metric for the task; 0.12.2 knows accuracy and loss alone."""
+        names = [word[2:].replace("-", "_") for word in self.score.split() if word.startswith("--report-")]
+        return all(hasattr(SentencePredictionConfig, name) for name in names)
 
 
 TASKS: Dict[str, GlueTask] = {
@@ -81,8 +95,8 @@ def read_examples(path: Path, task: GlueTask, labelled: bool, skip: Optional[Cal
 
     Raises ConfigurationError for a missing file or column, BadLine for a line that is no example.
     """
-    if not path.is_file():
-        raise ConfigurationError(f"{path} is missing; put GLUE's {path.name} there")
+    if not _is_file(path):
+        raise ConfigurationError(f"{str(path)[:300]} is missing, or no file; give the path of a folder with GLUE's {path.name}")
     needed = [*task.inputs, *([task.label] if labelled else [])]
     columns = list(task.columns) if task.columns and labelled else None
     with path.open("rb") as file:
@@ -109,8 +123,10 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _check_header(fields: List[str], needed: List[str], where: str) -> List[str]:
     for name in needed:
+        if fields.count(name) > 1:
+            raise ConfigurationError(f"{where} two columns {name!r}; take one out")
         if name not in fields:
-            raise ConfigurationError(f"{where} no column {name!r} among {', '.join(fields)}; give the file of this task")
+            raise ConfigurationError(f"{where} no column {name!r} among {', '.join(fields)[:300]}; give the file of this task")
     return fields
 
 
@@ -131,14 +147,14 @@ def _remedy(labelled: bool) -> str:
 def _label(text: str, task: GlueTask, where: str) -> str:
     if task.classes:
         if text not in task.classes:
-            raise BadLine(f"{where} label {text!r} is none of {', '.join(task.classes)}; correct or --skip-bad-lines")
+            raise BadLine(f"{where} label {text[:40]!r} is none of {', '.join(task.classes)}; correct or --skip-bad-lines")
         return text
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= STS_B_MAXIMUM:
-        raise BadLine(f"{where} score {text!r} is no number from 0 to {STS_B_MAXIMUM:g}; correct or --skip-bad-lines")
+        raise BadLine(f"{where} score {text[:40]!r} is no number from 0 to {STS_B_MAXIMUM:g}; correct or --skip-bad-lines")
     return repr(value / STS_B_MAXIMUM)
 
 
@@ -160,14 +176,52 @@ def prepare(
         split: list(read_examples(path, task, labelled, skip if labelled else None))  # answers are numbered by line
         for split, path, labelled in _files(task, raw_dir)
     }
-    for split, examples in splits.items():
-        if not examples:
-            raise ConfigurationError(f"{raw_dir} has no example for the {split} split of {name}")
-        for index in range(len(task.inputs)):
-            lines = [encode(example.inputs[index]) for example in examples]
-            _write_tokens(destination / f"input{index}", split, lines, dictionary)
-        _write_labels(destination / "label", split, [example.label for example in examples], task)
+    for split, path, _ in _files(task, raw_dir):
+        if not splits[split]:
+            raise ConfigurationError(f"{path} has no example for the {split} split of {name}; give one with examples")
+    with _moved_when_whole(destination) as folder:
+        for split, examples in splits.items():
+            for index in range(len(task.inputs)):
+                lines = [encode(example.inputs[index]) for example in examples]
+                _write_tokens(folder / f"input{index}", split, lines, dictionary)
+            _write_labels(folder / "label", split, [example.label for example in examples], task)
     return {split: len(examples) for split, examples in splits.items()}
+
+
+@contextmanager
+def _moved_when_whole(destination: Path) -> Iterator[Path]:
+    """A new folder beside `destination` whose files get their places there once all are written; else nothing changes there.
+
+    Raises ConfigurationError where they cannot be written.
+    """
+    temporary = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if destination.exists() and not destination.is_dir():
+            raise FileExistsError(errno.EEXIST, "it is no folder")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        yield temporary
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            place = destination / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            finish(str(path), str(place))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(
+            f"--dest-dir {str(destination)[:300]} cannot be written ({reason}); give another folder"
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # mkdtemp has made it: nobody else's
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _files(task: GlueTask, raw_dir: Path) -> Iterator[Tuple[str, Path, bool]]:
@@ -176,7 +230,7 @@ def _files(task: GlueTask, raw_dir: Path) -> Iterator[Tuple[str, Path, bool]]:
     for index, stem in enumerate(task.valid):
         yield f"valid{index or ''}", raw_dir / f"{stem}.tsv", True
     for index, stem in enumerate(task.test):
-        if (raw_dir / f"{stem}.tsv").exists():
+        if os.path.lexists(raw_dir / f"{stem}.tsv"):
             yield f"test{index or ''}", raw_dir / f"{stem}.tsv", False
 
 

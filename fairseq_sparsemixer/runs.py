@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
 TRAIN_LOG = "train.log"
 LOAD_LOG = "load.jsonl"
+LARGEST = 2**53  # of a figure: what is above is a damaged file, and no axis of a plot
 
 
 @dataclass
@@ -53,37 +54,38 @@ class Run:
     load: Optional[ExpertLoad] = None
 
     def figures(self) -> Dict[str, Any]:
-        """The run in a few numbers; None where the logs do not tell."""
+        """The run in a few numbers; None where the logs do not tell. A loss that is no number is never the best."""
         return {
             "run": self.name,
             "updates": self.updates,
-            "valid_loss": min((loss for _, loss in self.valid_loss), default=None),
+            "valid_loss": min((loss for _, loss in self.valid_loss if math.isfinite(loss)), default=None),
             "words_per_second": self.words_per_second,
             "load_entropy": None if self.load is None else self.load.entropy(),
         }
 
 
 def read_run(folder: Path) -> Run:
-    """The run in folder. Raises ConfigurationError where there is no log of one."""
+    """The run in folder. Raises ConfigurationError where there is no log of one, or a figure in it is none."""
     path = folder / TRAIN_LOG
-    if not path.is_file():
+    if not _is_file(path):
         raise ConfigurationError(
-            f"{folder} has no {TRAIN_LOG}; train with --log-format json --log-file {path} --moe-load-file {folder / LOAD_LOG}"
+            f"{_short(folder)} has no {TRAIN_LOG}; train with --log-format json --log-file RUN_DIR/{TRAIN_LOG}"
+            f" --moe-load-file RUN_DIR/{LOAD_LOG}, and give the folder of that run"
         )
     # by num_updates: fairseq repeats lines, and a resumed run repeats updates
     valid, train, speed, pace = {}, {}, {}, {}
     updates = 0
     for entry in _json_lines(path):
-        if "valid_loss" in entry and "valid_num_updates" in entry:
-            valid[int(entry["valid_num_updates"])] = float(entry["valid_loss"])
-        elif "wps" in entry and "num_updates" in entry:
-            done, words = int(entry["num_updates"]), float(entry["wps"])
+        if "valid_loss" in entry.values and "valid_num_updates" in entry.values:
+            valid[entry.count("valid_num_updates")] = entry.number("valid_loss")
+        elif "wps" in entry.values and "num_updates" in entry.values:
+            done, words = entry.count("num_updates"), entry.number("wps")
             updates = max(updates, done)
-            train[done] = float(entry["loss"])
-            if words > 0:  # fairseq writes 0 where it has not timed yet
-                speed[done], pace[done] = words, float(entry["wpb"]) / words
+            train[done] = entry.number("loss")
+            if 0 < words < math.inf:  # fairseq writes 0 where it has not timed yet
+                speed[done], pace[done] = words, entry.number("wpb") / words
     if not valid and not train:
-        raise ConfigurationError(f"{path} holds no figures of a training run; train with --log-format json")
+        raise ConfigurationError(f"{_short(path)} holds no figures of a training run; train with --log-format json")
     return Run(
         name=folder.resolve().name,
         valid_loss=sorted(valid.items()),
@@ -96,22 +98,91 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_load(path: Path) -> Optional[ExpertLoad]:
-    if not path.is_file():
+    if not _is_file(path):
         return None
-    counts, layers = {}, []
+    counts: Dict[int, Any] = {}
+    layers: List[str] = []
+    shape = None
     for entry in _json_lines(path):
-        counts[entry["num_updates"]], layers = entry["load"], entry["layers"]
+        layers, load = entry.get("layers", _is_names), entry.get("load", _is_load)
+        shape = shape or (len(layers), len(load[0]))
+        if (len(layers), len(load[0])) != shape or len(load) != len(layers):
+            entry.refuse("load", load, f"has not the layers and experts of the lines before, {shape[0]} and {shape[1]}")
+        counts[entry.count("num_updates")] = load
     return ExpertLoad(layers, sorted(counts.items())) if counts else None
 
 
-def _json_lines(path: Path) -> Iterator[Dict[str, Any]]:
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _is_load(value: Any) -> bool:
+    """Whether it is a list of rows of as many counts each, at least one."""
+    rows = isinstance(value, list) and bool(value) and all(isinstance(row, list) and row for row in value)
+    return rows and len({len(row) for row in value}) == 1 and all(_is_count(tokens) for row in value for tokens in row)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+class _Entry(NamedTuple):
+    """A JSON object in a log, and where it stands."""
+
+    place: str
+    values: Dict[str, Any]
+
+    def get(self, name: str, good: Callable[[Any], bool]) -> Any:
+        value = self.values.get(name)
+        if not good(value):
+            self.refuse(name, value, "is none that fairseq writes")
+        return value
+
+    def number(self, name: str) -> float:
+        """A figure, which fairseq writes as text; NaN and infinity, of a training that diverged, are some."""
+        value = self.values.get(name)
+        try:
+            number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+        except (ValueError, OverflowError):
+            number = None
+        if number is None or LARGEST < abs(number) < math.inf:
+            self.refuse(name, value, "is no number that fairseq writes")
+        return number
+
+    def count(self, name: str) -> int:
+        """A number of updates."""
+        number = self.number(name)
+        if not (0 <= number <= LARGEST and number == int(number)):
+            self.refuse(name, self.values.get(name), "is no number of updates")
+        return int(number)
+
+    def refuse(self, name: str, value: Any, reason: str) -> None:
+        raise ConfigurationError(f"{self.place}: {name} {str(value)[:40]!r} {reason}; correct the line, or take it out")
+
+
+def _json_lines(path: Path) -> Iterator[_Entry]:
     """The JSON objects at the ends of lines; other lines, and one cut short by a kill, are passed over."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            start = line.find("{")
-            try:
-                entry = json.loads(line[start:]) if start >= 0 else None
-            except ValueError:
-                continue
-            if isinstance(entry, dict):
-                yield entry
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                start = line.find("{")
+                try:
+                    values = json.loads(line[start:]) if start >= 0 else None
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(values, dict):
+                    yield _Entry(f"{path}:{number}", values)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); give another folder of a run") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def _short(path: Path) -> str:
+    """A path in a message: no file has a longer one."""
+    return str(path)[:300]

@@ -1,6 +1,8 @@
 """GLUE's files: what is read, what is written, what is refused with file and line; fine-tuning on a small separable task."""
 
+import errno
 import json
+import os
 import random
 
 import pytest
@@ -143,6 +145,54 @@ def test_wrong_files_are_refused(raw, dict_file, tmp_path):
         main(["glue", "RTE", *command, "--dict", str(dict_file)])
 
 
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+@pytest.mark.parametrize(
+    "content", ["", "index\tsentence1\tsentence2\tlabel\n", "sentence1\tsentence1\tsentence2\tlabel\na\tb\tc\tentailment\n"]
+)
+def test_every_split_is_looked_at_before_anything_is_written(split, content, raw, dict_file, tmp_path):
+    folder = raw("RTE")
+    (folder / f"{split}.tsv").write_text(content)
+    with pytest.raises(ConfigurationError, match=f"{split}.tsv"):
+        main(["glue", "RTE", "--raw-dir", str(folder), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dict.txt", "raw"]
+
+
+def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(raw, dict_file, tmp_path, monkeypatch):
+    out = tmp_path / "bin"
+    command = ["glue", "RTE", "--raw-dir", str(raw("RTE")), "--dict", str(dict_file), "--dest-dir", str(out)]
+    main(command)
+    (out / "mine.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (tmp_path / "raw" / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\tw9\tw9\tentailment\n")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(glue, "_write_labels", full)
+        with pytest.raises(ConfigurationError, match="--dest-dir .*bin cannot be written .No space left"):
+            main(command)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    main(command)
+    assert stored(out / "input0", "train") == "w9" and (out / "mine.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "dict.txt", "raw"]
+
+
+def test_destinations_that_are_no_folder_are_refused(raw, dict_file, tmp_path, capsys):
+    command = ["glue", "RTE", "--raw-dir", str(raw("RTE")), "--dict", str(dict_file), "--dest-dir"]
+    (tmp_path / "file").write_text("mine")
+    for place in ("/dev/null", str(tmp_path / "file"), str(tmp_path / "file" / "below"), str(tmp_path / ("x" * 300))):
+        with pytest.raises(ConfigurationError, match="--dest-dir .* cannot be written"):
+            main([*command, place])
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        main([*command, ""])
+    assert "the name of the folder is empty" in capsys.readouterr().err
+    (tmp_path / "none.txt").write_text("")
+    with pytest.raises(ConfigurationError, match="--dict .*none.txt has no word"):
+        main([*command[:4], "--dict", str(tmp_path / "none.txt"), "--dest-dir", str(tmp_path / "bin")])
+
+
 def separable(folder, count, seed):
     """SST-2 in small: sentences of ten words, of which w0 to w4 speak for label 0, and w5 to w9 for label 1."""
     draw = random.Random(seed)
@@ -159,6 +209,7 @@ def separable(folder, count, seed):
 def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq, dict_file, tmp_path, caplog, monkeypatch):
     from fairseq import checkpoint_utils
 
+    flags = glue.TASKS["CoLA"].flags()  # for GLUE's harder metric
     separable(tmp_path / "raw" / "train.tsv", 256, seed=1)
     separable(tmp_path / "raw" / "dev.tsv", 128, seed=2)
     main(["glue", "SST-2", "--raw-dir", str(tmp_path / "raw"), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")])
@@ -172,11 +223,12 @@ def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq,
         "train", tmp_path / "bin", "--task", "sentence_prediction", "--criterion", "moe_sentence_prediction", *model,
         "--finetune-from-model", tmp_path / "pretrained" / "checkpoint_last.pt", "--expert-dropout", 0.3, "--lr", 2e-3,
         "--batch-size", 32, "--max-epoch", 6, "--max-positions", 32, "--init-token", 0, "--separator-token", 2,
-        "--num-classes", 2, *glue.MATTHEWS.split(), "--save-dir", tmp_path / "tuned",
+        *flags.split(), "--save-dir", tmp_path / "tuned",
     )  # fmt: skip
     best = tmp_path / "tuned" / "checkpoint_best.pt"
     state = checkpoint_utils.load_checkpoint_to_cpu(str(best))
-    assert state["extra_state"]["best"] > 70  # Matthews in %; chance is 0
+    metric, least = ("mcc", 70) if "mcc" in flags else ("accuracy", 85)  # in %; chance is 0 and 50
+    assert state["extra_state"]["best"] > least
     assert not any(name.startswith("generator") for name in state["model"])
     monkeypatch.setattr("fairseq_cli.validate.reset_logging", lambda: None)  # it would leave its handlers to other tests
     with caplog.at_level("INFO"):
@@ -185,4 +237,14 @@ def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq,
             "--path", best, "--batch-size", 32, "--log-format", "json",
         )  # fmt: skip
     logged = [json.loads(record.message) for record in caplog.records if record.name == "valid"][-1]
-    assert float(logged["valid_mcc"]) == state["extra_state"]["best"]
+    assert float(logged[f"valid_{metric}"]) == state["extra_state"]["best"]
+
+
+def test_where_fairseq_has_no_such_metric_flags_and_command_do_without(monkeypatch, raw, dict_file, tmp_path, capsys):
+    for name in ("report_mcc", "report_acc_and_f1", "report_pearson_and_spearman"):
+        monkeypatch.delattr(glue.SentencePredictionConfig, name, raising=False)  # as in fairseq 0.12.2
+    assert glue.TASKS["CoLA"].flags() == "--num-classes 2 --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"
+    assert glue.TASKS["STS-B"].flags() == "--num-classes 1 --regression-target --best-checkpoint-metric loss"
+    main(["glue", "CoLA", "--raw-dir", str(raw("CoLA")), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")])
+    printed = capsys.readouterr()
+    assert "--report" not in printed.out and "GLUE's metric for CoLA: checkpoints are chosen by accuracy" in printed.err

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Callable, Optional
 
+from fairseq_sparsemixer.cli.folder import folder
 from fairseq_sparsemixer.errors import ConfigurationError
 
 HELP = "prepare a task of GLUE for fine-tuning"
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--raw-dir", type=Path, required=True, metavar="DIR", help="folder of the task's TSV files")
     parser.add_argument("--dict", type=Path, required=True, metavar="FILE", help="dict.txt that the model was pre-trained with")
-    parser.add_argument("--dest-dir", type=Path, required=True, metavar="DIR", help="folder to write, for fairseq-train")
+    parser.add_argument("--dest-dir", type=folder, required=True, metavar="DIR", help="folder to write, for fairseq-train")
     parser.add_argument(
         "--sentencepiece-model", type=Path, metavar="FILE", help="splits sentences into pieces (default: at blanks)"
     )
@@ -45,8 +46,12 @@ def encoder(model: Optional[Path]) -> Callable[[str], str]:
 
 def require_file(path: Path, flag: str) -> Path:
     """The path itself. Raises ConfigurationError where there is no file."""
-    if not path.is_file():
-        raise ConfigurationError(f"{flag} {path} does not exist")
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        there = False
+    if not there:
+        raise ConfigurationError(f"{flag} {str(path)[:300]} does not exist, or is no file; give another path")
     return path
 
 
@@ -60,9 +65,15 @@ def run(options: argparse.Namespace) -> None:
     try:
         dictionary = Dictionary.load(str(options.dict))
     except Exception as error:  # of many kinds, Exception itself among them
-        raise ConfigurationError(f"--dict {options.dict} is no dictionary of fairseq ({error})") from None
+        raise ConfigurationError(f"--dict {options.dict} is no dictionary of fairseq ({str(error)[:300]})") from None
+    if len(dictionary) == dictionary.nspecial:
+        raise ConfigurationError(f"--dict {options.dict} has no word; give the dict.txt that the model was pre-trained with")
     skip = (lambda message: print(message, file=sys.stderr)) if options.skip_bad_lines else None
     counts = glue.prepare(options.task, options.raw_dir, options.dest_dir, dictionary, encoder(options.sentencepiece_model), skip)
     for split, count in counts.items():
         print(f"{options.dest_dir} {split}: {count} examples")
-    print(f"flags for fairseq-train: {glue.TASKS[options.task].flags()}")
+    task = glue.TASKS[options.task]
+    if not task.has_score():
+        print(f"the installed fairseq does not compute GLUE's metric for {options.task}: checkpoints are chosen by"
+              f" {'accuracy' if task.classes else 'loss'}", file=sys.stderr)  # fmt: skip
+    print(f"flags for fairseq-train: {task.flags()}")

@@ -7,13 +7,20 @@ example:
 """
 
 import argparse
+import os
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Dict, List, Optional
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
-from fairseq_sparsemixer.cli.json_file import write_json
-from fairseq_sparsemixer.runs import read_run
+from fairseq_sparsemixer.cli.folder import folder
+from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import finish, is_special, unfinished_beside
+from fairseq_sparsemixer.runs import LOAD_LOG, TRAIN_LOG, read_run
 
 HELP = "plot validation losses and expert loads of training runs"
 COLUMNS = {
@@ -28,25 +35,52 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN_DIR..., --out, --json."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run, with its train.log")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="folder for the PNG files (default: here)")
+    parser.add_argument("--out", type=folder, default=Path("."), metavar="DIR", help="folder for the PNG files (default: here)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the plots and print a table."""
-    from fairseq_sparsemixer.plotting import plot_expert_load, plot_valid_loss  # matplotlib takes a second to load
+    """Write the plots and print a table. All is read, drawn and tried before any file is written."""
+    from fairseq_sparsemixer.plotting import draw_expert_load, draw_valid_loss, drawn  # matplotlib takes a second to load
 
     runs = [read_run(folder) for folder in options.runs]
-    options.out.mkdir(parents=True, exist_ok=True)
-    plot_valid_loss(runs, options.out / "valid_loss.png")
-    with_load = plot_expert_load(runs, options.out / "expert_load.png")
     figures = [run.figures() for run in runs]
+    plots = {"valid_loss.png": draw_valid_loss(runs), "expert_load.png": draw_expert_load(runs)}
+    images = {options.out / name: drawn(figure) for name, figure in plots.items() if figure is not None}
+    logs = [str(folder / name) for folder in options.runs for name in (TRAIN_LOG, LOAD_LOG)]
+    require_json(options.json and str(options.json), [*map(str, images), *logs])
+    _write(images, options.out, options.json, figures)
     first, *others = (name.replace("_", " ") for name in COLUMNS)
     table = Table(Column(first, overflow="fold"), *others)  # cut short, the names of runs would be the same
     for row in figures:
-        table.add_row(*("-" if row[name] is None else form.format(row[name]) for name, form in COLUMNS.items()))
+        table.add_row(*("-" if row[name] is None else escape(form.format(row[name])) for name, form in COLUMNS.items()))
     console = Console()
     console.print(table)
-    console.print(f"wrote {options.out / 'valid_loss.png'}" + (f" and {options.out / 'expert_load.png'}" if with_load else ""))
-    if options.json:
-        write_json(options.json, figures)
+    console.print("wrote " + " and ".join(map(str, images)), markup=False)
+
+
+def _write(images: Dict[Path, bytes], out: Path, json_file: Optional[Path], figures: List[Dict[str, Any]]) -> None:
+    """All files or, where one cannot be written, none."""
+    made = not os.path.isdir(out)
+    try:
+        for path in images:
+            if is_special(path) or path.is_dir() or path.is_symlink():
+                raise ConfigurationError(f"--out {out} has {path.name}, which is no plain file; give another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            finished = []
+            for path, content in images.items():
+                unfinished = stack.enter_context(unfinished_beside(str(path)))
+                Path(unfinished).write_bytes(content)
+                finished.append((unfinished, str(path)))
+            if json_file is not None:
+                write_json(json_file, figures)
+            for unfinished, path in finished:
+                finish(unfinished, path)
+    except (OSError, ValueError) as error:
+        if made and os.path.isdir(out) and not os.listdir(out):
+            out.rmdir()
+        if isinstance(error, ConfigurationError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"--out {str(out)[:300]} cannot be written ({reason}); give another folder") from None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -64,3 +65,100 @@ def test_a_folder_without_a_log_is_refused_with_the_flags_that_write_one(tmp_pat
     (tmp_path / "train.log").write_text("nothing of use\n")
     with pytest.raises(ConfigurationError, match="no figures"):
         read_run(tmp_path)
+
+
+def log(run_dir, **changes):
+    """The folder of a run whose second line of log has other values."""
+    line = {"loss": "9", "wps": "100", "wpb": "600", "num_updates": "10", **changes}
+    (run_dir / "train.log").write_text("a line of text\n" + json.dumps(line) + "\n")
+    return run_dir
+
+
+@pytest.mark.parametrize("name", ["loss", "wps", "wpb", "num_updates"])
+@pytest.mark.parametrize("value", [None, "x", "", [], {}, True, [[]], 1e308, 10**400, "-1e300"])
+def test_a_value_that_fairseq_does_not_write_is_named_with_file_line_and_name(run_dir, name, value):
+    with pytest.raises(ConfigurationError, match=f"train.log:2: {name} .* is no number.*; correct the line"):
+        read_run(log(run_dir, **{name: value}))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "nan", "inf"])
+def test_a_number_of_updates_is_a_whole_one(run_dir, value):
+    with pytest.raises(ConfigurationError, match="num_updates .* is no number of updates"):
+        read_run(log(run_dir, num_updates=value))
+
+
+@pytest.mark.parametrize("changes", [
+    {"load": None}, {"load": []}, {"load": [[]]}, {"load": [["a"], ["b"]]}, {"load": [[1, 2], [3]]}, {"load": [[1, 2]]},
+    {"load": [[1, 2, 3], [1, 2, 3]]}, {"load": [[-1, 2], [3, 4]]}, {"load": [[math.nan, 2], [3, 4]]},
+    {"load": [[True, 2], [3, 4]]}, {"load": [[1e308, 2], [3, 4]]}, {"layers": None}, {"layers": ["a"]}, {"layers": [1, 2]}, {"layers": "ab"},
+    {"num_updates": None}, {"num_updates": "x"}, {"num_updates": -1}, {"num_updates": []},
+])  # fmt: skip
+def test_an_odd_line_of_a_load_file_is_named(run_dir, changes):
+    lines = [{"num_updates": 10, "layers": LAYERS, "load": [[5, 5], [9, 1]]}]
+    lines.append({"num_updates": 20, "layers": LAYERS, "load": [[5, 5], [9, 1]], **changes})
+    (run_dir / "load.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigurationError, match="load.jsonl:2: (load|layers|num_updates) .*; correct the line"):
+        read_run(run_dir)
+
+
+def test_deep_and_broken_lines_are_passed_over(run_dir):
+    with (run_dir / "train.log").open("a") as file:
+        file.write("\n" + '{"a": ' * 9999 + "\n{" + '"n": ' + "9" * 9999 + "}\n\x00\n")
+    assert read_run(run_dir).updates == 20
+
+
+def test_a_training_that_diverged_is_plotted_without_its_gaps_and_is_null_in_json(run_dir, tmp_path):
+    lines = [json.dumps({"valid_loss": loss, "valid_num_updates": str(n)}) for n, loss in enumerate(("3", "nan", "inf"), 1)]
+    (run_dir / "train.log").write_text("\n".join(lines) + "\n")
+    assert main(["plot", str(run_dir), "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())[0]["valid_loss"] == 3.0
+    (run_dir / "train.log").write_text(lines[1] + "\n")
+    assert main(["plot", str(run_dir), "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads((tmp_path / "f.json").read_text(), parse_constant=refuse)[0]["valid_loss"] is None
+
+
+def kept(folder, *flags):
+    """That plot refuses, and leaves the plots of before as they are and nothing new."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises((ConfigurationError, SystemExit)) as error:
+        main(["plot", *map(str, flags)])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    return str(error.value)
+
+
+def test_nothing_is_written_before_all_is_read_and_can_be_written(run_dir, tmp_path, capsys):
+    out = tmp_path / "plots"
+    out.mkdir()
+    (out / "valid_loss.png").write_text("of an earlier run")
+    assert "cannot be written" in kept(tmp_path, run_dir, "--out", out, "--json", tmp_path / "missing" / "f.json")
+    assert "would overwrite" in kept(tmp_path, run_dir, "--out", out, "--json", run_dir / "train.log")
+    assert "would overwrite" in kept(tmp_path, run_dir, "--out", out, "--json", out / "valid_loss.png")
+    if os.path.exists("/dev/full"):
+        assert "No space left" in kept(tmp_path, run_dir, "--out", out, "--json", "/dev/full")
+    assert "cannot be written" in kept(tmp_path, run_dir, "--out", "/dev/null")
+    assert "cannot be written" in kept(tmp_path, run_dir, "--out", run_dir / "train.log")
+    assert "cannot be written" in kept(tmp_path, run_dir, "--out", tmp_path / ("x" * 300))
+    kept(tmp_path, run_dir, "--out", "")
+    assert "the name of the folder is empty" in capsys.readouterr().err
+    (out / "expert_load.png").symlink_to("/dev/null")
+    assert "expert_load.png, which is no plain file" in kept(tmp_path, run_dir, "--out", out)
+    (run_dir / "load.jsonl").write_text('{"num_updates": 1, "layers": [], "load": []}\n')
+    assert "load.jsonl:1: layers" in kept(tmp_path, run_dir, "--out", out)
+
+
+@pytest.mark.parametrize("name", ["$x_{", "a$b$\\frac", "_hidden", "[bold]", "%s{}"])
+def test_a_runs_name_is_shown_as_it_is(run_dir, tmp_path, capsys, name):
+    run_dir.rename(tmp_path / name)
+    assert main(["plot", str(tmp_path / name), "--out", str(tmp_path)]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "train.log")
+    for path in (tmp_path, tmp_path / ("x" * 300), tmp_path / "a\0b", tmp_path / "missing"):
+        with pytest.raises(ConfigurationError, match="has no train.log"):
+            read_run(path)
