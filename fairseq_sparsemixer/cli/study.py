@@ -13,13 +13,16 @@ import shlex
 import sys
 from pathlib import Path
 
+from fairseq_sparsemixer.cli.folder import folder
+
+MOST_WORKERS = 10_000
 HELP = "train a grid of routers and seeds, and compare them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The study's file, and where it runs."""
     parser.add_argument("spec", metavar="SPEC", type=Path, help="the study, a YAML file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of runs, tables and plots")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder of runs, tables and plots")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at the same time (default: one a GPU, or one a CPU core)")
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and run nothing")
     parser.add_argument("--report-only", action="store_true", help="report the finished runs and start none")
@@ -28,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, then report. Exit status 1 when a run failed, 130 after an interruption."""
-    from fairseq_sparsemixer.cli.json_file import write_json
+    from fairseq_sparsemixer.cli.json_file import require_json, write_json
     from fairseq_sparsemixer.errors import ConfigurationError
     from fairseq_sparsemixer.files import write_whole
     from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm
     from fairseq_sparsemixer.study import plots, report, results
     from fairseq_sparsemixer.study.commands import train_command
     from fairseq_sparsemixer.study.runner import progress_display, run_folder, run_study
-    from fairseq_sparsemixer.study.spec import read_study
+    from fairseq_sparsemixer.study.spec import check_flags, read_study
 
-    if options.workers is not None and options.workers < 1:
-        raise ConfigurationError(f"--workers {options.workers} must be at least 1")
+    if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:
+        raise ConfigurationError(f"--workers {options.workers} must be at least 1 and at most {MOST_WORKERS:,}")
+    require_json(options.json and str(options.json), [str(options.spec)])
     study = read_study(options.spec)
+    check_flags(options.spec, study)
     if options.dry_run:
         for planned in study.runs():
             print(shlex.join(train_command(study, planned, run_folder(options.out, planned))))
@@ -58,8 +63,11 @@ def run(options: argparse.Namespace) -> int:
     for path in filter(None, (options.out / "results.json", options.json)):
         write_json(path, gathered)
     table = report.markdown(gathered)
-    write_whole(options.out / "results.md", table)
-    plots.draw(study, gathered, options.out)
+    try:
+        write_whole(options.out / "results.md", table)
+        plots.draw(study, gathered, options.out)
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or options.out} cannot be written ({error.strerror}); mend that") from None
     print(table)
     for failure in failures:
         print(failure)

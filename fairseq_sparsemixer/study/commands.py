@@ -8,7 +8,7 @@ import torch
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.runs import LOAD_LOG, TRAIN_LOG
-from fairseq_sparsemixer.study.spec import Run, Study
+from fairseq_sparsemixer.study.spec import PROGRAMS, Run, Study
 
 USER_DIR = str(Path(fairseq_sparsemixer.__file__).parent)
 MODULES = {"fairseq-train": "train", "fairseq-generate": "generate", "fairseq-eval-lm": "eval_lm"}
@@ -45,7 +45,7 @@ def train_command(study: Study, run: Run, folder: Path) -> List[str]:
 def test_command(study: Study, folder: Path) -> List[str]:
     """What scores the best checkpoint of a run on the test split."""
     best = str(folder / CHECKPOINTS / "checkpoint_best.pt")
-    program = "fairseq-generate" if study.test.metric == "bleu" else "fairseq-eval-lm"
+    program = PROGRAMS[study.test.metric]
     ours = {"user-dir": USER_DIR, "path": best, "gen-subset": "test", "cpu": not torch.cuda.is_available()}
     ours["task"] = study.flags.get("task")
     return [program, str(study.data), *as_arguments({**ours, **study.test.flags})]

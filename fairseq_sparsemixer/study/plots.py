@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 import numpy as np
 from matplotlib.figure import Figure
 
-from fairseq_sparsemixer.plotting import DPI
+from fairseq_sparsemixer.plotting import as_text, save
 from fairseq_sparsemixer.runs import ExpertLoad, read_run
 from fairseq_sparsemixer.study.curve import Curve
 from fairseq_sparsemixer.study.spec import Study
@@ -46,7 +46,7 @@ def _figure(results: Dict[str, Any]):
 
 
 def _save(figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
     return path
 
 
@@ -64,7 +64,7 @@ def _curves(results: Dict[str, Any], path: Path) -> Path:
             curves = _members(results, group)
             mean = Curve.mean(curves)
             values = np.array([[dict(zip(c["updates"], c["losses"]))[u] for u in mean.updates] for c in curves])
-            axis.plot(mean.updates, mean.losses, color=colours[group["router"]], label=group["router"])
+            axis.plot(mean.updates, mean.losses, color=colours[group["router"]], label=as_text(group["router"]))
             axis.fill_between(mean.updates, values.min(0), values.max(0), color=colours[group["router"]], alpha=0.15, linewidth=0)
         axis.set_xlabel("updates")
     axes[0][0].set_ylabel("validation loss")
@@ -87,10 +87,10 @@ def _speedup(study: Study, results: Dict[str, Any], path: Path) -> Path:
             curve = Curve.mean(_members(results, group))
             points = [(level, reference.first_below(level), curve.first_below(level)) for level in levels]
             points = [(level, theirs.updates / own.updates) for level, theirs, own in points if theirs and own]
-            axis.plot(*zip(*points), color=colours[group["router"]], label=group["router"]) if points else None
+            axis.plot(*zip(*points), color=colours[group["router"]], label=as_text(group["router"])) if points else None
         axis.invert_xaxis()
         axis.set_xlabel("validation loss reached")
-    axes[0][0].set_ylabel(f"speed-up in updates over {study.baseline}")
+    axes[0][0].set_ylabel(f"speed-up in updates over {as_text(study.baseline)}")
     axes[0][0].legend()
     return _save(figure, path)
 
@@ -113,6 +113,6 @@ def _load_over_time(loads: Dict[str, ExpertLoad], path: Path) -> Path:
         extent = (0, logged.counts[-1][0], layers * experts, 0)
         image = axis.imshow(share.reshape(len(load), -1).T, aspect="auto", extent=extent, cmap="viridis", vmin=0, vmax=2)
         axis.set_yticks([(layer + 0.5) * experts for layer in range(layers)], [f"layer {layer + 1}" for layer in range(layers)])
-        axis.set(title=group, xlabel="updates")
+        axis.set(title=as_text(group), xlabel="updates")
     figure.colorbar(image, ax=axes.tolist(), label="load / mean load of the layer")
     return _save(figure, path)

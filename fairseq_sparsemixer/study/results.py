@@ -1,6 +1,7 @@
 """What the runs of a study say together: one results file, with the figures of each router over its seeds."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -8,6 +9,7 @@ from typing import Any, Dict, List, Optional
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.runs import read_run
 from fairseq_sparsemixer.study.commands import RESULT
 from fairseq_sparsemixer.study.curve import Curve, count_spikes
@@ -45,12 +47,14 @@ def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     log = read_run(folder)
     curve = Curve.of(log)
+    if not curve.losses:
+        raise ConfigurationError(f"{folder} has no validation in its log; let fairseq-train validate, or delete the folder")
     return {
         **result,
         "group": run.group,
         "updates": curve.updates[-1],
         "valid_loss": curve.losses[-1],
-        "best_valid_loss": min(curve.losses),
+        "best_valid_loss": min(filter(math.isfinite, curve.losses), default=math.nan),
         "train_seconds": curve.seconds[-1],
         "spikes": count_spikes(log.train_loss),
         "load_max": None if log.load is None else _busiest(log.load.counts[-1][1]),

@@ -2,7 +2,7 @@
 
 OUT/runs/NAME/ holds command.txt, train.log, load.jsonl, checkpoints/, and at the end result.json, written in one piece.
 fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a run with result.json is not touched again. A study that
-is interrupted ends its trainings; one that is killed leaves them, and the next waits for them.
+is interrupted ends its trainings, and on Linux so does one that is killed; elsewhere the next waits for them.
 """
 
 import fcntl
@@ -24,14 +24,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
-from fairseq_sparsemixer.machine import describe_machine
-from fairseq_sparsemixer.processes import stop, why_failed
+from fairseq_sparsemixer.machine import describe_machine, usable_cores
+from fairseq_sparsemixer.processes import child_environment, die_with_parent, stop, why_failed
 from fairseq_sparsemixer.runs import TRAIN_LOG
 from fairseq_sparsemixer.study.commands import COMMAND, RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.study.scores import score
 from fairseq_sparsemixer.study.spec import Run, Study
 
 REFRESH = 0.5  # seconds between two looks at a log
+CLAIMS = ".claims"  # beside the folders of runs: the lock under which they are given away
 TAIL = 16384  # bytes of a log that surely hold its last line of figures
 
 
@@ -58,7 +59,7 @@ def devices(workers: Optional[int]) -> List[Dict[str, str]]:
     if gpus:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [*map(str, range(gpus))]
         return [{"CUDA_VISIBLE_DEVICES": visible[index % gpus]} for index in range(workers or gpus)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     workers = workers or cores
     return [{"OMP_NUM_THREADS": str(max(1, cores // workers))}] * workers
 
@@ -69,8 +70,7 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
     An interruption ends what runs, and starts nothing more. Raises ConfigurationError when a folder holds a run of other
     flags, or cannot be written.
     """
-    for run in study.runs():
-        _claim(study, run, run_folder(out, run))
+    _claim_all(study, out)
     runs = [run for run in study.runs() if not is_finished(run_folder(out, run))]
     places: "Queue[Dict[str, str]]" = Queue()
     for place in devices(workers):
@@ -80,7 +80,7 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
     def work(run: Run) -> Optional[str]:
         place = places.get()
         try:
-            failure = _train_and_score(study, run, run_folder(out, run), {**os.environ, **place}, progress, stopping)
+            failure = _train_and_score(study, run, run_folder(out, run), {**child_environment(), **place}, progress, stopping)
         except Stopped:
             return None
         except OSError as error:
@@ -109,16 +109,35 @@ def progress_display() -> Progress:
     )
 
 
-def _claim(study: Study, run: Run, folder: Path) -> None:
-    """Note the command of a new run; a folder begun with another one is somebody else's."""
-    command, note = train_command(study, run, folder), folder / COMMAND
+def _claim_all(study: Study, out: Path) -> None:
+    """Note the commands of new runs; a folder begun with another one is somebody else's. All is looked at before any is noted."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not note.exists():
-            write_whole(note, shlex.join(command) + "\n")
-    except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be written ({error.strerror}); give another --out") from None
-    before, now = _flags(shlex.split(note.read_text(encoding="utf-8"))), _flags(command)
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        with (out / "runs" / CLAIMS).open("w") as lock:  # of two studies that start together, one is first
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for run in study.runs():
+                _check_claim(study, run, run_folder(out, run))
+            for run in study.runs():
+                folder = run_folder(out, run)
+                folder.mkdir(exist_ok=True)
+                if not (folder / COMMAND).exists():
+                    write_whole(folder / COMMAND, shlex.join(train_command(study, run, folder)) + "\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        what = getattr(error, "filename", None) or out
+        raise ConfigurationError(f"{what} cannot be written ({getattr(error, 'strerror', error)}); give another --out") from None
+
+
+def _check_claim(study: Study, run: Run, folder: Path) -> None:
+    note = folder / COMMAND
+    if not note.exists():
+        return
+    try:
+        words = shlex.split(note.read_text(encoding="utf-8"))
+    except ValueError:  # no text, or quotes that do not end
+        raise ConfigurationError(f"{note} is no command line; give another --out, or delete {folder}") from None
+    before, now = _flags(words), _flags(train_command(study, run, folder))
     for flag in sorted({*before, *now}):
         if before.get(flag) != now.get(flag):
             raise ConfigurationError(
@@ -191,9 +210,10 @@ def _call(
     """Run a command, its output in a file: None when it succeeded, else why not. Raises Stopped when the study is being ended."""
     with output.open(mode) as file:
         start = file.seek(0, os.SEEK_END)
-        process = subprocess.Popen(
-            executable(command), env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
-        )
+        process = subprocess.Popen(  # this thread waits for it: its end would be that of the process, too
+            executable(command), env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+            preexec_fn=die_with_parent(),
+        )  # fmt: skip
     try:
         while not _ended_within(process, REFRESH):
             if stopping.is_set():

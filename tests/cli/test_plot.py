@@ -90,7 +90,8 @@ def test_a_number_of_updates_is_a_whole_one(run_dir, value):
 @pytest.mark.parametrize("changes", [
     {"load": None}, {"load": []}, {"load": [[]]}, {"load": [["a"], ["b"]]}, {"load": [[1, 2], [3]]}, {"load": [[1, 2]]},
     {"load": [[1, 2, 3], [1, 2, 3]]}, {"load": [[-1, 2], [3, 4]]}, {"load": [[math.nan, 2], [3, 4]]},
-    {"load": [[True, 2], [3, 4]]}, {"load": [[1e308, 2], [3, 4]]}, {"layers": None}, {"layers": ["a"]}, {"layers": [1, 2]}, {"layers": "ab"},
+    {"load": [[True, 2], [3, 4]]}, {"load": [[1e308, 2], [3, 4]]},
+    {"layers": None}, {"layers": ["a"]}, {"layers": [1, 2]}, {"layers": "ab"},
     {"num_updates": None}, {"num_updates": "x"}, {"num_updates": -1}, {"num_updates": []},
 ])  # fmt: skip
 def test_an_odd_line_of_a_load_file_is_named(run_dir, changes):

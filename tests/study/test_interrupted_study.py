@@ -175,6 +175,82 @@ def test_a_training_that_outlived_its_study_is_waited_for(study, tmp_path):
     assert finished(tmp_path / "out") == NAMES
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_a_study_that_is_killed_leaves_no_training_behind(study, tmp_path):
+    (tmp_path / "bin" / "program").write_text("time.sleep(1000)")
+    (process,) = start_ranks(1, run_played, study, tmp_path / "out", group=False)
+    started = tmp_path / "bin" / "started"
+    while not (started.exists() and len(started.read_text().split("\n")) == 4):
+        time.sleep(0.01)
+    process.kill(signal.SIGKILL)
+    training = int(started.read_text().split("\n")[2].split()[0])
+    while is_alive(training):
+        time.sleep(0.01)
+
+
+def test_of_studies_that_start_together_one_runs_each_training(study, tmp_path):
+    failures = []
+    threads = [Thread(target=lambda: failures.extend(runner.run_study(read_study(study), tmp_path / "out", 1))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    programs = [line.split()[1] for line in (tmp_path / "bin" / "started").read_text().splitlines()]
+    assert failures == [] and finished(tmp_path / "out") == NAMES
+    assert sorted(programs) == ["generate"] * 4 + ["train"] * 4
+
+
+def test_of_studies_with_other_flags_that_start_together_one_is_refused(study, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        yaml.safe_dump({**SPEC, "seeds": [2, 1], "flags": {"task": "translation", "max-update": 40}}, sort_keys=False)
+    )
+    said = []
+
+    def work(spec):
+        try:
+            said.append(runner.run_study(read_study(spec), tmp_path / "out", 1))
+        except ConfigurationError as error:
+            said.append(error.message)
+
+    threads = [Thread(target=work, args=(spec,)) for spec in (study, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [] in said and sum("begun with other flags" in str(what) for what in said) == 1
+    commands = {(tmp_path / "out" / "runs" / name / "command.txt").read_text().count("--max-update 40") for name in NAMES}
+    assert len(commands) == 1  # all runs are of one study
+
+
+def test_a_refused_study_claims_nothing(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    study.write_text(
+        yaml.safe_dump({**SPEC, "seeds": [3, 1], "flags": {"task": "translation", "max-update": 40}}, sort_keys=False)
+    )
+    with pytest.raises(ConfigurationError, match="begun with other flags"):
+        runner.run_study(read_study(study), out, workers=1)
+    assert sorted(path.name for path in (out / "runs").iterdir() if path.is_dir()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("command", ["fairseq-train 'x", "\udce9"])
+def test_a_damaged_note_of_a_command_is_a_sentence(study, tmp_path, command):
+    folder = tmp_path / "out" / "runs" / "dense-seed1"
+    folder.mkdir(parents=True)
+    (folder / "command.txt").write_text(command, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ConfigurationError, match="command.txt is no command line"):
+        runner.run_study(read_study(study), tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "x" * 300, "a\0b"])
+def test_a_folder_that_cannot_be_written_is_a_sentence(study, tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigurationError, match="cannot be written .*; give another --out"):
+        runner.run_study(read_study(study), tmp_path / out, workers=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "gpus, visible, workers, expected",
     [
