@@ -35,8 +35,11 @@ class Experts(nn.Module):
 
     Args: activation is a name of ACTIVATIONS or GATED_ACTIVATIONS (the hidden layer is then the product of an activated
     and a linear projection), or any function of a tensor without parameters of its own; dropout in [0, 1] acts on the
-    hidden layer. Raises ValueError for others.
+    hidden layer in training, and at inference, too, while `drop_at_inference` is set (Monte Carlo dropout). Raises
+    ValueError for others.
     """
+
+    drop_at_inference = False
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class Experts(nn.Module):
         """
         dtype = self._precision(rows)
         weights = Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(dtype)
-        rows, dropout = rows.to(dtype), self.dropout if self.training else 0.0
+        rows, dropout = rows.to(dtype), self.dropout if self.training or self.drop_at_inference else 0.0
         if torch.is_tensor(counts):
             return feed_forward_grouped(rows, weights, counts, self.activation, dropout)
         return feed_forward_by_expert(rows, weights, counts, self.activation, dropout, self.gradient_memory)

@@ -134,7 +134,7 @@ def _run_by_expert(
     """The forward pass; to `keep`, when given, it appends what each group's backward needs."""
     out = rows.new_empty(rows.size(0), weights.weight_out.size(2))
     for expert, _, where in groups_of(counts, _by_onednn(rows)):
-        inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert], activation is F.relu)
+        inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert])
         hidden, kept = _activation_forward(inner, activation, dropout)
         if keep is not None:
             keep.append(kept)
@@ -143,12 +143,13 @@ def _run_by_expert(
 
 
 def _activation_forward(inner: Tensor, activation: Activation, dropout: float) -> Tuple[Tensor, Tuple[Tensor, ...]]:
-    """inner [n, I] (for relu: activated already) -> hidden [n, H], and what _activation_backward needs.
+    """inner [n, I], overwritten for relu -> hidden [n, H], and what _activation_backward needs.
 
     For relu that is the result alone: zero where the unit or the dropout was off.
     """
     if activation is F.relu:
-        hidden = torch.dropout_(inner, dropout, True) if dropout else inner
+        hidden = inner.relu_()
+        hidden = torch.dropout_(hidden, dropout, True) if dropout else hidden
         return hidden, (hidden,)
     hidden = activation(inner)
     if not dropout:
@@ -182,12 +183,11 @@ def _scale(dropout: float) -> float:
     return 1 / (1 - dropout) if dropout < 1 else 0.0
 
 
-def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None, relu: bool = False) -> Tensor:
-    """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O], with relu on top if asked."""
-    if _by_onednn(rows):
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "relu" if relu else "none", [], "")
-    out = F.linear(rows, weight, bias)
-    return out.relu_() if relu else out
+def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O]."""
+    if _by_onednn(rows):  # without its own relu, which turns a NaN into 0 and hides what went wrong
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return F.linear(rows, weight, bias)
 
 
 def _by_onednn(rows: Tensor) -> bool:
@@ -195,7 +195,7 @@ def _by_onednn(rows: Tensor) -> bool:
 
 
 # torch sends float32 products on a CPU to MKL or OpenBLAS. For the few rows of an expert oneDNN, which is there for
-# torch.compile, takes about 3/4 of MKL's time, with bias and relu on top; but it prepares a kernel for each number of rows
+# torch.compile, takes about 3/4 of MKL's time, with the bias on top; but it prepares a kernel for each number of rows
 # that it meets, for longer than a small product takes. Hence the rounding (benchmarks/NOTES.md).
 USE_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fairseq_sparsemixer import build_moe_layer, feed_forward
 from fairseq_sparsemixer.dispatch import dispatch_locally
 from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, Experts
+from fairseq_sparsemixer.gates import GATES
 from fairseq_sparsemixer.feed_forward import Weights, feed_forward_by_expert, feed_forward_grouped, groups_of
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -160,3 +161,37 @@ def test_rows_computed_for_a_round_number_touch_neither_their_own_expert_nor_gra
     out[:65].sum().backward()
     assert out[:65].isfinite().all()
     assert all(parameter.grad[0].isfinite().all() for parameter in experts.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+@pytest.mark.parametrize("parameter", ["weight_in", "bias_in", "weight_out", "bias_out"])
+def test_what_is_no_number_in_an_expert_is_none_in_its_output_and_in_no_others(parameter, name, dtype, training):
+    """oneDNN's relu on top of a product makes a NaN 0."""
+    experts = Experts(3, 8, 16, name, dropout=0.5 if training else 0.0).to(dtype).train(training)
+    getattr(experts, parameter).data[1] = torch.nan
+    out = experts(torch.randn(80, 8, dtype=dtype), [5, 70, 5])
+    assert out[5:75].isnan().all() and out[:5].isfinite().all() and out[75:].isfinite().all()
+    with torch.no_grad():
+        assert experts.eval()(torch.randn(80, 8, dtype=dtype), [5, 70, 5])[5:75].isnan().all()
+    out.float().sum().backward()
+    assert experts.weight_in.grad[0].isfinite().all() and experts.weight_out.grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", sorted(set(GATES) - {"expert_choice"}))
+@pytest.mark.parametrize("part", ["experts", "shared_experts", "gate"])
+def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, training):
+    layer = build_moe_layer(router, 8, 16, 4, num_shared_experts=1).train(training)
+    parameters = list(getattr(layer, part).parameters())
+    if not parameters:
+        pytest.skip(f"the gate of {router} learns nothing")
+    for parameter in parameters:
+        parameter.data.fill_(torch.nan)
+    out = layer(torch.randn(12, 8), torch.arange(12) >= 10)
+    if router == "gshard" and training:  # what is over the capacity keeps the residual alone, unless shared experts run
+        assert out[:10].isnan().any()
+    else:
+        assert out[:10].isnan().all()
+    assert not out[10:].any()
