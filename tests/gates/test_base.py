@@ -1,17 +1,31 @@
 """BASE layers: the assignment against every balanced assignment there is, the weights against sigmoid."""
 
-import builtins
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 
 from fairseq_sparsemixer import build_gate
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.gates.base import assign_by_auction, assign_by_scipy, balanced_assignment, base_routing, find_assignment
+from fairseq_sparsemixer.gates import base
+from fairseq_sparsemixer.gates.base import (
+    assign_by_auction,
+    assign_by_scipy,
+    assign_by_size,
+    balanced_assignment,
+    base_routing,
+    find_assignment,
+)
 
-SOLVERS = [assign_by_auction, assign_by_scipy]
+needs_libbase = pytest.mark.skipif(not base.works("fairseq.libbase"), reason="fairseq.libbase is missing, or does not load")
+needs_scipy = pytest.mark.skipif(not base.works("scipy.optimize"), reason="scipy is missing")
+SOLVERS = [
+    pytest.param(assign_by_auction, marks=needs_libbase),
+    pytest.param(assign_by_scipy, marks=needs_scipy),
+    pytest.param(assign_by_size, marks=[needs_libbase, needs_scipy]),
+]
 
 
 def best_total(scores):
@@ -34,14 +48,57 @@ def test_assignment_is_balanced_and_the_best_of_all(solver, tokens, num_experts)
     expert = balanced_assignment(logits, padding, solver).squeeze(1)[~padding]
     assert torch.bincount(expert, minlength=num_experts).max().item() <= math.ceil(tokens / num_experts)
     total = logits[~padding].gather(1, expert.unsqueeze(1)).sum().item()
-    slack = tokens * (logits.max() - logits.min()).item() / 50 if solver is assign_by_auction else 1e-5  # the size of its bids
+    slack = 1e-5 if solver is assign_by_scipy else tokens * (logits.max() - logits.min()).item() / 50  # the size of its bids
     assert total == pytest.approx(best_total(logits[~padding].double().tolist()), abs=slack)
 
 
+@needs_libbase
+@needs_scipy
 def test_auction_and_scipy_reach_the_same_total_on_a_larger_batch():
     logits = torch.randn(256, 8)
-    totals = [logits.gather(1, balanced_assignment(logits, None, solver)).sum().item() for solver in SOLVERS]
+    totals = [
+        logits.gather(1, balanced_assignment(logits, None, solver)).sum().item()
+        for solver in (assign_by_auction, assign_by_scipy)
+    ]
     assert totals[0] == pytest.approx(totals[1], rel=1e-2)  # the auction's bids differ by 1/50 of the range
+
+
+EXTREME = {
+    "both ends of float32": lambda x: torch.where(x > 0, 3e38, -3e38),
+    "infinite": lambda x: torch.where(x > 1, math.inf, torch.where(x < -1, -math.inf, x)),
+    "all infinite": lambda x: torch.full_like(x, math.inf),
+    "one infinite": lambda x: torch.where(x == x.max(), math.inf, x),
+    "far from zero": lambda x: x + 1e8,
+    "large": lambda x: x * 1e30,
+    "tiny": lambda x: x * 1e-38,
+    "equal": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_logits_come_to_an_end_balanced_and_near_the_best(solver, name):
+    logits = EXTREME[name](torch.randn(61, 4))
+    expert = balanced_assignment(logits, None, solver).squeeze(1)
+    assert torch.bincount(expert, minlength=4).max().item() <= 16
+    scores = torch.nan_to_num(logits).double()
+    best = scores.gather(1, assign_by_scipy(scores).unsqueeze(1)).sum() if base.works("scipy.optimize") else -math.inf
+    slack = 0.04 * 61 * (scores.max() - scores.min())  # twice what the auction promises
+    assert scores.gather(1, expert.unsqueeze(1)).sum() >= best - slack - 1e-9 * scores.abs().sum()
+
+
+@needs_libbase
+@pytest.mark.parametrize("scale, shift", [(1, 0), (100, -50), (1e-3, 0.1), (1, 900)])
+def test_ordinary_logits_reach_the_auction_as_they_are(scale, shift):
+    logits = torch.randn(64, 8) * scale + shift
+    assert torch.equal(base.within_reach(logits), logits)
+
+
+@needs_scipy
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_many_experts_with_few_tokens_give_each_its_own(tokens):
+    expert = balanced_assignment(torch.randn(tokens, 1024), None, find_assignment()).squeeze(1)
+    assert len(set(expert.tolist())) == tokens
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -60,7 +117,7 @@ def test_inference_is_greedy_and_the_weight_is_the_sigmoid():
         assert routing.combine_weight[s].item() == pytest.approx(1 / (1 + math.exp(-max(row))))
     assert "balance" not in routing.aux_losses
     few = logits[:8].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: base_routing(x, assign=assign_by_scipy).combine_weight, few)
+    assert torch.autograd.gradcheck(lambda x: base_routing(x, assign=find_assignment()).combine_weight, few)
 
 
 def test_gate_balances_in_training_only():
@@ -71,20 +128,25 @@ def test_gate_balances_in_training_only():
     assert torch.equal(gate(tokens).expert_index, gate.logits(tokens).argmax(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("there, solver", [
+    ({"fairseq.libbase", "scipy.optimize"}, assign_by_size),
+    ({"fairseq.libbase"}, assign_by_auction),
+    ({"scipy.optimize"}, assign_by_scipy),
+])  # fmt: skip
+def test_whichever_solver_is_there_is_used(monkeypatch, there, solver):
+    monkeypatch.setattr(base, "works", there.__contains__)
+    assert find_assignment() is solver
+
+
 def test_without_any_solver_one_sentence_tells_what_to_install(monkeypatch):
-    real_import = builtins.__import__
-
-    def without(*names):
-        def no_solver(name, globals=None, locals=None, fromlist=(), level=0):
-            if (name == "fairseq" and "libbase" in (fromlist or ()) and "libbase" in names) or name.split(".")[0] in names:
-                raise ImportError(name)
-            return real_import(name, globals, locals, fromlist, level)
-
-        return no_solver
-
-    assert find_assignment() is assign_by_auction
-    monkeypatch.setattr(builtins, "__import__", without("libbase"))
-    assert find_assignment() is assign_by_scipy
-    monkeypatch.setattr(builtins, "__import__", without("libbase", "scipy"))
+    monkeypatch.setattr(base, "works", lambda module: False)
     with pytest.raises(ConfigurationError, match="--router base needs a solver .* install scipy"):
         find_assignment()
+
+
+@pytest.mark.parametrize("error", ["ImportError('undefined symbol: _ZNK3c1010TensorImpl')", "OSError('no such library')"])
+def test_a_module_that_does_not_load_counts_as_absent(tmp_path, monkeypatch, error):
+    (tmp_path / "broken_extension.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not base.works("broken_extension") and not base.works("no_such_module") and base.works("json")
+    assert "broken_extension" not in sys.modules
