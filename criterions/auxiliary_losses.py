@@ -20,6 +20,7 @@ from fairseq_sparsemixer.criterions.load_log import LoadLog
 from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_log, sum_routing_logs
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe_layer import MoELayer
+from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, broken_rule
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +56,11 @@ class AuxiliaryLosses:
 
     @classmethod
     def build_criterion(cls, cfg: AuxiliaryLossConfig, task: Any):
-        """See FairseqCriterion. Raises ConfigurationError for negative weights."""
-        for name in ("moe_balance_loss_weight", "moe_z_loss_weight"):
-            if getattr(cfg, name) < 0:
-                raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must not be negative")
-        if cfg.moe_load_interval < 1:
-            raise ConfigurationError(f"--moe-load-interval {cfg.moe_load_interval} must be at least 1")
+        """See FairseqCriterion. Raises ConfigurationError for numbers out of range."""
+        for name, rule in cls.NUMBERS.items():
+            sentence = broken_rule(f"--{name.replace('_', '-')}", getattr(cfg, name), rule)
+            if sentence:
+                raise ConfigurationError(sentence)
         # fairseq calls reduce_metrics on the class: a class of this criterion's own can carry its load log
         state = {"load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None}
         criterion = super().build_criterion.__func__(type(cls.__name__, (cls,), state), cfg, task)
@@ -68,6 +68,11 @@ class AuxiliaryLosses:
         criterion.balance_weight = cfg.moe_balance_loss_weight
         return criterion
 
+    NUMBERS = {  # of the flags, what they may be
+        "moe_balance_loss_weight": NOT_NEGATIVE,
+        "moe_z_loss_weight": NOT_NEGATIVE,
+        "moe_load_interval": COUNT,
+    }
     load_log: Optional[LoadLog] = None
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
@@ -86,13 +91,17 @@ class AuxiliaryLosses:
         return loss, sample_size, logging_output
 
     def auxiliary_loss(self, layers: List[MoELayer]) -> Tensor:
-        """The weighted sum over the layers that ran: a scalar with gradient. All but the z-loss weigh as balance does."""
-        return sum(
-            self.aux_weights.get(name, self.balance_weight) * loss
+        """The weighted sum over the layers that ran: a scalar with gradient. All but the z-loss weigh as balance does.
+
+        A loss of weight 0 is left out: one that overflows would make it NaN.
+        """
+        weighed = (
+            (self.aux_weights.get(name, self.balance_weight), loss)
             for layer in layers
             if layer.routing is not None
             for name, loss in layer.routing.aux_losses.items()
         )
+        return sum(weight * loss for weight, loss in weighed if weight)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:

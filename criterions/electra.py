@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.ranges import NOT_NEGATIVE, Rule, broken_rule
 
 
 @dataclass
@@ -38,8 +39,11 @@ class ElectraLoss(FairseqCriterion):
 
     def __init__(self, task: Any, rtd_weight: float, mask_prob: float):
         super().__init__(task)
-        if rtd_weight < 0:
-            raise ConfigurationError(f"--rtd-weight {rtd_weight} must not be negative")
+        masked = Rule(lambda x: 0 < x <= 1, "be above 0 and at most 1")
+        for flag, value, rule in (("--rtd-weight", rtd_weight, NOT_NEGATIVE), ("--mask-prob", mask_prob, masked)):
+            sentence = broken_rule(flag, value, rule)
+            if sentence:
+                raise ConfigurationError(sentence)
         self.rtd_weight, self.mask_prob = rtd_weight, mask_prob
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):

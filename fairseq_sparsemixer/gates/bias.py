@@ -9,6 +9,7 @@ the load being the tokens that chose e in that step, over all micro-batches and 
 scores; here it stands on the logits, where arg-max, top-k and sampled selection alike can take it.
 """
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -39,13 +40,15 @@ class _CountInBackward(torch.autograd.Function):
 class SelectionBias(nn.Module):
     """The bias [E] of one gate, float32 in any model, saved in the checkpoint; and the load since the last step.
 
-    Raises ValueError for a negative rate.
+    Raises ValueError for a rate that is negative or not finite.
     """
 
     def __init__(self, num_experts: int, rate: float):
         super().__init__()
-        if rate < 0:
-            raise ValueError(f"--moe-bias-update-rate {rate} must not be negative; DeepSeek-V3 uses 0.001, and 0 switches it off")
+        if not 0 <= rate < math.inf:
+            raise ValueError(
+                f"--moe-bias-update-rate {rate} must be at least 0 and finite; DeepSeek-V3 uses 0.001, and 0 switches it off"
+            )
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
         self.load: Optional[Tensor] = None  # [E]; no buffer: it is this rank's own, and no wrapper may broadcast it

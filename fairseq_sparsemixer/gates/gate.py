@@ -108,7 +108,7 @@ def biased(logits: Tensor, bias: Optional[Tensor]) -> Tensor:
 def require_jitter(jitter_eps: float, most: float = math.inf) -> float:
     """The jitter itself. Raises ValueError unless it lies between 0 and `most`."""
     if not 0 <= jitter_eps <= most:
-        bounds = "not be negative" if most == math.inf else f"lie between 0 and {most:g}"
+        bounds = "be at least 0" if most == math.inf else f"lie between 0 and {most:g}"
         raise ValueError(f"--jitter-eps {jitter_eps} must {bounds}; the papers use 0.1")
     return jitter_eps
 

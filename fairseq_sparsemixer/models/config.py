@@ -7,6 +7,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, resolve_activation
 from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options, routers_with
+from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, Rule, broken_rule
 
 
 @dataclass
@@ -112,14 +113,10 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
 
     autoregressive: whether an MoE layer is to stand in a decoder that generates token by token.
     """
-    if cfg.moe_freq < 1:
-        raise ConfigurationError(f"--moe-freq {cfg.moe_freq} must be at least 1; 2 puts experts in every second layer")
-    if cfg.num_experts < 1:
-        raise ConfigurationError(f"--num-experts {cfg.num_experts} must be at least 1")
+    check_numbers(cfg)
     if cfg.router == DENSE:
         return
-    if cfg.expert_dropout is not None and not 0 <= cfg.expert_dropout < 1:
-        raise ConfigurationError(f"--expert-dropout {cfg.expert_dropout} must be at least 0 and less than 1")
+    check_noise(cfg)
     if getattr(cfg, "scale_fc", False):
         raise ConfigurationError("--scale-fc normalises inside layers that are experts here; leave it out, or use --router dense")
     try:
@@ -130,13 +127,54 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
             resolve_activation(cfg.expert_activation)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-    if cfg.num_shared_experts < 0:
-        raise ConfigurationError(f"--num-shared-experts {cfg.num_shared_experts} must not be negative; 0 means none")
     if autoregressive and not gate_class(cfg.router).causal and not cfg.force_expert_choice:
         raise ConfigurationError(
             f"--router {cfg.router} lets a token's experts depend on tokens after it, which an autoregressive decoder must"
             " not see; in transformer_moe use --moe-encoder-only, else another router, or --force-expert-choice to insist"
         )
+
+
+# None stands for the router's default. jitter_eps and capacity_factor may be infinite, where the router allows it.
+NUMBERS = {
+    "moe_freq": (COUNT, "2 puts experts in every second layer"),
+    "num_experts": (COUNT, ""),
+    "moe_top_k": (COUNT, ""),
+    "jitter_eps": (Rule(lambda x: x >= 0, "be at least 0"), "the papers use 0.1"),
+    "expert_dropout": (PROBABILITY, ""),
+    "capacity_factor": (Rule(lambda x: x > 0, "be positive"), "1.25 is usual, and inf drops nothing"),
+    "moe_bias_update_rate": (NOT_NEGATIVE, "DeepSeek-V3 uses 0.001, and 0 switches it off"),
+    "num_shared_experts": (Rule(lambda x: x >= 0, "be at least 0", whole=True), "0 means none"),
+    "expert_parallel_size": (COUNT, "leave it out for the largest that fits"),
+}
+
+
+def check_numbers(cfg: Any) -> None:
+    """Raise ConfigurationError for a number out of range, whatever the router."""
+    for name, (rule, remedy) in NUMBERS.items():
+        value = getattr(cfg, name)
+        if value is not None:
+            refuse(broken_rule(f"--{name.replace('_', '-')}", value, rule, remedy))
+
+
+def check_noise(cfg: Any) -> None:
+    """Raise ConfigurationError for fairseq's noise where experts cannot take it: dropout out of range, noise of quantization."""
+    for name in ("activation_dropout", "relu_dropout"):  # an expert's unless --expert-dropout is given
+        dropout = Rule(lambda x: 0 <= x <= 1, "be at least 0 and at most 1")
+        refuse(broken_rule(f"--{name.replace('_', '-')}", getattr(cfg, name, 0) or 0, dropout))
+    for kind in ("pq", "scalar"):
+        name = f"quant_noise_{kind}"
+        amount = getattr(getattr(cfg, "quant_noise", None), kind, None) or getattr(cfg, name, 0)
+        if amount:
+            refuse(
+                f"--{name.replace('_', '-')} {amount} puts noise on the weights of fairseq's own layers, and would leave the"
+                " experts without; leave it out, or use --router dense"
+            )
+
+
+def refuse(sentence: str) -> None:
+    """Raise ConfigurationError, unless the sentence is empty."""
+    if sentence:
+        raise ConfigurationError(sentence)
 
 
 FLAG_OF_OPTION = {"top_k": "moe_top_k", "bias_update_rate": "moe_bias_update_rate"}  # where a flag has a longer name

@@ -22,7 +22,9 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.gates import DENSE
 from fairseq_sparsemixer.models import roberta_moe
 from fairseq_sparsemixer.models.architectures import fill, register_architecture
+from fairseq_sparsemixer.models.config import refuse
 from fairseq_sparsemixer.models.roberta_moe import RobertaMoEEncoder, RobertaMoEModel
+from fairseq_sparsemixer.ranges import COUNT, POSITIVE, broken_rule
 
 
 class ElectraOutput(NamedTuple):
@@ -202,6 +204,8 @@ def generator_args(args: Any) -> Any:
 
     Raises ConfigurationError for a size that makes no model.
     """
+    for name, rule in (("generator_size", POSITIVE), ("embedding_dim", COUNT)):
+        refuse(broken_rule(f"--{name.replace('_', '-')}", getattr(args, name), rule))
     small = copy.copy(args)
     small.router = DENSE
     for name in ("encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads"):

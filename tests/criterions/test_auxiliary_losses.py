@@ -1,5 +1,6 @@
 """The auxiliary losses in a criterion: what is added to the loss, what is logged, and how both scale."""
 
+import math
 import re
 
 import pytest
@@ -130,14 +131,29 @@ def test_the_log_has_the_same_entries_when_layerdrop_skips_every_layer(
     assert loss.isfinite()
 
 
+def test_a_loss_of_weight_zero_may_overflow(model, translation_task, translation_batch):
+    criterion, sample = build(translation_task, moe_z_loss_weight=0.0, moe_balance_loss_weight=1.0), translation_batch(3, 6)
+    for layer in model.modules():
+        if hasattr(layer, "projection"):
+            layer.projection.weight.data *= 1e21
+    loss, _, log = criterion(model, sample)
+    assert log["moe/aux/router_z"].isinf().any() and loss.isfinite()
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for name, parameter in model.named_parameters() if "experts" in name)
+    criterion = build(translation_task, moe_z_loss_weight=0.1, moe_balance_loss_weight=1.0)
+    assert criterion(model, sample)[0].isinf()  # and does not pass unseen where it counts
+
+
 def test_layers_are_named_after_the_transformer_layers_around_them(model):
     assert [name for name, _ in moe_layers(model)] == ["encoder.layers.0", "decoder.layers.0"]
     assert [name for name, _ in moe_layers(nn.Sequential(model))] == ["0.encoder.layers.0", "0.decoder.layers.0"]
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(moe_balance_loss_weight=-1.0), "--moe-balance-loss-weight -1.0 must not be negative"),
-    (dict(moe_z_loss_weight=-0.5), "--moe-z-loss-weight -0.5 must not be negative"),
+    (dict(moe_balance_loss_weight=-1.0), "--moe-balance-loss-weight -1.0 must be at least 0 and finite"),
+    (dict(moe_z_loss_weight=-0.5), "--moe-z-loss-weight -0.5 must be at least 0 and finite"),
+    (dict(moe_balance_loss_weight=math.nan), "--moe-balance-loss-weight nan must be at least 0 and finite"),
+    (dict(moe_z_loss_weight=math.inf), "--moe-z-loss-weight inf must be at least 0 and finite"),
     (dict(moe_load_interval=0), "--moe-load-interval 0 must be at least 1"),
 ])  # fmt: skip
 def test_weights_that_make_no_sense_are_named(translation_task, flags, message):

@@ -98,8 +98,15 @@ def test_metrics_are_ratios_of_sums():
 
 
 def test_a_negative_weight_is_refused(masked_lm_task):
-    with pytest.raises(ConfigurationError, match="--rtd-weight -1"):
-        criterion_of(masked_lm_task, rtd_weight=-1)
+    for flag, value in (
+        ("rtd_weight", -1),
+        ("rtd_weight", math.nan),
+        ("rtd_weight", math.inf),
+        ("mask_prob", 0.0),
+        ("mask_prob", math.nan),
+    ):
+        with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} {value} must be"):
+            criterion_of(masked_lm_task, **{flag: value})
 
 
 def alternating(task, sentences, length=12):

@@ -1,5 +1,6 @@
 """The selection bias: what it moves, what it leaves alone, and when it steps."""
 
+import math
 import multiprocessing
 
 import pytest
@@ -125,9 +126,12 @@ def test_the_bias_is_saved_and_stays_float32_in_half_precision():
 
 def test_rate_zero_is_no_bias_and_a_negative_rate_is_refused():
     assert build_gate("switch", 4, 4).selection_bias is None
-    with pytest.raises(ValueError, match="--moe-bias-update-rate -1 must not be negative"):
+    with pytest.raises(ValueError, match="--moe-bias-update-rate -1 must be at least 0 and finite"):
         SelectionBias(4, -1)
-    with pytest.raises(ValueError, match="--moe-bias-update-rate -1 must not be negative"):
+    for rate in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"--moe-bias-update-rate {rate} must be at least 0 and finite"):
+            build_gate("switch", 4, 4, bias_update_rate=rate)
+    with pytest.raises(ValueError, match="--moe-bias-update-rate -1 must be at least 0 and finite"):
         build_gate("switch", 4, 4, bias_update_rate=-1)
 
 

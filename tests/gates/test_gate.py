@@ -46,7 +46,7 @@ def test_there_must_be_an_expert(num_experts):
 def test_jitter_must_lie_within_its_bounds():
     assert (require_jitter(0), require_jitter(float("inf")), require_jitter(1, most=1)) == (0, float("inf"), 1)
     for wrong in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match=f"--jitter-eps {wrong} must not be negative"):
+        with pytest.raises(ValueError, match=f"--jitter-eps {wrong} must be at least 0"):
             require_jitter(wrong)
     with pytest.raises(ValueError, match="--jitter-eps 1.5 must lie between 0 and 1; the papers use 0.1"):
         require_jitter(1.5, most=1)

@@ -1,9 +1,15 @@
 """What must hold among the flags."""
 
+import math
+from argparse import Namespace
+from dataclasses import fields
+from typing import Optional
+
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_options
+from fairseq_sparsemixer.models.config import NUMBERS, MoEOptions, check_options, router_options
+from fairseq_sparsemixer.models.transformer_moe import TransformerMoEConfig
 
 
 @pytest.mark.parametrize("options, message", [
@@ -20,16 +26,15 @@ from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_
     (dict(router="dense_st", capacity_factor=1.0), "--capacity-factor 1.0 does not go with --router dense_st"),
     (dict(capacity_factor=-1.0), "--capacity-factor -1.0 must be positive"),
     (dict(router="sinkhorn", moe_bias_update_rate=0.1), "--moe-bias-update-rate 0.1 .* whose selection takes no bias; .*switch"),
-    (dict(moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1 must not be negative"),
+    (dict(moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1 must be at least 0 and finite"),
     (dict(router="hash", jitter_eps=0.2), "--jitter-eps 0.2 does not go with --router hash, which has no use for it"),
     (dict(router="gshard", num_experts=1), "--num-experts 1 must be at least 2"),
-    (dict(num_shared_experts=-1), "--num-shared-experts -1 must not be negative"),
+    (dict(num_shared_experts=-1), "--num-shared-experts -1 must be at least 0; 0 means none"),
     (dict(expert_activation="selu"), "--expert-activation selu is unknown; choose from relu, gelu"),
     (dict(router="expert_choice"),
      "--router expert_choice .* decoder must not see; .* --moe-encoder-only, .*--force-expert-choice"),
     (dict(moe_freq=0), "--moe-freq 0 must be at least 1; 2 puts experts in every second layer"),
-    (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must not be negative"),
-    (dict(jitter_eps=float("nan")), "--jitter-eps nan must not be negative"),
+    (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must be at least 0"),
     (dict(router="switch", jitter_eps=float("inf")), "--jitter-eps inf must lie between 0 and 1"),
     (dict(router="gshard", estimator_at_argmax=True),
      "--estimator-at-argmax True does not go with --router gshard, .* sample.*: sparsemixer, sparsemixer_v2$"),
@@ -39,6 +44,39 @@ from fairseq_sparsemixer.models.config import MoEOptions, check_options, router_
 def test_each_bad_option_is_named_with_its_value(options, message):
     with pytest.raises(ConfigurationError, match=message):
         check_options(MoEOptions(**options))
+
+
+@pytest.mark.parametrize("router", ["sparsemixer", "switch", "dense"])
+@pytest.mark.parametrize("flag, value", [
+    *((field.name, math.nan) for field in fields(MoEOptions) if field.name in NUMBERS),
+    *((name, math.inf) for name in NUMBERS if name not in ("jitter_eps", "capacity_factor")),
+    *((name, -1) for name in NUMBERS), *((name, "1") for name in NUMBERS), *((name, True) for name in NUMBERS),
+    ("num_experts", 2.5), ("moe_freq", 0), ("expert_dropout", 1), ("capacity_factor", 0), ("expert_parallel_size", 0),
+])  # fmt: skip
+def test_a_number_out_of_range_is_named_whatever_the_router(router, flag, value):
+    options = MoEOptions(**{"router": router, flag: value})
+    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} {value} must be "):
+        check_options(options)
+
+
+def test_every_number_among_the_flags_has_a_rule():
+    numbers = {field.name for field in fields(MoEOptions) if field.type in (int, float, Optional[int], Optional[float])}
+    assert numbers - {"collective_timeout"} == set(NUMBERS)  # where ranks meet, the trainer checks it
+
+
+@pytest.mark.parametrize("flag", ["quant_noise_pq", "quant_noise_scalar"])
+def test_noise_of_quantization_which_would_miss_the_experts_is_refused(flag):
+    for args in (Namespace(**vars(MoEOptions()), **{flag: 0.1}), TransformerMoEConfig.from_namespace(Namespace(**{flag: 0.1}))):
+        with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.1 puts noise .* or use --router dense"):
+            check_options(args)
+        args.router = "dense"
+        check_options(args)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5])
+def test_fairseqs_dropouts_that_become_the_experts_are_checked(value):
+    with pytest.raises(ConfigurationError, match=f"--activation-dropout {value} must be at least 0 and at most 1"):
+        check_options(Namespace(**vars(MoEOptions()), activation_dropout=value))
 
 
 @pytest.mark.parametrize("options", [
