@@ -164,10 +164,11 @@ def test_what_depends_on_loads_is_the_same_on_two_ranks(flags, five_batches):
 
 def test_global_balance_is_that_of_the_whole_batch(tmp_path):
     data = make_corpus(tmp_path, sentences=8)
-    flags = "--max-update 3 --moe-balance-loss-weight 1.0 --disable-validation".split()
+    flags = "--max-update 3 --moe-balance-loss-weight 1.0 --disable-validation --store-ema --ema-decay 0.5".split()
     alone = runs(data, 1, *flags, "--batch-size", "8")
     both = runs(data, 2, *flags, "--batch-size", "4", "--balance-scope", "global")
     assert_same(whole(both), whole(alone))
+    assert_same(whole(both, "ema"), whole(alone, "ema"))
     local = runs(data, 2, *flags, "--batch-size", "4")
     with pytest.raises(AssertionError):
         assert_same(whole(local), whole(alone))

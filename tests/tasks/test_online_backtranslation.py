@@ -6,6 +6,7 @@ import pytest
 import torch
 from decoding import log_probabilities
 from fitting import EXPERTS, TRANSLATION, bits, fit
+from ranks import meeting_place, rank_number, run_ranks
 from texts import draw_sentences, write_dictionary, write_sentences
 
 FLAGS = [
@@ -70,3 +71,26 @@ def test_it_resumes_with_the_words_that_it_added(data, tmp_path):
     fit(data, tmp_path / "parts", *FLAGS, updates=2)
     resumed = fit(data, tmp_path / "parts", *FLAGS, updates=4)
     assert resumed.losses == whole.losses[2:]
+
+
+def rank(data: Path, save_dir: Path, meeting: str, *flags: str):
+    """The losses of one of two ranks, or the sentence it ends with."""
+    from fairseq_sparsemixer.cli.launch import rank_command
+
+    launched = rank_command(["fairseq-train"], rank_number(), 2, meeting)[1:]
+    try:
+        return fit(data, save_dir, *FLAGS, *launched, *flags, updates=2).losses
+    except SystemExit as end:
+        return str(end)
+
+
+def test_two_ranks_with_all_experts_each_train_alike(data, tmp_path):
+    first, second = run_ranks(2, rank, data, tmp_path, meeting_place(), "--expert-parallel-size", "1", group=False)
+    assert len(first) == 2 and first == second
+
+
+@pytest.mark.parametrize("flags", [[], ["--expert-parallel-size", "1", "--balance-scope", "global"]], ids=["spread", "global"])
+def test_ranks_that_wait_for_each_other_in_layers_refuse_it(flags, data, tmp_path):
+    for sentence in run_ranks(2, rank, data, tmp_path, meeting_place(), *flags, group=False):
+        assert "--task online_backtranslation generates in training" in sentence
+        assert "--expert-parallel-size 1" in sentence
