@@ -23,15 +23,16 @@ MODELS = {
     "sparsemixer": [*runs.EXPERTS, "--router", "sparsemixer", "--jitter-eps", "0.1"],
     "dense": ["--router", "dense"],
 }
-SAMPLES = {"sparsemixer"}  # experts, from a generator of random numbers that may be another elsewhere
-TRAINED, CONTINUED = 20, 24  # updates; an epoch has 16
+SAMPLES = {"sparsemixer"}  # experts, in the order of the sentences
+TRAINED, CONTINUED = 12, 16  # updates
 FLAGS = ["--required-batch-size-multiple", "1"]
+ALL = ["--batch-size", "64"]  # the corpus in one batch: its order is another in another fairseq
 TOLERANCE = 1e-3  # of a score or a loss; translations must be the same
 
 
 def train(corpus: Path, save_dir: Path, model: str, updates: int) -> list:
     """Train or go on up to that number of updates; the losses."""
-    return runs.train(corpus, save_dir, *MODELS[model], *FLAGS, updates=updates)
+    return runs.train(corpus, save_dir, *MODELS[model], *FLAGS, *ALL, updates=updates)
 
 
 def translate(corpus: Path, save_dir: Path) -> dict:
