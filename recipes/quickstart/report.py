@@ -19,12 +19,12 @@ COLUMNS = {
     "updates": "{updates:,}",
     "valid loss": "{valid_loss:.3f}",
     "sacreBLEU": "{bleu:.1f}",
-    "words/s": "{words_per_second:,.0f}",
     "expert load entropy": "{load_entropy:.3f}",
 }
+# no speeds: runs that come one after the other, or are interrupted, have met a machine with more or less other work
 LEGEND = (
     "active: parameters that one token meets. valid loss: label-smoothed cross-entropy, bits per token, the best validation."
-    " words/s: target tokens in training, median. expert load entropy: of the tokens' shares, over log E; 1 is even."
+    " expert load entropy: of the tokens' shares, over log E; 1 is even."
 )
 
 
@@ -32,8 +32,7 @@ def report(results: List[Dict[str, Any]], runs: List[Run], data: str, folder: Pa
     """Show the table; write results.md, results.json, valid_loss.png and expert_load.png to folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [[_cell(form, result) for form in COLUMNS.values()] for result in results]
-    notes = [f"sacreBLEU {results[0]['signature']}", _speed(results), LEGEND, f"{data}; {describe_machine()}"]
-    notes = [note for note in notes if note]
+    notes = [f"sacreBLEU {results[0]['signature']}", LEGEND, f"{data}; {describe_machine()}"]
     table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
@@ -54,13 +53,3 @@ def _cell(form: str, result: Dict[str, Any]) -> str:
         return form.format(**result)
     except TypeError:  # a figure that this run does not have: a dense model's expert load
         return "-"
-
-
-def _speed(results: List[Dict[str, Any]]) -> str:
-    """How much longer training takes with experts than without, at equal active floating-point operations."""
-    speeds = {result["router"]: result["words_per_second"] for result in results if result["words_per_second"]}
-    dense = speeds.pop("dense", None)
-    if not dense or not speeds:
-        return ""
-    ratios = ", ".join(f"{router} {dense / speed:.2f}" for router, speed in speeds.items())
-    return f"training time for a word against dense, with equal active FLOPs: {ratios} times"
