@@ -1,10 +1,12 @@
 """Files that are whole or not there."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.files import overwritten, write_whole
 
 
 def test_the_old_text_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -21,3 +23,46 @@ def test_the_old_text_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_whole(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_a_link_stays_one_and_what_it_names_gets_the_text(tmp_path):
+    kept, link = tmp_path / "elsewhere" / "kept.json", tmp_path / "link.json"
+    kept.parent.mkdir()
+    link.symlink_to(kept)
+    write_whole(link, "text")
+    assert link.is_symlink() and kept.read_text() == "text" and os.listdir(kept.parent) == ["kept.json"]
+
+
+def test_a_device_is_written_to_and_a_full_one_is_an_error():
+    write_whole(Path("/dev/null"), "text")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(Path("/dev/full"), "text")
+    assert Path("/dev/null").is_char_device() and Path("/dev/full").is_char_device()
+
+
+def test_a_pipe_is_written_to_where_it_is_read_and_is_an_error_where_not(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="No such device"):
+        write_whole(pipe, "text")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "text")
+    assert os.read(reader, 100) == b"text" and pipe.is_fifo()
+
+
+def test_writers_that_overlap_leave_one_whole_text(tmp_path):
+    texts = [str(number) * 10_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_whole(tmp_path / "figures.json", text), texts * 5))
+    assert (tmp_path / "figures.json").read_text() in texts and os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_a_file_under_another_name_counts_as_overwritten(tmp_path):
+    source, other = tmp_path / "in.pt", tmp_path / "other.pt"
+    source.write_text("in")
+    other.write_text("other")
+    os.link(source, tmp_path / "hard.pt")
+    (tmp_path / "soft.pt").symlink_to(source)
+    for name in ("in.pt", "hard.pt", "soft.pt", "./in.pt"):
+        assert overwritten([str(source)], [str(tmp_path / "new.pt"), f"{tmp_path}/{name}"]) == f"{tmp_path}/{name}"
+    assert overwritten([str(source), str(tmp_path / "gone")], [str(other), str(tmp_path / "new.pt")]) is None

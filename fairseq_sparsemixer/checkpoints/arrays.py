@@ -67,11 +67,19 @@ def number(plain: Any, content: Any) -> Any:
     return numpy.frombuffer(content, plain.kind)[0]
 
 
+def no_bytes(*content: Any) -> bytes:
+    """Stands for bytes, which a pickle calls for the content of an array without items."""
+    if content:
+        raise NoNumbers("bytes made of something else")
+    return b""
+
+
 def safe_globals() -> List[Any]:
     """What to hand to torch.serialization.add_safe_globals."""
     named: List[Tuple[Any, str, str]] = [(PlainType, "numpy", "dtype"), (PlainArray, "numpy", "ndarray")]
     for module in NUMPY_MODULES:
         named += [(_copy(array), module, "_reconstruct"), (_copy(number), module, "scalar")]
+    named += [(_copy(no_bytes), module, "bytes") for module in ("builtins", "__builtin__")]
     for stand_in, module, name in named:
         stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name  # by which torch finds it
     return [stand_in for stand_in, _, _ in named]

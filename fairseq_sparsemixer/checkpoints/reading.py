@@ -16,7 +16,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer.checkpoints import settings
 from fairseq_sparsemixer.checkpoints.arrays import NoNumbers, safe_globals
-from fairseq_sparsemixer.checkpoints.layout import layout_of, wrong_layout
+from fairseq_sparsemixer.checkpoints.layout import COPIES_OF_MODEL, layout_of, wrong_layout
 from fairseq_sparsemixer.errors import ConfigurationError
 
 REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # in torch's words
@@ -71,6 +71,9 @@ def require_checkpoint(path: str, state: Any) -> None:
     for key, kind in (("extra_state", dict), ("optimizer_history", list), ("last_optimizer_state", dict), ("task_state", dict)):
         if not isinstance(state.get(key), (kind, type(None))):
             raise _unfit(path, key, f"a {type(state[key]).__name__}, not a {kind.__name__}")
+    for key in COPIES_OF_MODEL:
+        if not isinstance((state.get("extra_state") or {}).get(key, {}), dict):
+            raise _unfit(path, key, "no dictionary of tensors")
     history = state.get("optimizer_history") or []
     if not all(isinstance(entry, dict) and isinstance(entry.get("num_updates", 0), int) for entry in history):
         raise _unfit(path, "optimizer_history", "no list of what each run did")

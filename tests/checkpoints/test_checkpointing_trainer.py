@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import runs
 
 from fairseq_sparsemixer.checkpoints.trainer import resume_between_same_batches
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -41,3 +42,18 @@ def test_optimizers_whose_state_cannot_be_shared_out_are_refused(optimizer):
     )
     with pytest.raises(ConfigurationError, match="use --expert-parallel-size 1"):
         refuse_incompatible(cfg, 2)
+
+
+def test_a_run_that_is_refused_removes_nothing_and_one_of_another_layout_leaves_what_waits(corpus, tmp_path):
+    run = tmp_path / "run"
+    runs.train(corpus, run, updates=1)
+    (run / "checkpoint_last-rank-1.pt.staged").write_bytes(b"what is needed to mend")
+    (run / "checkpoint_best.pt.1-00000000.tmp").write_bytes(b"PK")
+    (run / "checkpoint_last.pt").rename(run / "checkpoint_last-rank-0.pt")
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(ConfigurationError, match="is a sharded checkpoint .* --sharded-checkpoints"):
+        runs.train(corpus, run, updates=2)
+    assert sorted(path.name for path in run.iterdir()) == before
+    (run / "checkpoint_last-rank-0.pt").rename(run / "checkpoint_last.pt")
+    assert len(runs.train(corpus, run, updates=2)) == 1
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint_last-rank-1.pt.staged", "checkpoint_last.pt"]

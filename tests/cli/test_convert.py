@@ -267,6 +267,8 @@ def without(state, name):
     (lambda s: changed(s, router="Top2Gate"), "--router Top2Gate is unknown; convert knows SparseMixer and SwitchGate"),
     (lambda s: changed(s, router="SwitchGate"), "has encoder.layers.0.router.omega, which .* has not by the same arguments"),
     (lambda s: changed(s, num_experts=5), r"gating_network.weight is of \(4, 16\), .* ask for \(5, 16\)"),
+    (lambda s: changed(s, num_experts="four"), "--num-experts four is no number; use an unchanged checkpoint"),
+    (lambda s: changed(s, jitter_eps=None), "--jitter-eps None is no number; use an unchanged checkpoint"),
     (lambda s: changed(s, encoder_ffn_embed_dim=8), r"fc1.0.weight is of \(24, 16\), .* arguments ask for \(8, 16\)"),
     (lambda s: without(s, "decoder.layers.0.fc2.3.bias"), "decoder.layers.0.fc2.3.bias is missing, where its own arguments"),
     (lambda s: without(s, "encoder.layers.0.gating_network.bias"), "encoder.layers.0.gating_network.bias is missing"),
@@ -279,3 +281,14 @@ def test_a_file_that_is_not_theirs_gets_one_sentence(change, sentence, theirs, t
     with pytest.raises(SystemExit, match=f"^fairseq-sparsemixer: the checkpoint.*{sentence}") as caught:
         main(["convert", str(path), str(tmp_path / "ours.pt")])
     assert "\n" not in caught.value.code and not (tmp_path / "ours.pt").exists()
+
+
+def test_arguments_of_the_wrong_type_get_one_sentence(theirs, tmp_path):
+    path = theirs()[2]
+    state = torch.load(path, weights_only=True)
+    odd = [changed(state, encoder_layers=[1]), changed(state, encoder_embed_dim="wide"), {"cfg": {"model": 5}}, {"cfg": [1]}]
+    for change in odd:
+        torch.save({**state, **change}, path)
+        with pytest.raises(SystemExit, match="^fairseq-sparsemixer: ") as caught:
+            main(["convert", str(path), str(tmp_path / "ours.pt")])
+        assert "\n" not in caught.value.code and not (tmp_path / "ours.pt").exists()

@@ -1,8 +1,11 @@
 """`fairseq-sparsemixer inspect`: what it shows of a checkpoint, and what it refuses."""
 
 import json
+import os
+from argparse import Namespace
 
 import pytest
+import torch
 
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -76,3 +79,49 @@ def test_the_load_of_a_model_of_one_side_is_of_the_words_and_marks(
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ConfigurationError, match="empty holds no sentence"):
         main(["inspect", checkpoint, "--text", str(tmp_path / "empty")])
+
+
+ODD = {
+    "experts of one dimension": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(3)},
+    "experts without all their tensors": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2, 3, 4)},
+    "experts without a dimension": {"encoder.layers.0.fc1.moe.experts.bias_in": torch.tensor(1.0)},
+    "experts that differ in number": {
+        "encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2, 3, 4),
+        "encoder.layers.0.fc1.moe.experts.weight_out": torch.ones(3, 4, 3),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors_get_one_sentence(kind, trained):
+    _, checkpoint = trained
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "model": ODD[kind]}, checkpoint)
+    with pytest.raises(ConfigurationError, match="m.pt is .*; use another file") as error:
+        main(["inspect", str(checkpoint)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"args": 5}, {"args": None, "cfg": [1]}, {"args": Namespace(router=3)}, {"args": None}])
+def test_odd_settings_get_one_sentence_or_do_no_harm(settings, trained):
+    _, checkpoint = trained
+    torch.save({**torch.load(checkpoint, weights_only=True), **settings}, checkpoint)
+    try:
+        main(["inspect", str(checkpoint)])
+    except ConfigurationError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_pipe_and_a_folder_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path, kind in ((tmp_path / "pipe.pt", "a pipe or device"), (tmp_path, "a folder"), ("/dev/zero", "a pipe or device")):
+        with pytest.raises(ConfigurationError, match=f"{path} is {kind}; name a checkpoint file"):
+            main(["inspect", str(path)])
+
+
+def test_the_report_takes_no_file_s_place(trained):
+    _, checkpoint = trained
+    before = checkpoint.read_bytes()
+    with pytest.raises(ConfigurationError, match="--json .*m.pt would overwrite a file of this command; give another path"):
+        main(["inspect", str(checkpoint), "--json", str(checkpoint)])
+    assert checkpoint.read_bytes() == before

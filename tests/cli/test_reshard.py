@@ -1,8 +1,10 @@
 """`fairseq-sparsemixer reshard`: any layout to any other, bit by bit, optimizer state included."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, List
+from unittest.mock import patch
 
 import pytest
 import runs
@@ -133,3 +135,84 @@ def test_a_missing_and_an_overwritten_file_are_named(tmp_path):
     torch.save(made_up(), tmp_path / "in.pt")
     with pytest.raises(SystemExit, match="in.pt would be overwritten"):
         main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "in.pt"), "--portable"])
+
+
+def test_an_out_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
+    source, pipe = tmp_path / "in.pt", tmp_path / "pipe.pt"
+    torch.save(made_up(), source)
+    os.mkfifo(pipe)
+    (tmp_path / "file").write_text("the user's")
+    os.link(source, tmp_path / "same.pt")
+    for out, sentence in (
+        ("", "the name of the checkpoint to write is empty; give a path"),
+        ("/dev/full", "/dev/full is a pipe or device, no place for a checkpoint"),
+        (pipe, "pipe.pt is a pipe or device"),
+        (tmp_path, "is a folder, no place for a checkpoint"),
+        (tmp_path / "file" / "out.pt", "file/out.pt cannot be written .File exists"),
+        ("/proc/out.pt", "/proc/out.pt cannot be written .No such file"),
+        ("/proc/sys/in/out.pt", "out.pt cannot be written .No such file"),
+        (tmp_path / ("x" * 300), "x cannot be written .File name too long"),
+        (tmp_path / "same.pt", "same.pt would be overwritten, and it is what is read; choose another OUT"),
+    ):
+        with pytest.raises(SystemExit, match=sentence) as error:
+            main(["reshard", str(source), str(out), "--portable"])
+        assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "in.pt", "pipe.pt", "same.pt"]
+    assert (tmp_path / "file").read_text() == "the user's" and pipe.is_fifo()
+
+
+def test_a_pipe_among_the_parts_is_refused_and_not_waited_for(tmp_path):
+    torch.save(made_up(), tmp_path / "in.pt")
+    reshard(str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), 2)
+    (tmp_path / "two-rank-1.pt").unlink()
+    os.mkfifo(tmp_path / "two-rank-1.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    for name, pipe in (("two.pt", "two-rank-1.pt"), ("pipe.pt", "pipe.pt")):
+        with pytest.raises(SystemExit, match=f"{pipe} is a pipe or device; name a checkpoint file"):
+            main(["reshard", str(tmp_path / name), str(tmp_path / "out.pt"), "--portable"])
+
+
+def test_a_set_is_not_touched_before_all_of_the_new_one_is_on_the_disk(tmp_path):
+    torch.save(made_up(), tmp_path / "in.pt")
+    reshard(str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    saved, full = torch.save, OSError(28, "No space left on device")
+
+    def one_and_no_more(obj, path):
+        if obj["expert_parallel"]["index"] == 1:
+            raise full
+        saved(obj, path)
+
+    with patch("torch.save", one_and_no_more), patch("time.sleep"):
+        with pytest.raises(SystemExit, match="two-rank-1.pt cannot be written .No space left on device"):
+            main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), "--expert-parallel-size", "2"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_figures_take_no_file_s_place_and_are_refused_before_any_work(tmp_path):
+    torch.save(made_up(), tmp_path / "in.pt")
+    for figures, sentence in (
+        ("in.pt", "--json .*in.pt would overwrite a file of this command"),
+        ("out.pt", "--json .*out.pt would overwrite a file of this command"),
+        ("gone/figures.json", "--json .*figures.json cannot be written"),
+        (".", "--json .* cannot be written"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--portable", "--json", f"{tmp_path}/{figures}"])
+        assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
+
+
+ODD = {
+    "a model of text": {"model": {"layer.experts.weight_in": "text"}},
+    "experts without a dimension": {"model": {"layer.experts.weight_in": torch.tensor(1.0)}},
+    "an average of text": {"extra_state": {"ema": "text"}},
+    "optimizer states without a name": {"last_optimizer_state": {"param_groups": []}},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_checkpoint_with_odd_entries_gets_one_sentence(kind, tmp_path):
+    torch.save({**made_up(), **ODD[kind]}, tmp_path / "in.pt")
+    with pytest.raises(SystemExit, match="in.pt is .*; use another file") as error:
+        main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--expert-parallel-size", "2"])
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["in.pt"]

@@ -1,6 +1,8 @@
 """`fairseq-sparsemixer upcycle`: a dense checkpoint with experts in it, which computes what the dense one does."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,10 @@ def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
         (["--router", "dense"], "--router dense has no experts"),
         (["--router", "nonsense"], "nonsense"),
         (["--noise", "-1"], "--noise -1.0 must not be negative"),
+        (["--noise", "nan"], "--noise nan must not be negative, and must be finite; give 0 for none"),
+        (["--noise", "inf"], "--noise inf must not be negative, and must be finite; give 0 for none"),
+        (["--seed", "-1"], "--seed -1 is no seed; give a number from 0"),
+        (["--seed", str(2**70)], "is no seed; give a number from 0"),
         (["--num-experts", "0"], "--num-experts 0 must be at least 1"),
     ],
 )
@@ -172,3 +178,38 @@ def test_checkpoints_that_cannot_be_upcycled_get_one_sentence(dense, tmp_path):
         torch.save({**state, **change}, name)
         with pytest.raises(SystemExit, match=sentence):
             main(["upcycle", name, str(tmp_path / "moe.pt")])
+
+
+def test_a_source_is_never_overwritten_and_a_place_that_will_not_do_is_named(dense, tmp_path):
+    source, link, pipe = tmp_path / "dense.pt", tmp_path / "link.pt", tmp_path / "pipe.pt"
+    shutil.copy(dense, source)
+    link.symlink_to(source)
+    os.mkfifo(pipe)
+    before = source.read_bytes()
+    for out, sentence in (
+        (source, "dense.pt would be overwritten, and it is what is read; choose another OUT"),
+        (link, "link.pt would be overwritten, and it is what is read"),
+        (tmp_path / "gone" / "moe.pt", "moe.pt cannot be written, as the folder .*gone does not exist; make it first"),
+        (pipe, "pipe.pt is a pipe or device, no place for a checkpoint"),
+        ("/dev/full", "/dev/full is a pipe or device, no place for a checkpoint"),
+        ("", "the name of the checkpoint to write is empty"),
+    ):
+        with pytest.raises(SystemExit, match=sentence) as error:
+            main(["upcycle", str(source), str(out), "--num-experts", "2"])
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="pipe.pt is a pipe or device; name a checkpoint file"):
+        main(["upcycle", str(pipe), str(tmp_path / "moe.pt")])
+    assert source.read_bytes() == before and link.is_symlink() and pipe.is_fifo() and not (tmp_path / "moe.pt").exists()
+
+
+def test_odd_weights_and_settings_get_one_sentence(dense, tmp_path):
+    state = read_checkpoint(str(dense))
+    name = str(tmp_path / "in.pt")
+    odd = {"encoder.layers.0.fc1.weight": torch.ones(3)}
+    changes = [{"model": {**state["model"], **odd}}, {"model": odd}, {"cfg": {"model": 5}}, {"cfg": 5}, {"args": 5, "cfg": None}]
+    for change in changes:
+        torch.save({**state, **change}, name)
+        with pytest.raises(SystemExit, match="fairseq-sparsemixer: .*") as error:
+            main(["upcycle", name, str(tmp_path / "moe.pt")])
+        assert isinstance(error.value, ConfigurationError) and "\n" not in str(error.value)
+    assert not (tmp_path / "moe.pt").exists()
