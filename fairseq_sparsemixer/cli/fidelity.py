@@ -17,16 +17,30 @@ from rich.console import Console
 
 from fairseq_sparsemixer.cli.json_file import write_json
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.fidelity.conclusions import conclusions
+from fairseq_sparsemixer.fidelity.exact import exact_gradient
 from fairseq_sparsemixer.fidelity.losses import LOSSES, STEP, synthetic_problem
+from fairseq_sparsemixer.fidelity.measure import CHUNK
 from fairseq_sparsemixer.fidelity.methods import METHODS, select_methods
 from fairseq_sparsemixer.fidelity.plots import plot_study
 from fairseq_sparsemixer.fidelity.problem import Problem
 from fairseq_sparsemixer.fidelity.report import print_study
 from fairseq_sparsemixer.fidelity.study import study
+from fairseq_sparsemixer.ranges import COUNT, Rule, broken_rule
 
 HELP = "compare every gradient estimator with the exact router gradient"
 SYNTHETIC_TOKENS, TRAINED_TOKENS = 16, 64
+NUMBERS = {  # of the flags, what they may be
+    "tokens": COUNT,
+    "num_experts": Rule(lambda x: x >= 2, "be at least 2", whole=True),
+    "model_dim": COUNT,
+    "draws": Rule(lambda x: x >= 2, "be at least 2", whole=True),
+    "step": Rule(lambda x: 1e-6 <= x <= 1e6, "lie between 1e-06 and 1e+06, where float64 tells losses apart"),
+    "seed": Rule(lambda x: -(2**63) <= x < 2**63, "fit in 64 bits", whole=True),
+}
+OUTCOMES = 1 + max(len(estimator.quadrature) for estimator in ESTIMATORS.values())  # of an expert, enumerated
+LARGEST = 2**29  # numbers of 8 bytes
 SYNTHETIC = {"loss": "cross-entropy", "num_experts": 8, "model_dim": 16, "step": STEP}  # flags that a checkpoint answers itself
 
 
@@ -73,6 +87,7 @@ def run(options: argparse.Namespace) -> None:
     draws = options.draws
     if draws is None and not options.expectation and not options.checkpoint:
         draws = 16384
+    check_gradient(problem, options)
     found = study(problem, methods, draws, options.seed, orders=not options.checkpoint)
     print_study(found, Console())
     if options.json:
@@ -83,11 +98,12 @@ def run(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raise ConfigurationError for values out of range, and for flags that do not go together."""
-    for name, least in (("tokens", 1), ("num_experts", 2), ("model_dim", 1), ("draws", 2)):
+    for name, rule in NUMBERS.items():
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigurationError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    if options.jitter_eps is not None and options.jitter_eps <= 0:
+        sentence = "" if value is None else broken_rule(f"--{name.replace('_', '-')}", value, rule)
+        if sentence:
+            raise ConfigurationError(sentence)
+    if options.jitter_eps is not None and not options.jitter_eps > 0:
         raise ConfigurationError(f"--jitter-eps {options.jitter_eps:g} would mask all experts but one; give inf to mask none")
     if options.expectation and options.draws is not None:
         raise ConfigurationError(f"--expectation draws nothing; leave out --draws {options.draws}, or --expectation")
@@ -104,12 +120,33 @@ def check(options: argparse.Namespace) -> None:
                 raise ConfigurationError(f"--{name.replace('_', '-')} {getattr(options, name)} needs --checkpoint FILE")
 
 
+def check_size(tokens: int, num_experts: int, model_dim: int) -> None:
+    """Raise ConfigurationError for a problem whose tensors no machine holds: [S, E, M], one S by E for each outcome or draw."""
+    numbers = tokens * num_experts * max(model_dim, CHUNK, num_experts * OUTCOMES)
+    if numbers > LARGEST:
+        raise ConfigurationError(
+            f"--tokens {tokens} with --num-experts {num_experts} and --model-dim {model_dim} takes {numbers:,} numbers at once;"
+            f" choose smaller ones, for {LARGEST:,} at most"
+        )
+
+
+def check_gradient(problem: Problem, options: argparse.Namespace) -> None:
+    """Raise ConfigurationError where the exact gradient, by whose square figures are divided, is nothing to compare with."""
+    length = exact_gradient(problem).full.norm().item()
+    if not 1e-140 < length < 1e140:
+        remedy = "--layer, --text or --jitter-eps" if options.checkpoint else "--step or --jitter-eps"
+        raise ConfigurationError(
+            f"the router's exact gradient has a length of {length:g}, and nothing compares; give another {remedy}"
+        )
+
+
 def build_problem(options: argparse.Namespace) -> Problem:
     """The problem the flags describe. Raises ConfigurationError or ValueError."""
     if not options.checkpoint:
         given = {name: getattr(options, name) for name in SYNTHETIC if getattr(options, name) is not None}
-        tokens, jitter_eps = options.tokens or SYNTHETIC_TOKENS, options.jitter_eps
-        return synthetic_problem(tokens=tokens, jitter_eps=jitter_eps, seed=options.seed, **{**SYNTHETIC, **given})
+        tokens, jitter_eps, shape = options.tokens or SYNTHETIC_TOKENS, options.jitter_eps, {**SYNTHETIC, **given}
+        check_size(tokens, shape["num_experts"], shape["model_dim"])
+        return synthetic_problem(tokens=tokens, jitter_eps=jitter_eps, seed=options.seed, **shape)
     from fairseq_sparsemixer.fidelity.trained import trained_problem  # needs fairseq
 
     return trained_problem(

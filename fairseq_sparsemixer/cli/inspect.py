@@ -10,6 +10,7 @@ examples:
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -66,7 +67,7 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
     layers = moe_layers(model)
     load = {name: torch.zeros(layer.gate.num_experts) for name, layer in layers}
     with torch.no_grad():
-        for inputs in islice(model_inputs(options, model, task), options.sentences):
+        for inputs in islice(model_inputs(options, model, task), min(options.sentences, sys.maxsize)):
             model(**inputs)
             for name, layer in layers:
                 load[name] += layer.routing.statistics()["load"].sum(0).float()
