@@ -1,5 +1,6 @@
 """What fairseq-generate and fairseq-interactive print for models with experts, against probabilities worked out by hand."""
 
+import copy
 import math
 from functools import partial
 
@@ -97,3 +98,24 @@ def test_an_alignment_is_the_strongest_attention_of_each_word(pairs, trained, pa
         attention = extra["attn"][0][0]  # [target, source], the mean over heads
         expected = attention[:-1, :-1].argmax(-1)  # ends of sentences are not aligned
         assert one.alignment == " ".join(f"{source}-{target}" for target, source in enumerate(expected.tolist()))
+
+
+def test_retained_dropout_draws_anew_and_without_it_there_is_none(pairs, path_of, tmp_path):
+    override = ("--model-overrides", "{'activation_dropout': 0.5}")  # in the experts alone
+    translate = partial(decode, pairs, path_of("switch"), tmp_path, "--beam", 1, *override)
+
+    def scores(*flags):
+        return [one.score for one in translate(*flags)]
+
+    assert scores("--seed", 1) == scores("--seed", 2)
+    first = scores("--retain-dropout", "--seed", 1)
+    assert first == scores("--retain-dropout", "--seed", 1)
+    assert all(abs(one - other) > 1e-3 for one, other in zip(first, scores("--retain-dropout", "--seed", 2)))
+
+
+def test_a_model_pruned_at_inference_is_the_one_without_those_layers(pairs, trained, path_of, tmp_path):
+    pruned = copy.deepcopy(trained["sparsemixer"].models[-1])
+    del pruned.encoder.layers[0], pruned.decoder.layers[1]
+    kept = "{'encoder_layers_to_keep': '1', 'decoder_layers_to_keep': '0'}"
+    found = decode(pairs, path_of("sparsemixer"), tmp_path, "--beam", 2, "--model-overrides", kept)
+    check_scores(found, partial(log_probabilities, pruned))
