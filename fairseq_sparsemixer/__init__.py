@@ -7,8 +7,9 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-if find_spec(f"{__name__}.criterions") is None and (_REPOSITORY / "criterions" / "__init__.py").is_file():
-    __path__.append(str(_REPOSITORY))  # in a clone, criterions/ stands beside this folder
+if not Path(__file__).with_name("criterions").is_dir() and (_REPOSITORY / "criterions" / "__init__.py").is_file():
+    # in a clone, criterions/ stands beside this folder; asked for by name, another clone's might come that is installed
+    __path__.append(str(_REPOSITORY))
 
 from fairseq_sparsemixer.gates import Routing, build_gate  # noqa: E402
 from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer  # noqa: E402
@@ -17,11 +18,12 @@ from fairseq_sparsemixer.root_logger import root_logger_untouched  # noqa: E402
 if find_spec("fairseq") is not None:
     with root_logger_untouched(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
-        from fairseq_sparsemixer import checkpoints, compatibility, criterions, lost_ranks, models, trainer  # noqa: E402,F401
+        from fairseq_sparsemixer import bfloat16, checkpoints, compatibility, criterions, lost_ranks, models, trainer  # noqa: E402,F401
 
     checkpoints.install()
     compatibility.restore_numpy_long()
     compatibility.look_for_nans_forward_only()
+    bfloat16.install()
     lost_ranks.install()
     trainer.install()
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer import gradients
+from fairseq_sparsemixer.batches import explaining_no_batch
 from fairseq_sparsemixer.checkpoints.trainer import CheckpointingTrainer
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -43,7 +44,7 @@ class MoETrainer(CheckpointingTrainer):
     never_generate: Optional[str] = None  # the remedy, where a rank that generates would leave the others waiting
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
-        refuse_bf16_without_tpu(cfg)
+        refuse_missing_tpu(cfg)
         self.moe_layers = moe_layers(model)
         self.ranks = None
         if self.moe_layers:
@@ -62,6 +63,16 @@ class MoETrainer(CheckpointingTrainer):
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
             super().__init__(cfg, task, model, criterion, quantizer)
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any):
+        """See Trainer."""
+        with explaining_no_batch(self.cfg.dataset.train_subset, self.cfg.dataset, self.task):
+            return super().get_train_iterator(*args, **kwargs)
+
+    def get_valid_iterator(self, subset: str, *args: Any, **kwargs: Any):
+        """See Trainer."""
+        with explaining_no_batch(subset, self.cfg.dataset, self.task):
+            return super().get_valid_iterator(subset, *args, **kwargs)
 
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
         """See Trainer. A rank that runs out of memory ends the run: the others wait for it in the middle of the batch."""
@@ -171,16 +182,10 @@ def refuse_training_apart() -> None:
         )
 
 
-def refuse_bf16_without_tpu(cfg: Any) -> None:
-    """Raise ConfigurationError for --bf16 on a command line, which fairseq takes for a TPU, where there can be none.
-
-    fairseq-hydra-train leaves the two apart.
-    """
-    if cfg.common.bf16 and cfg.common.tpu and find_spec("torch_xla") is None:
-        raise ConfigurationError(
-            "--bf16 means a TPU to fairseq-train, and torch_xla is not installed; on other devices use fairseq-hydra-train with"
-            " common.bf16=true, or --fp16 or --amp"
-        )
+def refuse_missing_tpu(cfg: Any) -> None:
+    """Raise ConfigurationError for --tpu where torch has none."""
+    if cfg.common.tpu and find_spec("torch_xla") is None:
+        raise ConfigurationError("--tpu needs torch_xla, which is not installed; leave it out, --bf16 works on any device")
 
 
 def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> bool:

@@ -11,8 +11,10 @@ from collections import Counter
 
 import pytest
 import torch
+from fairseq.data.data_utils import batch_by_size
 
 from fairseq_sparsemixer import __file__ as package
+from fairseq_sparsemixer import bfloat16
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLosses
 from fairseq_sparsemixer.moe_layer import MoELayer
 
@@ -119,8 +121,8 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(train, tmp_path):
     (("--num-experts", "0"), "--num-experts 0 must be at least 1"),
     (("--moe-top-k", "5", "--router", "sparsemixer_v2"), "--moe-top-k 5 must lie between 1 and --num-experts 4"),
     (("--moe-freq", "0"), "--moe-freq 0 must be at least 1"),
-    (("--jitter-eps", "-0.5"), "--jitter-eps -0.5 must not be negative"),
-    (("--moe-balance-loss-weight", "-1"), "--moe-balance-loss-weight -1.0 must not be negative"),
+    (("--jitter-eps", "-0.5"), "--jitter-eps -0.5 must be at least 0"),
+    (("--moe-balance-loss-weight", "-1"), "--moe-balance-loss-weight -1.0 must be at least 0"),
     (("--moe-load-file", "/proc/none/load"), "--moe-load-file /proc/none/load cannot be written"),
 ])  # fmt: skip
 def test_bad_flags_end_the_command_with_one_sentence_before_it_trains(train, caplog, flags, message):
@@ -146,9 +148,31 @@ def test_a_gradient_that_is_no_number_is_traced_to_its_module_by_fairseq(train, 
     assert "detected in output of" in caplog.text
 
 
-def test_bf16_on_a_command_line_is_refused_without_a_tpu_and_the_way_named(train):
-    with pytest.raises(SystemExit, match="--bf16 means a TPU to fairseq-train.*common.bf16=true"):
-        train("--max-update", "1", "--no-save", "--bf16")
+@pytest.mark.parametrize("flags", [("--tpu",), ("--tpu", "--bf16")])
+def test_a_tpu_that_is_not_there_is_refused(train, flags):
+    with pytest.raises(SystemExit, match="--tpu needs torch_xla, which is not installed"):
+        train("--max-update", "1", "--no-save", *flags)
+
+
+@pytest.mark.parametrize("flags, installed, tpu", [
+    (["--bf16"], False, False), (["--memory-efficient-bf16"], False, False), (["--bf16", "--tpu"], False, True),
+    (["--tpu"], False, True), (["--bf16"], True, True), ([], False, False),
+])  # fmt: skip
+def test_bf16_means_a_tpu_where_torch_has_one_or_it_is_given(translation_data, monkeypatch, flags, installed, tpu):
+    from fairseq import options
+
+    monkeypatch.setattr(bfloat16, "find_spec", lambda name: installed or None)
+    parser, arch = options.get_training_parser(), ("--arch", "transformer_moe_tiny")
+    args = options.parse_args_and_arch(parser, [str(translation_data), "--user-dir", USER_DIR, *arch, *flags])
+    assert (args.tpu, args.bf16) == (tpu, any("bf16" in flag for flag in flags))
+
+
+def test_a_set_that_this_fairseq_drops_whole_is_named_with_the_remedy(train):
+    """There are 8 sentences to validate on."""
+    if batch_by_size([0, 1], lambda index: 1, max_sentences=2, required_batch_size_multiple=8):
+        pytest.skip("this fairseq keeps a last batch of any size")
+    with pytest.raises(SystemExit, match="no batch is left of the subset valid: .*-multiple 1000, .* give --required"):
+        train("--max-update", "1", "--no-save", "--required-batch-size-multiple", "1000", "--train-subset", "valid")
 
 
 def test_a_criterion_that_ignores_the_auxiliary_loss_is_warned_of(train, caplog):
@@ -200,19 +224,19 @@ def test_fairseqs_flags_train(train, flags):
     assert len(logs["train_inner"]) == 3 and math.isfinite(logs["valid"][0]["valid_loss"])
 
 
-def test_bf16_trains_on_a_cpu(train, monkeypatch):
-    """fairseq-train takes --bf16 for a TPU, as fairseq-hydra-train does not; that reading is undone here."""
-    from fairseq_cli import train as fairseq_train
+@pytest.mark.parametrize("flag", ["--bf16", "--memory-efficient-bf16"])
+def test_bf16_trains_and_resumes_on_a_cpu(train, monkeypatch, flag):
+    forward, precisions = AuxiliaryLosses.forward, set()
 
-    main = fairseq_train.main
+    def observed(self, model, sample, reduce=True):
+        precisions.update(parameter.dtype for parameter in model.parameters())
+        return forward(self, model, sample, reduce)
 
-    def on_cpu(cfg):
-        cfg.common.tpu = False
-        main(cfg)
-
-    monkeypatch.setattr(fairseq_train, "main", on_cpu)
-    logs = train("--max-update", "3", "--no-save", "--bf16")
-    assert len(logs["train_inner"]) == 3 and math.isfinite(logs["valid"][0]["valid_loss"])
+    monkeypatch.setattr(AuxiliaryLosses, "forward", observed)
+    for updates in ("2", "4"):
+        logs = train("--max-update", updates, flag)
+        assert len(logs["train_inner"]) == 2 and math.isfinite(logs["valid"][0]["valid_loss"])
+    assert precisions == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("flag", ["--fp16", "--amp"])
