@@ -184,10 +184,9 @@ def test_what_is_no_number_in_an_expert_is_none_in_its_output_and_in_no_others(p
 @pytest.mark.parametrize("part", ["experts", "shared_experts", "gate"])
 def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, training):
     layer = build_moe_layer(router, 8, 16, 4, num_shared_experts=1).train(training)
-    parameters = list(getattr(layer, part).parameters())
-    if not parameters:
-        pytest.skip(f"the gate of {router} learns nothing")
-    for parameter in parameters:
+    if (router, part) == ("hash", "gate"):
+        pytest.skip("this gate goes by the ids of the tokens, not by its parameters")
+    for parameter in getattr(layer, part).parameters():
         parameter.data.fill_(torch.nan)
     out = layer(torch.randn(12, 8), torch.arange(12) >= 10)
     if router == "gshard" and training:  # what is over the capacity keeps the residual alone, unless shared experts run

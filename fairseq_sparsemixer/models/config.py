@@ -1,7 +1,7 @@
 """The flags of a Mixture-of-Experts model, and what must hold among them before anything is built."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
@@ -114,6 +114,8 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
     autoregressive: whether an MoE layer is to stand in a decoder that generates token by token.
     """
     check_numbers(cfg)
+    for stack in ("encoder", "decoder"):
+        layers_to_keep(cfg, stack)
     if cfg.router == DENSE:
         return
     check_noise(cfg)
@@ -154,6 +156,21 @@ def check_numbers(cfg: Any) -> None:
         value = getattr(cfg, name)
         if value is not None:
             refuse(broken_rule(f"--{name.replace('_', '-')}", value, rule, remedy))
+
+
+def layers_to_keep(cfg: Any, stack: str) -> List[int]:
+    """The layers of a trained model's "encoder" or "decoder" that a pruned one has, in order; empty where none is pruned.
+
+    Raises ConfigurationError for anything but layers by number.
+    """
+    name = f"{stack}_layers_to_keep"
+    given = getattr(getattr(cfg, stack, None), "layers_to_keep", None) or getattr(cfg, name, None)
+    if not given:
+        return []
+    numbers = given.split(",") if isinstance(given, str) else [""]
+    if not all(number.strip().isdecimal() for number in numbers) or len(set(map(int, numbers))) < len(numbers):
+        raise ConfigurationError(f"--{name.replace('_', '-')} {given} must name layers by number, each once, such as 0,2,4")
+    return sorted(map(int, numbers))
 
 
 def check_noise(cfg: Any) -> None:

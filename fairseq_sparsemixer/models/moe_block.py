@@ -5,16 +5,17 @@ others identities. Attention, residuals, normalisation and incremental decoding 
 """
 
 from contextlib import nullcontext
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Type
 
 import torch
 from fairseq import utils
+from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.gates import DENSE
-from fairseq_sparsemixer.models.config import router_options
+from fairseq_sparsemixer.models.config import layers_to_keep, router_options
 from fairseq_sparsemixer.models.fast_path import NoFastPath
 from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer
 
@@ -28,6 +29,13 @@ def expert_dropout(cfg: Any) -> float:
     if cfg.expert_dropout is not None:
         return cfg.expert_dropout
     return float(cfg.activation_dropout or cfg.relu_dropout or 0)
+
+
+def name_dropout(module: nn.Module, name: str) -> None:
+    """Let --retain-dropout-modules know the module's own dropout by the name that it has in fairseq's model."""
+    for dropout in module.children():
+        if isinstance(dropout, FairseqDropout):
+            dropout.module_name = name
 
 
 class _NoWeights:
@@ -48,11 +56,20 @@ class _FeedForward(_NoWeights, nn.Module):
         self.moe = moe
         self.padding_mask: Optional[Tensor] = None  # [T, B]
         self.token_ids: Optional[Tensor] = None  # [T, B]; see hand_down_token_ids
+        self.dropout_name: Optional[str] = None  # for --retain-dropout-modules
 
     def forward(self, x: Tensor) -> Tensor:
         if self.token_ids is None:
             return self.moe(x, self.padding_mask)
         return self.moe(x, self.padding_mask, self.token_ids)
+
+    def make_generation_fast_(self, name: str, **kwargs) -> None:
+        """Called by fairseq before generation: under --retain-dropout, the experts drop out where a dense layer would."""
+        dropout = FairseqDropout(self.moe.experts.dropout, self.dropout_name)
+        dropout.make_generation_fast_(name, **kwargs)
+        for experts in (self.moe.experts, self.moe.shared_experts):
+            if experts is not None:
+                experts.drop_at_inference = dropout.apply_during_inference
 
 
 def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
@@ -69,9 +86,11 @@ class _MoEBlock:
         # plain attributes, set before fairseq's constructor calls the build hooks; a decoder layer keeps no cfg itself
         self.__dict__["moe_cfg"] = cfg
 
-    def _finish(self) -> None:
+    def _finish(self, base: Type[nn.Module]) -> None:
         self.activation_fn = _identity  # the experts have applied both
         self.activation_dropout_module = nn.Identity()
+        name_dropout(self, base.__name__)
+        self.fc1.dropout_name = base.__name__
 
     def build_fc1(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
         cfg = self.moe_cfg
@@ -114,7 +133,7 @@ class MoEEncoderLayer(_MoEBlock, NoFastPath, TransformerEncoderLayerBase):
     def __init__(self, cfg: Any, return_fc: bool = False):
         self._prepare(cfg)
         super().__init__(cfg, return_fc=return_fc)
-        self._finish()
+        self._finish(TransformerEncoderLayerBase)
 
     def forward(self, x: Tensor, encoder_padding_mask: Optional[Tensor], attn_mask: Optional[Tensor] = None):
         """See TransformerEncoderLayerBase.forward."""
@@ -127,7 +146,7 @@ class MoEDecoderLayer(_MoEBlock, TransformerDecoderLayerBase):
     def __init__(self, cfg: Any, no_encoder_attn: bool = False):
         self._prepare(cfg)
         super().__init__(cfg, no_encoder_attn)
-        self._finish()
+        self._finish(TransformerDecoderLayerBase)
 
     def forward(self, x: Tensor, *args, self_attn_padding_mask: Optional[Tensor] = None, **kwargs):
         """See TransformerDecoderLayerBase.forward."""
@@ -137,13 +156,19 @@ class MoEDecoderLayer(_MoEBlock, TransformerDecoderLayerBase):
 
 
 class RoutesEveryNth:
-    """Mixed into an encoder or decoder: of the layers built one after the other, which ones route."""
+    """Mixed into an encoder or decoder: of the layers built one after the other, which ones route.
 
+    Where a trained model is pruned (--encoder-layers-to-keep, --decoder-layers-to-keep), those that did in the whole one.
+    """
+
+    stack = ""  # encoder or decoder
     _built = 0
 
     def routes_next_layer(self, cfg: Any) -> bool:
         """Whether the layer being built now is an MoE layer; to be asked once a layer."""
-        index, self._built = self._built, self._built + 1
+        kept = layers_to_keep(cfg, self.stack)
+        index = kept[self._built] if kept else self._built
+        self._built += 1
         return cfg.router != DENSE and index % cfg.moe_freq == 0
 
 

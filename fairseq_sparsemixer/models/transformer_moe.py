@@ -9,7 +9,9 @@ from fairseq.distributed import fsdp_wrap
 from fairseq.models import register_model
 from fairseq.models.transformer import (
     TransformerConfig,
+    TransformerDecoder,
     TransformerDecoderBase,
+    TransformerEncoder,
     TransformerEncoderBase,
     TransformerModel,
     transformer_legacy,
@@ -28,6 +30,7 @@ from fairseq_sparsemixer.models.moe_block import (
     RemembersUpdates,
     RoutesEveryNth,
     hand_down_token_ids,
+    name_dropout,
 )
 
 
@@ -56,6 +59,12 @@ def as_class(module: nn.Module, base: Type[nn.Module]) -> nn.Module:
 class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
     """fairseq's encoder; every n-th layer has experts."""
 
+    stack = "encoder"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        name_dropout(self, TransformerEncoder.__name__)
+
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
         if self.routes_next_layer(cfg):
             return wrap_for_fsdp(cfg, MoEEncoderLayer(cfg, return_fc=self.return_fc))
@@ -75,6 +84,12 @@ class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
 
 class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
     """fairseq's decoder; every n-th layer has experts."""
+
+    stack = "decoder"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        name_dropout(self, TransformerDecoder.__name__)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         if not self.routes_next_layer(cfg):
