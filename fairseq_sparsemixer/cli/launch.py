@@ -65,9 +65,7 @@ def run_ranks(command: List[str], world_size: int, meeting: str, grace: float) -
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
-        sys.exit(
-            f"fairseq-sparsemixer: {command[0]} is no command here ({error.strerror}); is it installed in this environment?"
-        )
+        sys.exit(f"fairseq-sparsemixer: {command[0]} is no command here ({error.strerror}); is it installed in this environment?")
     finally:
         stop(ranks)
 

@@ -271,9 +271,10 @@ def tables(folder: Path, dictionary: Path) -> Iterator[Case]:
                 "no sentence",
                 "missing",
             )
+            out = folder / f"{split} {name} out"
             yield Case(
                 f"glue with {split} {name}",
-                ["glue", "STS-B", "--raw-dir", str(raw), "--dict", str(dictionary), "--dest-dir", str(folder / f"{split} {name} out")],
+                ["glue", "STS-B", "--raw-dir", str(raw), "--dict", str(dictionary), "--dest-dir", str(out)],
                 (str(path),),
                 may_pass=unlabelled,
-            )  # fmt: skip
+            )
