@@ -67,7 +67,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", REFUSED, ids=repr)
+@pytest.mark.parametrize("value", REFUSED, ids=range(len(REFUSED)))
 def test_arrays_of_anything_else_are_refused(value, tmp_path):
     with pytest.raises(ConfigurationError, match="m.pt holds more than tensors and settings .*if you trust it, set TORCH_FORCE"):
         read_checkpoint(saved(value, tmp_path))
