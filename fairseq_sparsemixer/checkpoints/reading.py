@@ -186,10 +186,19 @@ def _guarded(function: Callable) -> Callable:
                     f"{path} is one file of a sharded checkpoint, without the experts of other ranks;"
                     " make one file of all: fairseq-sparsemixer reshard IN OUT --portable"
                 )
+            _drop_copies(state)
         change = getattr(_reading, "change", None)
         return state if change is None else change(state)
 
     return guarded
+
+
+def _drop_copies(state: Dict[str, Any]) -> None:
+    """Leave out what fairseq 0.12.2's encoder layers hold twice, where the installed fairseq's do not know it."""
+    from fairseq_sparsemixer.models.fast_path import knows_copies, without_copies  # models import this module
+
+    if isinstance(state.get("model"), dict) and not knows_copies():
+        state["model"] = without_copies(state["model"])
 
 
 def _read_data_only(module: ModuleType) -> None:

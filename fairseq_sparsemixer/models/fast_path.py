@@ -22,6 +22,11 @@ def without_copies(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return {name: value for name, value in state.items() if not NAME_OF_COPY.fullmatch(name)}
 
 
+def knows_copies() -> bool:
+    """Whether the installed fairseq's encoder layers make the copies themselves."""
+    return "_load_from_state_dict" in vars(TransformerEncoderLayerBase)
+
+
 class NoFastPath:
     """Mixed into an encoder layer, before fairseq's class."""
 

@@ -15,6 +15,7 @@ from scripts.flags import table
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")
 USED, REFUSED = TEXT.split("\n## Refused\n")
+GENERATION = re.search(r"\n## Generate\n.*?(?=\n## )", TEXT, re.S).group()
 BASE = "data --task translation --arch transformer_moe --criterion moe_cross_entropy".split()
 
 
@@ -37,7 +38,12 @@ def test_every_flag_is_named():
     assert len(ours) > 20 and not missing
 
 
-@pytest.mark.parametrize("flags", rows(USED))
+@pytest.mark.parametrize("flags", rows(GENERATION))
+def test_a_row_is_understood_by_generation(flags):
+    options.parse_args_and_arch(options.get_generation_parser(), ["data", "--path", "moe.pt", *shlex.split(flags)])
+
+
+@pytest.mark.parametrize("flags", rows(USED.replace(GENERATION, "")))
 def test_a_row_is_understood_and_accepted(flags, translation_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check(flags, translation_task)

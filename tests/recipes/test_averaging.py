@@ -9,7 +9,7 @@ from recipes.averaging import average_checkpoints, last_checkpoints
 
 def save(path, value, dtype=torch.float32, **more):
     model = {"weight": torch.full((2,), value, dtype=dtype), "steps": torch.tensor([int(value)])}
-    torch.save({"model": {**model, **more}, "cfg": {}, "last_optimizer_state": {"state": 1}}, path)
+    torch.save({"model": {**model, **more}, "cfg": {}, "last_optimizer_state": {"state": {0: {}}}}, path)
     return path
 
 
