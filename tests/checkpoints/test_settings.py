@@ -158,8 +158,9 @@ def test_no_command_runs_code_of_the_settings(with_code, corpus, tmp_path):
 def test_overrides_of_settings_are_no_way_around(with_code, corpus):
     path, trace = with_code
     state = torch.load(path, weights_only=True)
-    code = state["cfg"]["model"].pop("encoder_layers")
+    settings = state["cfg"]["model"]
+    code, settings["encoder_layers"] = settings["encoder_layers"], "[(8, 3)] * 2"
     torch.save(state, path)
     with pytest.raises(ConfigurationError, match="is not evaluated"):
-        checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides={"encoder_layers": code, "encoder_embed_dim": 8})
+        checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides={"encoder_layers": code})
     assert not trace.exists()

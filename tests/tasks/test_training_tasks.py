@@ -29,6 +29,7 @@ def test_denoising_reads_noise_and_learns_the_text(pairs, tmp_path):
     flags = (
         *"--task denoising --tokens-per-sample 16 --sample-break-mode eos --mask 0.4 --replace-length 1 --rotate 0".split(),
         *"--batch-size 8 --no-epoch-checkpoints --disable-validation".split(), *TRANSLATION, *EXPERTS,
+        *"--data-buffer-size 0".split(),  # else a thread reads ahead, and draws noise whenever it comes to it
     )  # fmt: skip
     run = fit(pairs, tmp_path / "whole", *flags, updates=6)
     task = run.trainer.task
