@@ -74,12 +74,20 @@ def no_bytes(*content: Any) -> bytes:
     return b""
 
 
+def encoded(text: Any, encoding: Any = None) -> bytes:
+    """Stands for the encoder that a pickle of protocol 2 calls for bytes, which torch 2.4 does not allow by itself."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise NoNumbers("bytes that are not written as pickles write them")
+    return text.encode("latin1")
+
+
 def safe_globals() -> List[Any]:
     """What to hand to torch.serialization.add_safe_globals."""
     named: List[Tuple[Any, str, str]] = [(PlainType, "numpy", "dtype"), (PlainArray, "numpy", "ndarray")]
     for module in NUMPY_MODULES:
         named += [(_copy(array), module, "_reconstruct"), (_copy(number), module, "scalar")]
     named += [(_copy(no_bytes), module, "bytes") for module in ("builtins", "__builtin__")]
+    named.append((_copy(encoded), "_codecs", "encode"))
     for stand_in, module, name in named:
         stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name  # by which torch finds it
     return [stand_in for stand_in, _, _ in named]
