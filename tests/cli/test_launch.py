@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import List
+from unittest.mock import patch
 
 import pytest
 from ranks import start_ranks
@@ -40,7 +41,8 @@ def test_one_rank_needs_no_process_group():
 def launch(tmp_path, program: str, *flags: str) -> int:
     script = tmp_path / "program.py"
     script.write_text(f"import os, signal, sys, time\nrank = int(sys.argv[sys.argv.index('--distributed-rank') + 1])\n{program}")
-    return main(["launch", "--nproc", "2", *flags, "--", sys.executable, str(script)])
+    with patch.object(tempfile, "tempdir", str(tmp_path)):  # a killed launcher leaves its folder
+        return main(["launch", "--nproc", "2", *flags, "--", sys.executable, str(script)])
 
 
 def test_success_is_status_zero(tmp_path):
@@ -134,15 +136,13 @@ def test_nothing_listens_to_the_network(tmp_path):
         assert addresses and set(addresses) == {"0100007F"}, addresses  # 127.0.0.1
 
 
-def test_the_meeting_place_is_private_and_removed(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+def test_the_meeting_place_is_private_and_removed(tmp_path):
     program = (
         "from stat import S_IMODE\nfolder = os.path.dirname(sys.argv[sys.argv.index('--distributed-init-method') + 1][7:])\n"
         "sys.exit(S_IMODE(os.stat(folder).st_mode) != 0o700)"
     )
     assert launch(tmp_path, program) == 0
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
 
 
 def test_others_may_end_by_themselves_within_the_grace(tmp_path):
