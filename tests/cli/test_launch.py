@@ -30,7 +30,9 @@ def test_hydra_gets_overrides():
 
 
 def test_what_the_user_sets_stays():
-    command = rank_command(["fairseq-train", "--cpu", "--ddp-backend", "no_c10d"], rank=0, world_size=2, meeting="file:///tmp/m/ranks")
+    command = rank_command(
+        ["fairseq-train", "--cpu", "--ddp-backend", "no_c10d"], rank=0, world_size=2, meeting="file:///tmp/m/ranks"
+    )
     assert command.count("--cpu") == 1 and command.count("--ddp-backend") == 1
 
 
