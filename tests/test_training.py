@@ -47,7 +47,8 @@ def test_a_resumed_run_goes_on_bit_by_bit_as_one_that_was_never_interrupted(trai
     train(*flags, "--max-update", "6", "--save-dir", tmp_path / "parts")
     assert len(whole) == 6 and exact_losses == whole
     states = [torch.load(tmp_path / folder / "checkpoint_last.pt")["model"] for folder in ("whole", "parts")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    saved = [name for name in states[0] if not name.endswith("._float_tensor")]  # fairseq 0.12.2 leaves it unset
+    assert all(torch.equal(states[0][name], states[1][name]) for name in saved)
 
 
 def test_a_checkpoint_generates_in_a_new_process(train, tmp_path, translation_data):
@@ -69,24 +70,31 @@ def test_a_checkpoint_holds_nothing_but_tensors_plain_values_and_the_arguments(t
     try:
         with pytest.raises(pickle.UnpicklingError, match="argparse.Namespace"):
             torch.load(path, weights_only=True)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            torch.load(path, weights_only=True)
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        torch.load(path, weights_only=True)
     finally:
+        torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(allowed)
 
 
 def test_hydra_trains_it_too_in_bf16_and_its_checkpoint_needs_no_allow_list(translation_data, tmp_path):
-    """fairseq composes the configuration before it imports the user-dir: names of ours are overrides, not groups."""
+    """fairseq composes the configuration before it imports the user-dir: names of ours are plain values, not groups."""
     small = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in
              (("embed_dim", 16), ("ffn_embed_dim", 32), ("attention_heads", 2), ("layers", 2))}  # fmt: skip
-    overrides = [
-        f"common.user_dir={USER_DIR}", "common.cpu=true", "common.bf16=true", "task=translation", f"task.data={translation_data}",
-        "criterion._name=moe_cross_entropy", "++model._name=transformer_moe", "+model.num_experts=4", "optimizer=adam",
-        "lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=2", "dataset.max_tokens=100",
-        "dataset.num_workers=0", f"checkpoint.save_dir={tmp_path}", f"hydra.run.dir={tmp_path}",
-        *(f"+model.{name}={size}" for name, size in small.items()),
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "fairseq_cli.hydra_train", *overrides]
+    config = {
+        "common": {"user_dir": USER_DIR, "cpu": True, "bf16": True},
+        "task": {"_name": "translation", "data": str(translation_data)},
+        "criterion": {"_name": "moe_cross_entropy"},
+        "model": {"_name": "transformer_moe", "num_experts": 4, **small},
+        "optimizer": {"_name": "adam"},
+        "lr_scheduler": {"_name": "fixed"},
+        "optimization": {"lr": [0.01], "max_update": 2},
+        "dataset": {"max_tokens": 100, "num_workers": 0},
+        "checkpoint": {"save_dir": str(tmp_path)},
+        "hydra": {"run": {"dir": str(tmp_path)}},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(tmp_path), "--config-name", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     allowed = torch.serialization.get_safe_globals()

@@ -15,7 +15,7 @@ def register_architecture(model: str, name: str) -> Callable[[Architecture], Arc
     """fairseq's register_model_architecture, for a function that may call fairseq's own architecture functions.
 
     Those ask for getattr(args, name, default). A hydra config of omegaconf 2.0, which fairseq 0.12.2 has, answers None: they
-    are given a Namespace instead.
+    are given a Namespace instead. fairseq's trainer asks for base_layers in the same way.
     """
 
     def register(function: Architecture) -> Architecture:
@@ -23,7 +23,8 @@ def register_architecture(model: str, name: str) -> Callable[[Architecture], Arc
         def architecture(args: Any) -> None:
             if not OmegaConf.is_config(args):
                 return function(args)
-            filled = Namespace(**{key: args[key] for key in args if not OmegaConf.is_missing(args, key)})
+            given = {key: args[key] for key in args if not OmegaConf.is_missing(args, key)}
+            filled = Namespace(**{"base_layers": 0, **given})
             function(filled)
             for key, value in vars(filled).items():
                 if key not in args or args[key] != value:

@@ -20,7 +20,7 @@ def check_option_names(options: Any, model: BaseFairseqModel, architecture: Call
     parser, filled = ArgumentParser(add_help=False), Namespace()
     model.add_args(parser)
     architecture(filled)
-    known = {action.dest for action in parser._actions} | set(vars(filled)) | {"_name"}
+    known = {action.dest for action in parser._actions} | set(vars(filled)) | {"_name", "base_layers"}
     for name in options:
         if name not in known:
             close = get_close_matches(name, sorted(known), n=1)

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.models.transformer import transformer_legacy
+from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.models import MoEOptions, TransformerMoEModel
 from fairseq_sparsemixer.models.architectures import fill_defaults
@@ -32,3 +33,10 @@ def test_a_flag_that_was_given_is_kept():
     args = Namespace(num_experts=3)
     fill_defaults(args, MoEOptions)
     assert (args.num_experts, args.router) == (3, "sparsemixer")
+
+
+def test_a_hydra_config_is_filled_as_flags_are_and_keeps_what_it_says():
+    config, flags = OmegaConf.create({"encoder_layers": 3, "dropout": None}), Namespace(encoder_layers=3, dropout=None)
+    ARCH_CONFIG_REGISTRY["transformer_moe_tiny"](config)  # a config of omegaconf 2.0 answers None for what it has not
+    ARCH_CONFIG_REGISTRY["transformer_moe_tiny"](flags)
+    assert {name: config[name] for name in config} == {**vars(flags), "base_layers": 0}
