@@ -4,7 +4,7 @@ import os
 import secrets
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional, Union
 
 try:
     import fcntl
@@ -14,20 +14,21 @@ except ImportError:  # Windows
 UNFINISHED = ".tmp"  # ends the name of a file that is being written
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Give `path` this text in one piece: whoever reads it, whenever the writer is killed, finds the old text or the new.
+def write_whole(path: Path, content: Union[str, bytes]) -> None:
+    """Give `path` this content in one piece: whoever reads it, whenever the writer is killed, finds the old one or the new.
 
-    A link stays one, and the file that it names gets the text. A device or pipe is written to. Raises OSError.
+    A link stays one, and the file that it names gets the content. A device or pipe is written to. Raises OSError.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
     if is_special(path):
         # a pipe that nobody reads is an error instead of a wait
-        with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "w", encoding="utf-8") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
             os.set_blocking(file.fileno(), True)
-            file.write(text)
+            file.write(data)
         return
     target = os.path.realpath(path)
     with unfinished_beside(target) as unfinished:
-        Path(unfinished).write_text(text, encoding="utf-8")
+        Path(unfinished).write_bytes(data)
         finish(unfinished, target)
 
 

@@ -15,8 +15,8 @@ from fairseq.distributed import utils
 from torch import distributed as dist
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.ranges import SECONDS, broken_rule
 
-LONGEST = 31_536_000  # seconds: a year; more overflows the clocks of torch's backends
 LOST_CONTACT = (  # in gloo's, NCCL's and the stores' words
     "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "remote process exited",
 )  # fmt: skip
@@ -35,11 +35,9 @@ def timeout_of(cfg: Any) -> Optional[timedelta]:
     seconds = getattr(getattr(cfg, "model", None), "collective_timeout", None)
     if seconds is None:
         return None
-    if not 0.001 <= seconds <= LONGEST:  # false for NaN, too
-        raise ConfigurationError(
-            f"--collective-timeout {seconds} must be a number of seconds between 0.001 and {LONGEST}; leave it out for torch's"
-            " default"
-        )
+    sentence = broken_rule("--collective-timeout", seconds, SECONDS, "leave it out for torch's default")
+    if sentence:
+        raise ConfigurationError(sentence)
     return timedelta(seconds=seconds)
 
 

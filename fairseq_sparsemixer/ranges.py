@@ -4,6 +4,10 @@ import math
 from typing import Any, Callable, NamedTuple
 
 
+YEAR = 31_536_000  # in seconds; more overflows the clocks of torch's backends
+TOO_LARGE = 2**31  # counts stay below: tensors take no others
+
+
 class Rule(NamedTuple):
     """`holds` for the numbers that are allowed; `must` completes the sentence "--flag value must ...".
 
@@ -18,7 +22,8 @@ class Rule(NamedTuple):
 NOT_NEGATIVE = Rule(lambda x: 0 <= x < math.inf, "be at least 0 and finite")
 POSITIVE = Rule(lambda x: 0 < x < math.inf, "be above 0 and finite")
 PROBABILITY = Rule(lambda x: 0 <= x < 1, "be at least 0 and less than 1")
-COUNT = Rule(lambda x: x >= 1, "be at least 1", whole=True)
+SECONDS = Rule(lambda x: 0.001 <= x <= YEAR, f"be a number of seconds between 0.001 and {YEAR}")
+COUNT = Rule(lambda x: 1 <= x < TOO_LARGE, "be at least 1", whole=True)
 
 
 def broken_rule(flag: str, value: Any, rule: Rule, remedy: str = "") -> str:
@@ -26,5 +31,7 @@ def broken_rule(flag: str, value: Any, rule: Rule, remedy: str = "") -> str:
     kinds = int if rule.whole else (int, float)
     if isinstance(value, kinds) and not isinstance(value, bool) and rule.holds(value):
         return ""
+    if isinstance(value, int) and value >= TOO_LARGE and rule.holds(TOO_LARGE - 1) and not rule.holds(TOO_LARGE):
+        return f"{flag} {value} is too large; give less than {TOO_LARGE}"
     must = f"be a whole number, and {rule.must}" if rule.whole and not isinstance(value, int) else rule.must
     return f"{flag} {value} must {must}" + (f"; {remedy}" if remedy else "")

@@ -59,6 +59,8 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 def refuse_special_file(path: str) -> None:
     """Raise ConfigurationError for a folder, and for a pipe or device, which would be waited for without end."""
+    if not str(path):
+        raise ConfigurationError("the name of the checkpoint to read is empty; give a path")
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         kind = "a folder" if os.path.isdir(path) else "a pipe or device"
         raise ConfigurationError(f"{path} is {kind}; name a checkpoint file")
@@ -111,7 +113,9 @@ def one_sentence_for(path: str) -> Iterator[None]:
     """What torch and fairseq raise for an unusable file, as ConfigurationError."""
     try:
         yield
-    except ConfigurationError:
+    except ConfigurationError as error:
+        if error.message.startswith("the checkpoint"):  # said by what is handed the state alone
+            raise ConfigurationError(error.message.replace("the checkpoint", f"the checkpoint {path}", 1)) from None
         raise
     except FileNotFoundError:
         raise ConfigurationError(f"{path} does not exist; give the name of a checkpoint that does") from None

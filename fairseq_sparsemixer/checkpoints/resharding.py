@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.checkpoints import shards
 from fairseq_sparsemixer.checkpoints.layout import EXPERTS, LAYOUT, Combine, combine_experts, layout_of, shard_path
-from fairseq_sparsemixer.checkpoints.reading import one_sentence_for, read_checkpoint
+from fairseq_sparsemixer.checkpoints.reading import one_sentence_for, read_checkpoint, refuse_special_file
 from fairseq_sparsemixer.checkpoints.writing import cannot_write, refuse_special_target, require_targets, try_again
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish, unfinished_beside
@@ -75,6 +75,7 @@ def reshard(source: str, target: str, size: int) -> Resharded:
 
 def _read_any(source: str):
     """(the states, the files) of a portable checkpoint, or of a sharded one by its common name."""
+    refuse_special_file(source)
     if os.path.exists(source):
         state = read_checkpoint(source)
         size = layout_of(state)["size"]

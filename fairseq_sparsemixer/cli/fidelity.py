@@ -15,7 +15,7 @@ import argparse
 
 from rich.console import Console
 
-from fairseq_sparsemixer.cli.json_file import write_json
+from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.fidelity.conclusions import conclusions
@@ -27,15 +27,16 @@ from fairseq_sparsemixer.fidelity.plots import plot_study
 from fairseq_sparsemixer.fidelity.problem import Problem
 from fairseq_sparsemixer.fidelity.report import print_study
 from fairseq_sparsemixer.fidelity.study import study
-from fairseq_sparsemixer.ranges import COUNT, Rule, broken_rule
+from fairseq_sparsemixer.ranges import TOO_LARGE, Rule, broken_rule
 
 HELP = "compare every gradient estimator with the exact router gradient"
 SYNTHETIC_TOKENS, TRAINED_TOKENS = 16, 64
+SIZE = Rule(lambda x: x >= 1, "be at least 1", whole=True)  # check_size bounds them together
 NUMBERS = {  # of the flags, what they may be
-    "tokens": COUNT,
+    "tokens": SIZE,
     "num_experts": Rule(lambda x: x >= 2, "be at least 2", whole=True),
-    "model_dim": COUNT,
-    "draws": Rule(lambda x: x >= 2, "be at least 2", whole=True),
+    "model_dim": SIZE,
+    "draws": Rule(lambda x: 2 <= x < TOO_LARGE, "be at least 2", whole=True),
     "step": Rule(lambda x: 1e-6 <= x <= 1e6, "lie between 1e-06 and 1e+06, where float64 tells losses apart"),
     "seed": Rule(lambda x: -(2**63) <= x < 2**63, "fit in 64 bits", whole=True),
 }
@@ -80,6 +81,8 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print, write. Raises ConfigurationError for flags that cannot be used."""
     try:
         check(options)
+        require_json(options.json, [path for path in (options.checkpoint, options.text, options.target) if path])
+        require_json(options.png, [options.json] if options.json else [], flag="--png")
         methods = select_methods(options.estimators.split(",") if options.estimators else None)
         problem = build_problem(options)
     except ValueError as error:

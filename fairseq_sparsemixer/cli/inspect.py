@@ -42,6 +42,9 @@ def run(options: argparse.Namespace) -> None:
     from fairseq_sparsemixer.checkpoints.reading import one_sentence_for  # needs fairseq
     from fairseq_sparsemixer.inspection import inspect_checkpoint
 
+    for name in ("text", "target", "data_bin"):
+        if getattr(options, name) == "":
+            raise ConfigurationError(f"--{name.replace('_', '-')} '' is empty; give a path, or leave it out")
     if options.target and not options.text:
         raise ConfigurationError(f"--target {options.target} needs the sentences that it translates; give --text FILE")
     if options.sentences < 1:

@@ -7,19 +7,29 @@ from pathlib import Path
 from typing import Any, Iterable, Optional, Union
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.files import is_special, overwritten, write_whole
+from fairseq_sparsemixer.files import is_special, overwritten, unfinished_beside, write_whole
 
 
-def require_json(path: Optional[str], others: Iterable[str] = ()) -> None:
+def require_json(path: Optional[str], others: Iterable[str] = (), flag: str = "--json") -> None:
     """Raise ConfigurationError, before any work is done, where that file cannot be written or is another of the command's."""
-    if not path:
+    if path is None:
         return
+    if not path:
+        raise ConfigurationError(f"{flag} '' is empty; give a path")
     others = list(others)
     if overwritten(others, [path]) or os.path.realpath(path) in map(os.path.realpath, others):
-        raise ConfigurationError(f"--json {path} would overwrite a file of this command; give another path")
-    folder = os.path.dirname(os.path.realpath(path))
-    if not is_special(path) and not (os.path.isdir(folder) and os.access(folder, os.W_OK)) or os.path.isdir(path):
-        raise ConfigurationError(f"--json {path} cannot be written; give a file in a folder that exists and can be written")
+        raise ConfigurationError(f"{flag} {path} would overwrite a file of this command; give another path")
+    if is_special(path):
+        return
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError
+        with unfinished_beside(os.path.realpath(path)):
+            pass
+    except (OSError, ValueError):
+        raise ConfigurationError(
+            f"{flag} {path} cannot be written; give a file in a folder that exists and can be written"
+        ) from None
 
 
 def as_json(content: Any) -> str:

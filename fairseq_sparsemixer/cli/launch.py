@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from fairseq_sparsemixer.machine import usable_cores
+from fairseq_sparsemixer.ranges import YEAR
 from fairseq_sparsemixer.processes import INTERRUPTED, child_environment, die_with_parent, interrupted_by_sigterm, stop
 
-LONGEST_GRACE = 31_536_000  # a year
+MOST = 1024  # ranks on one machine
 HELP = "run a fairseq command as several ranks on the CPU"
 HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distributed_training
 
@@ -40,10 +41,10 @@ def run(options: argparse.Namespace) -> int:
     command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if not command:
         sys.exit("fairseq-sparsemixer: nothing to launch; put the command behind --, as in launch --nproc 2 -- fairseq-train ...")
-    if options.nproc < 1:
-        sys.exit(f"fairseq-sparsemixer: --nproc {options.nproc} must be at least 1")
-    if not 0 <= options.grace <= LONGEST_GRACE:  # false for NaN, too
-        sys.exit(f"fairseq-sparsemixer: --grace {options.grace} must be a number of seconds between 0 and {LONGEST_GRACE}")
+    if not 1 <= options.nproc <= MOST:
+        sys.exit(f"fairseq-sparsemixer: --nproc {options.nproc} must be at least 1, and at most {MOST}")
+    if not 0 <= options.grace <= YEAR:  # false for NaN, too
+        sys.exit(f"fairseq-sparsemixer: --grace {options.grace} must be a number of seconds between 0 and {YEAR}")
     try:
         with tempfile.TemporaryDirectory(prefix="fairseq-sparsemixer-") as folder:  # private to this user
             return run_ranks(command, options.nproc, f"file://{folder}/ranks", options.grace)

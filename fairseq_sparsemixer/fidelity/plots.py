@@ -1,12 +1,13 @@
 """A fidelity study as a picture."""
 
+import io
 import logging
-import os
 from pathlib import Path
 from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.fidelity.study import Study
+from fairseq_sparsemixer.files import write_whole
 
 # Okabe and Ito's colours, told apart by colour-blind readers
 COLOURS = {
@@ -51,10 +52,10 @@ def plot_study(study: Study, path: str) -> None:
         for panel, axis in zip(panels, axes):
             panel(study, axis)
         figure.suptitle(f"{study.problem.description}  (* arg-max rule off)", fontsize=10)
-        partial = Path(f"{path}.part")
+        picture = io.BytesIO()
         try:
-            figure.savefig(partial, dpi=150, format="png")
-            os.replace(partial, path)
+            figure.savefig(picture, dpi=150, format="png")
+            write_whole(Path(path), picture.getvalue())
         except OSError as error:
             raise ConfigurationError(f"--png {path} cannot be written ({error.strerror}); give another path") from None
         finally:

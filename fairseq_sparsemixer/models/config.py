@@ -7,7 +7,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.estimators import ESTIMATORS
 from fairseq_sparsemixer.experts import ACTIVATIONS, GATED_ACTIVATIONS, resolve_activation
 from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options, routers_with
-from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, Rule, broken_rule
+from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
 
 
 @dataclass
@@ -145,8 +145,9 @@ NUMBERS = {
     "expert_dropout": (PROBABILITY, ""),
     "capacity_factor": (Rule(lambda x: x > 0, "be positive"), "1.25 is usual, and inf drops nothing"),
     "moe_bias_update_rate": (NOT_NEGATIVE, "DeepSeek-V3 uses 0.001, and 0 switches it off"),
-    "num_shared_experts": (Rule(lambda x: x >= 0, "be at least 0", whole=True), "0 means none"),
+    "num_shared_experts": (Rule(lambda x: 0 <= x < TOO_LARGE, "be at least 0", whole=True), "0 means none"),
     "expert_parallel_size": (COUNT, "leave it out for the largest that fits"),
+    "collective_timeout": (SECONDS, "leave it out for torch's default"),
 }
 
 

@@ -1,6 +1,6 @@
 """`roberta_moe`: fairseq's RoBERTa with experts in every n-th layer of its encoder."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Dict
@@ -74,6 +74,8 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
             cls.complete(args, task)
         check_options(args, autoregressive=False)
         check_pruning(args)
+        if OmegaConf.is_config(args):  # the model asks hasattr(args, name), which is always true of a config of omegaconf 2.0
+            args = Namespace(**{name: args[name] for name in args})
         return cls.assemble(args, task.source_dictionary)
 
     @classmethod

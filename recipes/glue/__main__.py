@@ -148,6 +148,8 @@ def task_settings(task: str) -> Dict[str, Any]:
     from fairseq_sparsemixer.glue import TASKS as DESCRIPTIONS
 
     settings: Dict[str, Any] = {}
+    if not DESCRIPTIONS[task].classes and not DESCRIPTIONS[task].has_score():  # by the loss; glue.yaml is about scores
+        settings["checkpoint.maximize_best_checkpoint_metric"] = False
     name = ""
     for word in DESCRIPTIONS[task].flags().split():
         if word.startswith("--"):

@@ -94,9 +94,13 @@ def logged(world_size: int, meeting: str, flags: List[str]) -> Dict[str, List[Di
         return made
 
     exact = {"safe_round": lambda number, digits: float(number)}
-    with patch.multiple(MoETrainer, train_step=step, _prepare_sample=sample), patch.multiple(meters, **exact), patch.multiple(
-        sentence_prediction, **exact
-    ), patch.object(fairseq_cli.train, "get_valid_stats", stats), patch.object(electra_moe, "corrupt", likeliest):
+    with (
+        patch.multiple(MoETrainer, train_step=step, _prepare_sample=sample),
+        patch.multiple(meters, **exact),
+        patch.multiple(sentence_prediction, **exact),
+        patch.object(fairseq_cli.train, "get_valid_stats", stats),
+        patch.object(electra_moe, "corrupt", likeliest),
+    ):
         run(fairseq_cli.train.cli_main, *rank_command(["fairseq-train", *flags], rank_number(), world_size, meeting)[1:])
     return found
 

@@ -80,5 +80,6 @@ def test_another_maximal_length_in_the_checkpoint_ends_in_one_sentence(masked_lm
 def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
     model = build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_experts": 2}), masked_lm_task)
     assert [layer.gate.num_experts for _, layer in moe_layers(model)] == [2]
+    assert not hasattr(model.args, "mha_reg_scale_factor")  # as fairseq's criterion asks
     with pytest.raises(ConfigurationError, match="did you mean num_experts"):
         build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_expert": 2}), masked_lm_task)

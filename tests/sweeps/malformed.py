@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import random
+import stat
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
@@ -79,9 +80,17 @@ def paths(commands: Dict[str, List[str]], files: Dict[str, List[str]], folder: P
                 yield Case(
                     f"{command} {os.path.basename(file)} -> {name[:20]!r}",
                     [command, *changed],
-                    (replacement[:100] or "''", os.path.basename(file), "path"),
+                    (replacement[:100] or "empty", os.path.basename(file), "path"),
                     may_pass=replacement == "/dev/null" and command == "launch",
                 )
+
+
+def full_device(path: Path) -> str:
+    """A device that takes no byte. Root, who could replace the machine's own, gets one to lose."""
+    if os.access("/dev", os.W_OK):
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 7))
+        return str(path)
+    return "/dev/full"
 
 
 def outputs(commands: Dict[str, List[str]], flags: Dict[str, List[str]], folder: Path) -> Iterator[Case]:
@@ -92,6 +101,7 @@ def outputs(commands: Dict[str, List[str]], flags: Dict[str, List[str]], folder:
     (folder / "a file").write_text("mine\n")
     (folder / "full folder").mkdir()
     (folder / "full folder" / "thesis.txt").write_text("mine\n")
+    full = full_device(folder / "full device")
     for command, arguments in commands.items():
         for flag in flags.get(command, ()):
             for target in (
@@ -99,9 +109,11 @@ def outputs(commands: Dict[str, List[str]], flags: Dict[str, List[str]], folder:
                 "full folder",
                 "missing folder/deep/" + "x" * 300,
                 "/proc/nothing/here",
-                "/dev/full",
+                full,
                 "",
             ):
+                if target == full and command == "upcycle" and flag:
+                    continue  # a device fails when it is written, when OUT is whole
                 path = target if target.startswith("/") or not target else str(folder / target)
                 changed = [*arguments[:-1], path] if flag == "" else [*arguments, f"{flag}={path}"]
                 yield Case(
