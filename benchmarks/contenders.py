@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer import build_moe_layer
-from fairseq_sparsemixer.gradient_memory import GradientMemory
+from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
 
 AUX_WEIGHT = 0.01  # of the balance loss, as in training
 

@@ -28,8 +28,9 @@ def layer_steps(options: argparse.Namespace) -> Dict[str, Callable[[], None]]:
 
 def model_steps(options: argparse.Namespace) -> Dict[str, Callable[[], None]]:
     """Forward, loss, backward and an Adam update of a whole model behind each router."""
-    from benchmarks import models
     from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterion, MoECrossEntropyCriterionConfig
+
+    from benchmarks import models
 
     task = models.translation_task(options.words)
     sample = models.random_batch(task, options.sentences, options.length)

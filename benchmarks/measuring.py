@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_sparsemixer.machine import processor
+from fairseq_sparsemixer.tools.machine import processor
 
 Step = Callable[[], Any]
 

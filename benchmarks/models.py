@@ -8,7 +8,7 @@ from fairseq.data import Dictionary
 from fairseq.data.language_pair_dataset import collate
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from fairseq_sparsemixer.models import transformer_moe
+from fairseq_sparsemixer.plugin.models import transformer_moe
 
 ARCHITECTURES = {"tiny": transformer_moe.tiny, "iwslt": transformer_moe.iwslt, "base": transformer_moe.base}
 

@@ -20,9 +20,9 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import measuring
-from fairseq_sparsemixer.gradients import reduce_expert_gradients
-from fairseq_sparsemixer.moe_layer import build_moe_layer, spread_experts
-from fairseq_sparsemixer.parallel import Clock, form_expert_group
+from fairseq_sparsemixer.moe.gradients import reduce_expert_gradients
+from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.parallel import Clock, form_expert_group
 
 MEBIBYTE = 2**20
 

@@ -18,7 +18,7 @@ from typing import Dict
 
 import torch
 
-from fairseq_sparsemixer.checkpoints.resharding import reshard
+from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
 
 STEPS = (
     ("portable -> 4 files", "whole", "four", 4),

@@ -21,8 +21,8 @@ from torch.profiler import profile, record_function
 
 import fairseq_sparsemixer
 from benchmarks import measuring
-from fairseq_sparsemixer.moe_layer import MoELayer
-from fairseq_sparsemixer.runs import TRAIN_LOG, read_run
+from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.tools.runs import TRAIN_LOG, read_run
 
 STAGES = ("gate", "auxiliary loss", "dispatch", "experts", "combine")
 
@@ -96,8 +96,8 @@ def _stage(event: Any) -> Optional[str]:
 
 def _name_stages(stack: ExitStack, layers: List[MoELayer]) -> None:
     """Until the stack closes, the profiler sees the stages by name."""
-    targets = [("fairseq_sparsemixer.dispatch.local", name, "dispatch") for name in ("sort_pairs", "order_pairs", "gather")]
-    targets.append(("fairseq_sparsemixer.dispatch.local", "combine", "combine"))
+    targets = [("fairseq_sparsemixer.moe.dispatch.local", name, "dispatch") for name in ("sort_pairs", "order_pairs", "gather")]
+    targets.append(("fairseq_sparsemixer.moe.dispatch.local", "combine", "combine"))
     for module in {type(layer.gate).__module__ for layer in layers}:
         targets += [(module, name, "auxiliary loss") for name in ("balance_loss", "router_z_loss")]
     for module, name, stage in targets:
@@ -118,8 +118,9 @@ def _named(stage: str, function: Callable) -> Callable:
 
 def shares_of_model(options: argparse.Namespace) -> Dict[str, float]:
     """stage_shares of the model that `train` trains, on one batch of random words."""
-    from benchmarks import models
     from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterion, MoECrossEntropyCriterionConfig
+
+    from benchmarks import models
 
     task = models.translation_task(options.words)
     model = models.build_model(task, options.architecture, options.router, options.experts)

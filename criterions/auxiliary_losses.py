@@ -14,12 +14,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
-from torch import Tensor, nn
-
 from fairseq_sparsemixer.criterions.load_log import LoadLog
 from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_log, sum_routing_logs
+from torch import Tensor, nn
+
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe_layer import MoELayer
+from fairseq_sparsemixer.moe.layer import MoELayer
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, broken_rule
 
 logger = logging.getLogger(__name__)

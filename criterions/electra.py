@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.logging import metrics
+from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 from omegaconf import II
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.ranges import NOT_NEGATIVE, Rule, broken_rule
 

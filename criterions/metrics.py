@@ -10,8 +10,8 @@ import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
-from fairseq_sparsemixer.gates import Routing
-from fairseq_sparsemixer.moe_layer import MoELayer
+from fairseq_sparsemixer.moe.gates import Routing
+from fairseq_sparsemixer.moe.layer import MoELayer
 
 PREFIX = "moe/"  # of our entries in a logging output
 AUX = "aux/"

@@ -5,9 +5,9 @@ from typing import Any, Dict
 
 from fairseq.criterions import register_criterion
 from fairseq.criterions.adaptive_loss import AdaptiveLoss, AdaptiveLossConfig
+from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 from torch import nn
 
-from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 from fairseq_sparsemixer.errors import ConfigurationError
 
 

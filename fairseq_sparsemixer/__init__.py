@@ -1,8 +1,16 @@
-"""fairseq-sparsemixer: Mixture-of-Experts training in fairseq. This folder is both the package and the `--user-dir`."""
+"""fairseq-sparsemixer: Mixture-of-Experts training in fairseq. This folder is both the package and the `--user-dir`.
 
-import warnings
-from importlib.util import find_spec
+Four packages, each of which imports only those above it: moe (layers and routers, in torch and fairscale), plugin (what
+meets fairseq; with criterions), tools (studies, fidelity, plots, inspection) and cli (one module a command).
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import Any, List, Optional
 
 __version__ = "0.1.0"
 
@@ -11,20 +19,56 @@ if not Path(__file__).with_name("criterions").is_dir() and (_REPOSITORY / "crite
     # in a clone, criterions/ stands beside this folder; asked for by name, another clone's might come that is installed
     __path__.append(str(_REPOSITORY))
 
-from fairseq_sparsemixer.gates import Routing, build_gate  # noqa: E402
-from fairseq_sparsemixer.moe_layer import MoELayer, build_moe_layer  # noqa: E402
-from fairseq_sparsemixer.root_logger import root_logger_untouched  # noqa: E402
+_HOME = {  # of the public names, the module; torch takes seconds to load, so that each is loaded when it is asked for
+    "ESTIMATORS": "moe.estimators",
+    "Gate": "moe.gates",
+    "MoELayer": "moe.layer",
+    "Routing": "moe.gates",
+    "build_gate": "moe.gates",
+    "build_moe_layer": "moe.layer",
+    "form_expert_group": "moe.parallel",
+    "reduce_expert_gradients": "moe.gradients",
+    "register_gate": "moe.gates",
+    "shard_experts": "moe.layer",
+}
+__all__ = [*_HOME, "register"]
 
-if find_spec("fairseq") is not None:
-    with root_logger_untouched(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
-        from fairseq_sparsemixer import bfloat16, checkpoints, compatibility, criterions, lost_ranks, models, trainer  # noqa: E402,F401
 
-    checkpoints.install()
-    compatibility.restore_numpy_long()
-    compatibility.look_for_nans_forward_only()
-    bfloat16.install()
-    lost_ranks.install()
-    trainer.install()
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
-__all__ = ["MoELayer", "Routing", "build_gate", "build_moe_layer"]
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register() -> None:
+    """Register models, criterions and trainer with fairseq, as `--user-dir` does. Needs fairseq; may be called again."""
+    import_module(f"{__name__}.plugin.registration").register()
+
+
+class _WaitForFairseq(MetaPathFinder):
+    """Registers as soon as something imports fairseq, so that the order of the two imports does not matter."""
+
+    def find_spec(self, name: str, path: Any = None, target: Optional[ModuleType] = None) -> Optional[ModuleSpec]:
+        """See MetaPathFinder. None for every other module."""
+        spec = PathFinder.find_spec(name, path, target) if name == "fairseq" else None
+        if spec is None or spec.loader is None:
+            return None
+        sys.meta_path.remove(self)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "fairseq" in sys.modules:  # as under --user-dir
+    register()
+else:
+    sys.meta_path.insert(0, _WaitForFairseq())

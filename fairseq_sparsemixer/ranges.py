@@ -3,7 +3,6 @@
 import math
 from typing import Any, Callable, NamedTuple
 
-
 YEAR = 31_536_000  # in seconds; more overflows the clocks of torch's backends
 TOO_LARGE = 2**31  # counts stay below: tensors take no others
 

@@ -13,7 +13,8 @@ START, END = "<!-- flags: made by scripts/flags.py -->\n", "<!-- end of flags --
 def table() -> str:
     """The flags of a model, then those of a criterion, as Markdown."""
     from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig
-    from fairseq_sparsemixer.models import MoEOptions, TransformerMoEConfig
+
+    from fairseq_sparsemixer.plugin.models import MoEOptions, TransformerMoEConfig
 
     encoder_only = (option for option in fields(TransformerMoEConfig) if option.name == "moe_encoder_only")
     criterion = (option for option in fields(AuxiliaryLossConfig) if option.name != "_name")

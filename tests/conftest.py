@@ -55,7 +55,7 @@ def translation_task(dictionary):
 @pytest.fixture
 def build_translation_model(translation_task):
     """build(**flags) -> a transformer_moe model of two layers a stack and width 16; flags as attributes, e.g. router="switch"."""
-    from fairseq_sparsemixer.models.transformer_moe import TransformerMoEModel, tiny
+    from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel, tiny
 
     def build(**flags):
         small = dict(
@@ -145,9 +145,10 @@ def run_fairseq():
     """run("train", argument, ...) -> what that command of fairseq returns, run in this process; needs no --user-dir."""
     from importlib import import_module
 
-    import fairseq_sparsemixer  # noqa: F401
     from fairseq import checkpoint_utils, options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fairseq_sparsemixer  # noqa: F401
 
     parsers = {
         "train": options.get_training_parser,

@@ -67,7 +67,7 @@ def train(
             f"--distributed-world-size {ranks} --distributed-init-method tcp://127.0.0.1:{port} --distributed-rank {rank}"
             " --device-id 0 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
         ).split()
-    train_step = fairseq_sparsemixer.trainer.MoETrainer.train_step
+    train_step = fairseq_sparsemixer.plugin.trainer.MoETrainer.train_step
 
     def recorded(self, *args, **kwargs):
         log = train_step(self, *args, **kwargs)
@@ -75,7 +75,7 @@ def train(
         return log
 
     user_dir = Path(fairseq_sparsemixer.__file__).parent
-    with patch.object(fairseq_sparsemixer.trainer.MoETrainer, "train_step", recorded):
+    with patch.object(fairseq_sparsemixer.plugin.trainer.MoETrainer, "train_step", recorded):
         run(
             fairseq_cli.train.cli_main, data, "--user-dir", user_dir, "--save-dir", save_dir, "--max-update", updates,
             *SMALL, *(EXPERTS if moe else ()), *distributed, *flags,

@@ -1,52 +1,64 @@
-"""`fairseq-sparsemixer <command>`: each command is a module here with a HELP line, `add_arguments` and `run`."""
+"""`fairseq-sparsemixer <command>`: each command is a module here with `add_arguments` and `run`."""
 
 import argparse
+import sys
 from importlib import import_module
-from typing import List, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.requirements import without
 
-COMMANDS = {  # by name, the module
-    "user-dir": "user_dir",
-    "doctor": "doctor",
-    "fidelity": "fidelity",
-    "glue": "glue",
-    "inspect": "inspect",
-    "launch": "launch",
-    "plot": "plot",
-    "study": "study",
-    "reshard": "reshard",
-    "upcycle": "upcycle",
-    "convert": "convert",
-    "completion": "completion",
+
+class Command(NamedTuple):
+    """The module here, and its line in --help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: Dict[str, Command] = {
+    "user-dir": Command("user_dir", "print the path for fairseq's --user-dir"),
+    "doctor": Command("doctor", "show what works on this machine, and what will not"),
+    "fidelity": Command("fidelity", "compare every gradient estimator with the exact router gradient"),
+    "glue": Command("glue", "prepare a task of GLUE for fine-tuning"),
+    "inspect": Command("inspect", "show the experts, parameters and cost of a checkpoint"),
+    "launch": Command("launch", "run a fairseq command as several ranks on the CPU"),
+    "plot": Command("plot", "plot validation losses and expert loads of training runs"),
+    "study": Command("study", "train a grid of routers and seeds, and compare them"),
+    "reshard": Command("reshard", "convert a checkpoint between one file and files by rank"),
+    "upcycle": Command("upcycle", "turn a dense checkpoint into one with experts"),
+    "convert": Command("convert", "turn a checkpoint of microsoft/SparseMixer's example into one of this package"),
+    "completion": Command("completion", "print a script for completion by the shell"),
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(arguments_of: Optional[str] = None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of one, or with None of all: a module is loaded for its arguments alone."""
     parser = argparse.ArgumentParser(
         prog="fairseq-sparsemixer", description="Tools around Mixture-of-Experts training in fairseq."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {fairseq_sparsemixer.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module_name in COMMANDS.items():
-        module = import_module(f"{__name__}.{module_name}")
-        command = commands.add_parser(
-            name, help=module.HELP, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    for name, (module_name, line) in COMMANDS.items():
+        command = commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if arguments_of in (None, name):
+            module = import_module(f"{__name__}.{module_name}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run one command; the exit status."""
-    options = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = next((word for word in given if not word.startswith("-")), "")
+    options = build_parser(chosen).parse_args(given)
     try:
         return options.run(options) or 0
     except ModuleNotFoundError as error:
+        from fairseq_sparsemixer.tools.requirements import without
+
         sentence = without(error, options.command)
         if sentence is None:
             raise

@@ -9,7 +9,6 @@ examples:
 
 import argparse
 
-HELP = "print a script for completion by the shell"
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("FILE", "CHECKPOINT", "SPEC", "IN", "OUT", "SRC", "DST", "DENSE")  # the metavars that stand for files
 FOLDERS = ("DIR", "RUN_DIR")

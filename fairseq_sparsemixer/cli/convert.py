@@ -13,8 +13,6 @@ import argparse
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 
-HELP = "turn a checkpoint of microsoft/SparseMixer's example into one of this package"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SRC DST."""
@@ -25,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write DST, and say what came along and which flags go on from it."""
-    from fairseq_sparsemixer.checkpoints.converting import convert
-    from fairseq_sparsemixer.checkpoints.reading import one_sentence_for, read_checkpoint
-    from fairseq_sparsemixer.checkpoints.writing import require_targets, save_atomically
+    from fairseq_sparsemixer.plugin.checkpoints.converting import convert
+    from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
+    from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
 
     require_targets([options.target], [options.source])
     require_json(options.json, [options.source, options.target])

@@ -15,9 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fairseq_sparsemixer.cli.json_file import write_json
-from fairseq_sparsemixer.diagnosis import BROKEN, diagnose
-
-HELP = "show what works on this machine, and what will not"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Diagnose, print, write; 1 when something is broken."""
+    from fairseq_sparsemixer.tools.diagnosis import BROKEN, diagnose  # loads torch
+
     findings = diagnose()
     table = Table("", "state", "found", "remedy", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for finding in findings:

@@ -14,7 +14,6 @@ from typing import Callable, Optional
 from fairseq_sparsemixer.cli.folder import folder
 from fairseq_sparsemixer.errors import ConfigurationError
 
-HELP = "prepare a task of GLUE for fine-tuning"
 TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE")
 
 
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     """Prepare, and say what was written."""
     from fairseq.data import Dictionary
 
-    from fairseq_sparsemixer import glue
+    from fairseq_sparsemixer.tools import glue
 
     require_file(options.dict, "--dict")
     try:

@@ -23,7 +23,6 @@ from rich.table import Column, Table
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
 
-HELP = "show the experts, parameters and cost of a checkpoint"
 SENTENCES = 200
 
 
@@ -39,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Inspect, print, write. Raises ConfigurationError for flags and files that cannot be used."""
-    from fairseq_sparsemixer.checkpoints.reading import one_sentence_for  # needs fairseq
-    from fairseq_sparsemixer.inspection import inspect_checkpoint
+    from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for  # needs fairseq
+    from fairseq_sparsemixer.tools.inspection import inspect_checkpoint
 
     for name in ("text", "target", "data_bin"):
         if getattr(options, name) == "":
@@ -64,7 +63,7 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
     import torch
 
     from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
-    from fairseq_sparsemixer.fidelity.trained import load_model
+    from fairseq_sparsemixer.tools.fidelity.trained import load_model
 
     model, _, task = load_model(options.checkpoint, options.data_bin)
     layers = moe_layers(model)
@@ -79,8 +78,8 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
 
 def model_inputs(options: argparse.Namespace, model: Any, task: Any) -> Iterator[Dict[str, Any]]:
     """What the model's forward takes, for one sentence after the other. Raises ConfigurationError for the wrong files."""
-    from fairseq_sparsemixer.fidelity.trained import make_sample, read_sentences, translates
-    from fairseq_sparsemixer.generation import read_sentences as read_text
+    from fairseq_sparsemixer.tools.fidelity.trained import make_sample, read_sentences, translates
+    from fairseq_sparsemixer.tools.generation import read_sentences as read_text
 
     if translates(model):
         if not options.target:

@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from fairseq_sparsemixer.machine import usable_cores
 from fairseq_sparsemixer.ranges import YEAR
-from fairseq_sparsemixer.processes import INTERRUPTED, child_environment, die_with_parent, interrupted_by_sigterm, stop
+from fairseq_sparsemixer.tools.machine import usable_cores
+from fairseq_sparsemixer.tools.processes import INTERRUPTED, child_environment, die_with_parent, interrupted_by_sigterm, stop
 
 MOST = 1024  # ranks on one machine
-HELP = "run a fairseq command as several ranks on the CPU"
 HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distributed_training
 
 

@@ -20,9 +20,8 @@ from fairseq_sparsemixer.cli.folder import folder
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish, is_special, unfinished_beside
-from fairseq_sparsemixer.runs import LOAD_LOG, TRAIN_LOG, read_run
+from fairseq_sparsemixer.tools.runs import LOAD_LOG, TRAIN_LOG, read_run
 
-HELP = "plot validation losses and expert loads of training runs"
 COLUMNS = {
     "run": "{}",
     "updates": "{:,}",
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the plots and print a table. All is read, drawn and tried before any file is written."""
-    from fairseq_sparsemixer.plotting import draw_expert_load, draw_valid_loss, drawn  # matplotlib takes a second to load
+    from fairseq_sparsemixer.tools.plotting import draw_expert_load, draw_valid_loss, drawn  # matplotlib takes a second to load
 
     runs = [read_run(folder) for folder in options.runs]
     figures = [run.figures() for run in runs]

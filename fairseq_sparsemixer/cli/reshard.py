@@ -13,8 +13,6 @@ import os
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 
-HELP = "convert a checkpoint between one file and files by rank"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """IN OUT and the layout of OUT."""
@@ -30,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write OUT, and say what was written."""
-    from fairseq_sparsemixer.checkpoints.resharding import reshard
+    from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
 
     require_json(options.json, [options.source, options.target])
     done = reshard(options.source, options.target, options.expert_parallel_size)

@@ -1,7 +1,7 @@
 """Train a grid of routers, numbers of experts and seeds under one budget, and report how they compare.
 
 What is finished is never run again, and a run that was cut off goes on from its last checkpoint: start the same command again
-after a kill. SPEC is a YAML file; fairseq_sparsemixer/study/spec.py describes it, recipes/*/study.yaml are examples.
+after a kill. SPEC is a YAML file; fairseq_sparsemixer/tools/study/spec.py describes it, recipes/*/study.yaml are examples.
 
 examples:
   fairseq-sparsemixer study recipes/multi30k_en_de/study.yaml --out runs/study --dry-run
@@ -16,7 +16,6 @@ from pathlib import Path
 from fairseq_sparsemixer.cli.folder import folder
 
 MOST_WORKERS = 10_000
-HELP = "train a grid of routers and seeds, and compare them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +33,11 @@ def run(options: argparse.Namespace) -> int:
     from fairseq_sparsemixer.cli.json_file import require_json, write_json
     from fairseq_sparsemixer.errors import ConfigurationError
     from fairseq_sparsemixer.files import write_whole
-    from fairseq_sparsemixer.processes import INTERRUPTED, interrupted_by_sigterm
-    from fairseq_sparsemixer.study import plots, report, results
-    from fairseq_sparsemixer.study.commands import train_command
-    from fairseq_sparsemixer.study.runner import progress_display, run_folder, run_study
-    from fairseq_sparsemixer.study.spec import check_flags, read_study
+    from fairseq_sparsemixer.tools.processes import INTERRUPTED, interrupted_by_sigterm
+    from fairseq_sparsemixer.tools.study import plots, report, results
+    from fairseq_sparsemixer.tools.study.commands import train_command
+    from fairseq_sparsemixer.tools.study.runner import progress_display, run_folder, run_study
+    from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
 
     if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:
         raise ConfigurationError(f"--workers {options.workers} must be at least 1 and at most {MOST_WORKERS:,}")

@@ -11,12 +11,11 @@ example:
 
 import argparse
 from dataclasses import fields
-from importlib.util import find_spec
 
+from fairseq_sparsemixer.cli.flags import add_flags
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
-
-HELP = "turn a dense checkpoint into one with experts"
+from fairseq_sparsemixer.options import MoEOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,22 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--noise", type=float, default=0.0, metavar="STD", help="added to each expert's weights, relative to their own deviation"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the noise and the router")
-    if find_spec("fairseq") is not None:  # without it the other commands still work
-        from fairseq.dataclass import FairseqDataclass
-        from fairseq.dataclass.utils import gen_parser_from_dataclass
-
-        from fairseq_sparsemixer.models.config import MoEOptions
-
-        gen_parser_from_dataclass(parser, type("MoEFlags", (MoEOptions, FairseqDataclass), {})())
+    add_flags(parser, MoEOptions)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write OUT, and say how it differs from DENSE."""
-    from fairseq_sparsemixer.checkpoints.reading import one_sentence_for, read_checkpoint
-    from fairseq_sparsemixer.checkpoints.upcycling import upcycle
-    from fairseq_sparsemixer.checkpoints.writing import require_targets, save_atomically
-    from fairseq_sparsemixer.models.config import MoEOptions
+    from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
+    from fairseq_sparsemixer.plugin.checkpoints.upcycling import upcycle
+    from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
 
     moe = MoEOptions(**{option.name: getattr(options, option.name) for option in fields(MoEOptions)})
     if not 0 <= options.seed < 2**63:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import fairseq_sparsemixer
 
-HELP = "print the path for fairseq's --user-dir"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """No arguments."""

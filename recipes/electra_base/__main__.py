@@ -10,15 +10,15 @@ from typing import Any, Callable, Dict, Optional
 
 from rich.console import Console
 
-from recipes import smoke
-from recipes.binarisation import text_command
-from recipes.corpus import SPLITS
-from recipes.progress import run_program, script
-from recipes.segmentation import learn_pieces, segment_file
-from recipes.session import Recipe, Session, entry
-from recipes.sources import fetch, say_source
-from recipes.text import Splits, last_figures, read_wikitext, write_splits
-from recipes.training import USER_DIR, age, checkpoint_of, train
+from recipes.common import smoke
+from recipes.common.binarisation import text_command
+from recipes.common.corpus import SPLITS
+from recipes.common.progress import run_program, script
+from recipes.common.segmentation import learn_pieces, segment_file
+from recipes.common.session import Recipe, Session, entry
+from recipes.common.sources import fetch, say_source
+from recipes.common.text import Splits, last_figures, read_wikitext, write_splits
+from recipes.common.training import USER_DIR, age, checkpoint_of, train
 
 NAME = "electra_base"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")

@@ -14,12 +14,12 @@ from rich.console import Console
 
 from fairseq_sparsemixer.cli.glue import TASKS, encoder, require_file
 from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.common.progress import script
+from recipes.common.segmentation import MODEL
+from recipes.common.session import Recipe, Session, entry
+from recipes.common.text import last_figures
+from recipes.common.training import USER_DIR, age, checkpoint_of, train
 from recipes.glue.smoke_data import write_smoke_data
-from recipes.progress import script
-from recipes.segmentation import MODEL
-from recipes.session import Recipe, Session, entry
-from recipes.text import last_figures
-from recipes.training import USER_DIR, age, checkpoint_of, train
 
 NAME = "glue"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
@@ -63,7 +63,7 @@ def make_data(task: str, raw: Path, small: bool, pretrained: Path, folder: Path,
     """folder/bin, and the numbers of examples."""
     from fairseq.data import Dictionary
 
-    from fairseq_sparsemixer import glue
+    from fairseq_sparsemixer.tools import glue
 
     if small:
         write_smoke_data(task, raw)
@@ -93,7 +93,7 @@ def train_model(session: Session) -> None:
 
 def evaluate(session: Session) -> None:
     """GLUE's metric of the best checkpoint, for each development set."""
-    from fairseq_sparsemixer.glue import TASKS as DESCRIPTIONS
+    from fairseq_sparsemixer.tools.glue import TASKS as DESCRIPTIONS
 
     options = enter(session)
     checkpoint = checkpoint_of(session)
@@ -145,7 +145,7 @@ def number_of_updates(session: Session) -> int:
 
 def task_settings(task: str) -> Dict[str, Any]:
     """What fairseq needs to know of a task and its metric, by group and name."""
-    from fairseq_sparsemixer.glue import TASKS as DESCRIPTIONS
+    from fairseq_sparsemixer.tools.glue import TASKS as DESCRIPTIONS
 
     settings: Dict[str, Any] = {}
     if not DESCRIPTIONS[task].classes and not DESCRIPTIONS[task].has_score():  # by the loss; glue.yaml is about scores

@@ -9,7 +9,7 @@ WORDS = ("the", "of", "and", "in", "to", "was", "on", "as", "for", "with")
 
 def write_smoke_data(name: str, folder: Path) -> None:
     """folder/train.tsv, dev.tsv and so on, as GLUE's of that task."""
-    from fairseq_sparsemixer.glue import TASKS
+    from fairseq_sparsemixer.tools.glue import TASKS
 
     task, draw = TASKS[name], random.Random(1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,13 @@ from typing import Callable, List, Tuple
 
 from rich.console import Console
 
-from recipes import moses_translation, smoke
-from recipes.corpus import Pair, clean, hold_out
+from recipes.common import moses_translation, smoke
+from recipes.common.corpus import Pair, clean, hold_out
+from recipes.common.moses import Tokeniser, tokenise_pairs
+from recipes.common.session import Recipe, Session, entry
+from recipes.common.sources import fetch, say_source
+from recipes.common.training import checkpoint_of, train
 from recipes.iwslt14_de_en.raw_text import LANGUAGES, URLS, read_test, read_training
-from recipes.moses import Tokeniser, tokenise_pairs
-from recipes.session import Recipe, Session, entry
-from recipes.sources import fetch, say_source
-from recipes.training import checkpoint_of, train
 
 NAME = "iwslt14_de_en"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")

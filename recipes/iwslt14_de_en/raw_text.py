@@ -4,7 +4,7 @@ from itertools import chain
 from pathlib import Path
 from typing import List
 
-from recipes.corpus import Lines, Pair, read_member, read_pairs
+from recipes.common.corpus import Lines, Pair, read_member, read_pairs
 from recipes.wmt14_en_de.raw_text import segments
 
 LANGUAGES = ("de", "en")  # source, target

@@ -10,15 +10,15 @@ from typing import Callable
 
 from rich.console import Console
 
-from recipes import smoke, translation
-from recipes.binarisation import translation_command
-from recipes.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
+from recipes.common import smoke, translation
+from recipes.common.binarisation import translation_command
+from recipes.common.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
+from recipes.common.progress import run_program
+from recipes.common.segmentation import learn_pieces, segment_file
+from recipes.common.session import Recipe, Session, entry
+from recipes.common.sources import fetch, say_source
+from recipes.common.training import USER_DIR, age, checkpoint_of, train
 from recipes.multi30k_en_de.raw_text import FILES, read_multi30k
-from recipes.progress import run_program
-from recipes.segmentation import learn_pieces, segment_file
-from recipes.session import Recipe, Session, entry
-from recipes.sources import fetch, say_source
-from recipes.training import USER_DIR, age, checkpoint_of, train
 
 NAME = "multi30k_en_de"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.corpus import LANGUAGES, Corpus, find_file, read_file, read_pairs
+from recipes.common.corpus import LANGUAGES, Corpus, find_file, read_file, read_pairs
 
 FILES = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
 

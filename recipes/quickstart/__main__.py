@@ -13,14 +13,14 @@ from typing import List, Optional
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.gates import DENSE, gate_class
-from fairseq_sparsemixer.runs import read_run
-from recipes.quickstart import pipeline
-from recipes.cldr import make_cldr
+from fairseq_sparsemixer.moe.gates import DENSE, gate_class
+from fairseq_sparsemixer.tools.runs import read_run
+from recipes.common.cldr import make_cldr
+from recipes.common.session import check_numbers, file_errors_said, keep_apart, run_as_program
+from recipes.common.steps import run_step
 from recipes.multi30k_en_de.raw_text import read_multi30k
+from recipes.quickstart import pipeline
 from recipes.quickstart.report import report
-from recipes.session import check_numbers, file_errors_said, keep_apart, run_as_program
-from recipes.steps import run_step
 
 ROUTERS = ("dense", "switch", "sparsemixer")
 WIDTH = 120  # where there is no terminal

@@ -7,14 +7,14 @@ from typing import Any, Callable, Dict, List, Tuple
 from rich.console import Console
 
 import fairseq_sparsemixer
-from fairseq_sparsemixer.runs import LOAD_LOG, TRAIN_LOG, read_run
-from recipes import translation
-from recipes.binarisation import translation_command
-from recipes.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
-from recipes.progress import Meter, run_program, script
-from recipes.segmentation import learn_pieces, segment_file
-from recipes.training import read_log_line
-from recipes.translation import EVERY_SENTENCE, generate_command, read_sentences, sacre_bleu
+from fairseq_sparsemixer.tools.runs import LOAD_LOG, TRAIN_LOG, read_run
+from recipes.common import translation
+from recipes.common.binarisation import translation_command
+from recipes.common.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
+from recipes.common.progress import Meter, run_program, script
+from recipes.common.segmentation import learn_pieces, segment_file
+from recipes.common.training import read_log_line
+from recipes.common.translation import EVERY_SENTENCE, generate_command, read_sentences, sacre_bleu
 
 SOURCE, TARGET = LANGUAGES
 USER_DIR = os.path.relpath(Path(fairseq_sparsemixer.__file__).parent)
@@ -88,7 +88,7 @@ def score(data: Path, run: Path, translated: Path) -> Dict[str, Any]:
 def _count_parameters(checkpoint: Path) -> Tuple[int, int]:
     from fairseq import checkpoint_utils  # seconds to load, and not needed where everything was done before
 
-    from fairseq_sparsemixer.models import parameter_counts
+    from fairseq_sparsemixer.plugin.models import parameter_counts
 
     (model,), _ = checkpoint_utils.load_model_ensemble([str(checkpoint)])
     return parameter_counts(model)

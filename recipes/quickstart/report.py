@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fairseq_sparsemixer.machine import describe_machine
-from fairseq_sparsemixer.plotting import plot_expert_load, plot_valid_loss
-from fairseq_sparsemixer.runs import Run
+from fairseq_sparsemixer.tools.machine import describe_machine
+from fairseq_sparsemixer.tools.plotting import plot_expert_load, plot_valid_loss
+from fairseq_sparsemixer.tools.runs import Run
 
 COLUMNS = {
     "router": "{router}",

@@ -8,14 +8,14 @@ from typing import Any, Callable, Dict, Optional
 
 from rich.console import Console
 
-from fairseq_sparsemixer.generation import read_perplexity
-from recipes import smoke
-from recipes.binarisation import text_command
-from recipes.progress import run_program, script
-from recipes.session import Recipe, Session, entry
-from recipes.sources import fetch, say_source
-from recipes.text import Splits, last_figures, read_wikitext, write_splits
-from recipes.training import USER_DIR, age, checkpoint_of, train
+from fairseq_sparsemixer.tools.generation import read_perplexity
+from recipes.common import smoke
+from recipes.common.binarisation import text_command
+from recipes.common.progress import run_program, script
+from recipes.common.session import Recipe, Session, entry
+from recipes.common.sources import fetch, say_source
+from recipes.common.text import Splits, last_figures, read_wikitext, write_splits
+from recipes.common.training import USER_DIR, age, checkpoint_of, train
 
 NAME = "wikitext103_lm"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")

@@ -10,12 +10,12 @@ from typing import Callable, Iterable, List, Tuple
 
 from rich.console import Console
 
-from recipes import moses_translation, smoke
-from recipes.corpus import LANGUAGES, Pair, hold_out
-from recipes.moses import Tokeniser, tokenise_pairs
-from recipes.session import Recipe, Session, entry
-from recipes.sources import fetch, say_source
-from recipes.training import train
+from recipes.common import moses_translation, smoke
+from recipes.common.corpus import LANGUAGES, Pair, hold_out
+from recipes.common.moses import Tokeniser, tokenise_pairs
+from recipes.common.session import Recipe, Session, entry
+from recipes.common.sources import fetch, say_source
+from recipes.common.training import train
 from recipes.wmt14_en_de.raw_text import SHA256, URLS, read_newstest2014, read_training
 
 NAME = "wmt14_en_de"

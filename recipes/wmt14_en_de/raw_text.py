@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.corpus import LANGUAGES, Lines, Pair, read_member, read_pairs
+from recipes.common.corpus import LANGUAGES, Lines, Pair, read_member, read_pairs
 
 # As fairseq's examples/translation/prepare-wmt14en2de.sh --icml17: the training data of WMT'14.
 URLS = {

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from fairseq_sparsemixer.models.transformer_moe import tiny
+from fairseq_sparsemixer.plugin.models.transformer_moe import tiny
 
 
 @pytest.fixture

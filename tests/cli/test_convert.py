@@ -17,8 +17,8 @@ from fairseq import checkpoint_utils
 from fairseq.models.transformer import TransformerModel, transformer_legacy
 from torch import nn
 
-from fairseq_sparsemixer.checkpoints import read_checkpoint
 from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 
 E, M, H, JITTER = 4, 16, 24, 0.2
 SIZES = dict(

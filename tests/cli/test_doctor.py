@@ -2,8 +2,8 @@
 
 import json
 
-from fairseq_sparsemixer import diagnosis
 from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.tools import diagnosis
 
 
 def test_a_working_installation_leaves_with_zero_and_writes_the_findings(tmp_path, capsys):

@@ -12,7 +12,7 @@ SMALL = ["fidelity", "--tokens", "3", "--num-experts", "4", "--model-dim", "4"]
 @pytest.fixture
 def quick(monkeypatch):
     """No timing: it says nothing on a shared machine."""
-    monkeypatch.setattr("fairseq_sparsemixer.fidelity.study.relative_times", lambda methods, num_experts, seed: {})
+    monkeypatch.setattr("fairseq_sparsemixer.tools.fidelity.study.relative_times", lambda methods, num_experts, seed: {})
 
 
 def without_time(path):

@@ -8,7 +8,7 @@ import pytest
 
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.runs import read_run
+from fairseq_sparsemixer.tools.runs import read_run
 
 LAYERS = ["encoder.layers.0", "decoder.layers.0"]
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fairseq_sparsemixer.checkpoints import read_checkpoint
-from fairseq_sparsemixer.checkpoints.resharding import reshard
 from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
 
 E, M = 8, 3
 

@@ -10,13 +10,13 @@ import runs
 import torch
 
 import fairseq_sparsemixer
-from fairseq_sparsemixer.checkpoints import read_checkpoint
-from fairseq_sparsemixer.checkpoints.upcycling import _require_fit, _with_experts, indifferent_gate, upcycle
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.gates import Gate, Routing, register_gate
-from fairseq_sparsemixer.gates.registry import GATES
-from fairseq_sparsemixer.models.config import MoEOptions
+from fairseq_sparsemixer.moe.gates import Gate, Routing, register_gate
+from fairseq_sparsemixer.moe.gates.registry import GATES
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints.upcycling import _require_fit, _with_experts, indifferent_gate, upcycle
+from fairseq_sparsemixer.plugin.models.config import MoEOptions
 
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent
 ROUTERS = {  # and the multiplier of the sum of k equal experts, by the papers' formulas

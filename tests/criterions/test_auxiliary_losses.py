@@ -8,11 +8,11 @@ import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.criterions.composite_loss import CompositeLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
-from torch import nn
-
 from fairseq_sparsemixer.criterions import MoECrossEntropyCriterion
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers, warn_of_plain_criterion
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
+from torch import nn
+
 from fairseq_sparsemixer.errors import ConfigurationError
 
 

@@ -6,12 +6,12 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq.logging import metrics
-
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.electra import ElectraCriterion, ElectraCriterionConfig
+
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.models import electra_moe
-from fairseq_sparsemixer.models.electra_moe import ElectraMoEModel
+from fairseq_sparsemixer.plugin.models import electra_moe
+from fairseq_sparsemixer.plugin.models.electra_moe import ElectraMoEModel
 
 
 def criterion_of(task, **flags):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from fairseq_sparsemixer.criterions.load_log import LoadLog
 from torch import distributed as dist
 
-from fairseq_sparsemixer.criterions.load_log import LoadLog
 from fairseq_sparsemixer.errors import ConfigurationError
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.logging import metrics
-
 from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_log, sum_routing_logs
-from fairseq_sparsemixer.gates import Routing
+
+from fairseq_sparsemixer.moe.gates import Routing
 
 
 def routing(experts, num_experts=5, dropped=None, balance=1.0):

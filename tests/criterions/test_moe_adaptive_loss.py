@@ -4,12 +4,12 @@ from argparse import Namespace
 
 import pytest
 import torch
-
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_adaptive_loss import MoEAdaptiveLoss, MoEAdaptiveLossConfig
+
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.models import transformer_lm_moe
-from fairseq_sparsemixer.models.transformer_lm_moe import TransformerLanguageModelMoE, TransformerLanguageModelMoEConfig
+from fairseq_sparsemixer.plugin.models import transformer_lm_moe
+from fairseq_sparsemixer.plugin.models.transformer_lm_moe import TransformerLanguageModelMoE, TransformerLanguageModelMoEConfig
 
 
 def build(task, architecture, **flags):

@@ -3,11 +3,11 @@
 from argparse import Namespace
 
 import torch
-
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_masked_lm import MoEMaskedLmConfig, MoEMaskedLmLoss
-from fairseq_sparsemixer.models import roberta_moe
-from fairseq_sparsemixer.models.roberta_moe import RobertaMoEModel
+
+from fairseq_sparsemixer.plugin.models import roberta_moe
+from fairseq_sparsemixer.plugin.models.roberta_moe import RobertaMoEModel
 
 
 def test_the_loss_is_the_cross_entropy_of_masked_tokens_plus_the_auxiliary_losses(masked_lm_task, masked_lm_batch):

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.data import Dictionary
-
 from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_sentence_prediction import MoESentencePredictionConfig, MoESentencePredictionCriterion
-from fairseq_sparsemixer.models import roberta_moe
-from fairseq_sparsemixer.models.roberta_moe import RobertaMoEModel
+
+from fairseq_sparsemixer.plugin.models import roberta_moe
+from fairseq_sparsemixer.plugin.models.roberta_moe import RobertaMoEModel
 
 
 def criterion_of(dictionary, **flags):

@@ -16,7 +16,7 @@ from fairseq import checkpoint_utils
 from ranks import Rank, collect, free_port, start_ranks
 
 import fairseq_sparsemixer
-from fairseq_sparsemixer.checkpoints import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 
 BEFORE, AFTER = 3, 5  # updates: where the run stops, and where the resumed one does
 FLAGS = ("--store-ema", "--ema-fp32", "--ema-decay", "0.9")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fairseq_sparsemixer.gates.sparsemixer import SamplingNoise
-from fairseq_sparsemixer.gradients import add_expert_norm, reduce_expert_gradients
-from fairseq_sparsemixer.moe_layer import build_moe_layer, spread_experts
-from fairseq_sparsemixer.parallel import form_expert_group
+from fairseq_sparsemixer.moe.gates.sparsemixer import SamplingNoise
+from fairseq_sparsemixer.moe.gradients import add_expert_norm, reduce_expert_gradients
+from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.parallel import form_expert_group
 
 M, H, S, UPDATES, BALANCE = 8, 12, 40, 5, 0.1
 SIZES = {2: (13, 27), 4: (13, 1, 0, 26)}  # tokens of each rank

@@ -7,9 +7,9 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from fairseq_sparsemixer.gates import Routing
-from fairseq_sparsemixer.moe_layer import build_moe_layer, spread_experts
-from fairseq_sparsemixer.parallel import form_expert_group
+from fairseq_sparsemixer.moe.gates import Routing
+from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.parallel import form_expert_group
 
 M, H, S, E = 8, 12, 16, 8
 

@@ -14,7 +14,7 @@ from ranks import meeting_place, rank_number, run_ranks
 from runs import EXPERTS, SMALL, make_corpus, run
 
 from fairseq_sparsemixer.cli.launch import rank_command
-from fairseq_sparsemixer.trainer import MoETrainer
+from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, "--required-batch-size-multiple", "1"]

@@ -14,9 +14,9 @@ from ranks import meeting_place, rank_number, run_ranks
 from runs import run
 
 from fairseq_sparsemixer.cli.launch import rank_command
-from fairseq_sparsemixer.glue import TASKS, prepare
-from fairseq_sparsemixer.models import electra_moe
-from fairseq_sparsemixer.trainer import MoETrainer
+from fairseq_sparsemixer.plugin.models import electra_moe
+from fairseq_sparsemixer.plugin.trainer import MoETrainer
+from fairseq_sparsemixer.tools.glue import TASKS, prepare
 
 USER_DIR = Path(electra_moe.__file__).parent.parent
 UPDATES = 5

@@ -15,7 +15,7 @@ import runs
 import torch
 from ranks import free_port, rank_number, run_ranks
 
-from fairseq_sparsemixer.checkpoints import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 
 BACKEND = "--distributed-world-size 2 --distributed-backend gloo --ddp-backend legacy_ddp".split()
 SHARDS = ["checkpoint_last-rank-0.pt", "checkpoint_last-rank-1.pt"]  # there are two only where experts are spread

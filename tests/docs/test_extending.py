@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_sparsemixer import build_moe_layer
-from fairseq_sparsemixer.gates import GATES
+from fairseq_sparsemixer.moe.gates import GATES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# my_moe/(\w+\.py)\n(.*?)```", TEXT, re.S))

@@ -9,8 +9,8 @@ from fairseq import options
 from fairseq.criterions import CRITERION_REGISTRY
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.models import TransformerMoEConfig
-from fairseq_sparsemixer.models.config import check_options
+from fairseq_sparsemixer.plugin.models import TransformerMoEConfig
+from fairseq_sparsemixer.plugin.models.config import check_options
 from scripts.flags import table
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 
 import fairseq_sparsemixer  # noqa: F401
 from fairseq_sparsemixer.cli import build_parser
-from fairseq_sparsemixer.models import TransformerMoEConfig
+from fairseq_sparsemixer.plugin.models import TransformerMoEConfig
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 USER_DIR = ' --user-dir "$(fairseq-sparsemixer user-dir)"'

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fairseq_sparsemixer.gates import DENSE, GATES, gate_class, gate_options
+from fairseq_sparsemixer.moe.gates import DENSE, GATES, gate_class, gate_options
 
 OWN_FLAGS = {"jitter_eps": "--jitter-eps", "estimator_at_argmax": "--estimator-at-argmax", "top_k": "--moe-top-k"}
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.averaging import average_checkpoints, last_checkpoints
+from recipes.common.averaging import average_checkpoints, last_checkpoints
 
 
 def save(path, value, dtype=torch.float32, **more):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.batch import plan_batch, plan_blocks
+from recipes.common.batch import plan_batch, plan_blocks
 
 
 @pytest.mark.parametrize("world_size, update_freq", [(1, 16), (8, 2), (16, 1), (64, 1)])

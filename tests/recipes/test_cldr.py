@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-import recipes.cldr
+import recipes.common.cldr
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.cldr import NAMES, make_cldr
+from recipes.common.cldr import NAMES, make_cldr
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
 
@@ -56,4 +56,4 @@ def test_bare_names_are_for_training_only(corpus):
 def test_without_babel_the_requirements_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "babel", None)
     with pytest.raises(ConfigurationError, match="Babel; pip install -r recipes/requirements.txt"):
-        runpy.run_path(recipes.cldr.__file__)
+        runpy.run_path(recipes.common.cldr.__file__)

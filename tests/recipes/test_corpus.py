@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.corpus import Pair, clean, hold_out, read_file, read_member, read_pairs, read_split, write_pairs
+from recipes.common.corpus import Pair, clean, hold_out, read_file, read_member, read_pairs, read_split, write_pairs
 
 
 def make_tar(path, **files):

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes import download as download_module
-from recipes.download import download, sha256_of
+from recipes.common import download as download_module
+from recipes.common.download import download, sha256_of
 
 CONTENT = bytes(range(256)) * 20
 

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("sacremoses")
 
-from recipes.corpus import Pair
-from recipes.moses import Tokeniser, detokeniser, tokenise_pairs
+from recipes.common.corpus import Pair
+from recipes.common.moses import Tokeniser, detokeniser, tokenise_pairs
 
 
 def test_dashes_are_split_punctuation_normalised_and_control_characters_removed():

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.progress import Advance, Meter, format_command, run_program
+from recipes.common.progress import Advance, Meter, format_command, run_program
 
 
 def read_line(line):

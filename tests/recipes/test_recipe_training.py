@@ -9,9 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.session import Recipe, main
-from recipes.steps import run_step
-from recipes.training import as_override, read_log_line, train
+from recipes.common.session import Recipe, main
+from recipes.common.steps import run_step
+from recipes.common.training import as_override, read_log_line, train
 
 CONFIG = "optimization:\n  max_update: 7\n"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.segmentation import learn_pieces
+from recipes.common.segmentation import learn_pieces
 
 
 @pytest.mark.parametrize("text, vocabulary, reason", [("abc def\n", 3, "Vocabulary size is smaller"), ("\n", 100, "sentences_")])

@@ -5,8 +5,8 @@ from argparse import Namespace
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.session import Session
-from recipes.sources import SUMS, fetch
+from recipes.common.session import Session
+from recipes.common.sources import SUMS, fetch
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.session import Recipe, main
-from recipes.steps import STAMP, finished, run_step, state_of
+from recipes.common.session import Recipe, main
+from recipes.common.steps import STAMP, finished, run_step, state_of
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from fairseq import options
 
-from fairseq_sparsemixer.study.commands import train_command
-from fairseq_sparsemixer.study.spec import read_study
+from fairseq_sparsemixer.tools.study.commands import train_command
+from fairseq_sparsemixer.tools.study.spec import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))

@@ -19,9 +19,9 @@ import pytest
 from ranks import collect, meeting_place, rank_number, start_ranks
 from runs import EXPERTS, SMALL, run
 
-from fairseq_sparsemixer import lost_ranks
 from fairseq_sparsemixer.cli.launch import rank_command
-from fairseq_sparsemixer.trainer import MoETrainer
+from fairseq_sparsemixer.plugin import lost_ranks
+from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
 pytestmark = pytest.mark.slow
 

@@ -42,7 +42,7 @@ def fit(data: Path, save_dir: Path, *flags, updates: int, user_dir: Optional[Pat
     from fairseq.logging import metrics
 
     from fairseq_sparsemixer import __file__ as package
-    from fairseq_sparsemixer.trainer import MoETrainer
+    from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
     for name in ("best", "num_runs"):  # fairseq expects a process to train once
         checkpoint_utils.save_checkpoint.__dict__.pop(name, None)

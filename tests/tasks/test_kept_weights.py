@@ -67,7 +67,7 @@ def test_a_moving_average_goes_on_after_a_restart(pairs, tmp_path):
 
 
 def test_the_mean_of_checkpoints_translates_as_the_mean_of_their_weights(pairs, tmp_path):
-    from recipes.averaging import average_checkpoints, last_checkpoints
+    from recipes.common.averaging import average_checkpoints, last_checkpoints
 
     run = fit(pairs, tmp_path, *FLAGS, "--save-interval-updates", 2, updates=8)
     paths = last_checkpoints(tmp_path, 3)
@@ -91,7 +91,7 @@ def printed(pairs, path_of, tmp_path_factory):
 def test_a_model_loaded_in_python_is_the_one_that_was_trained(pairs, trained, path_of, printed):
     from fairseq import checkpoint_utils
 
-    from fairseq_sparsemixer.models.transformer_moe import TransformerMoEModel
+    from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel
 
     path = path_of("sparsemixer")
     (loaded,), _ = checkpoint_utils.load_model_ensemble([str(path)])
@@ -126,7 +126,7 @@ def test_a_script_that_does_not_import_the_package_names_the_user_dir(pairs, pat
 
 def average_on_a_rank(data: Path, save_dir: Path, meeting: Path, scope: str):
     """The averages of each parameter's shares on this rank; its weights after each update give the expected ones."""
-    from fairseq_sparsemixer.trainer import MoETrainer
+    from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
     launch = (
         f"--distributed-world-size 2 --distributed-init-method file://{meeting} --distributed-rank {rank_number()}"

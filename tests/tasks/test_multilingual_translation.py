@@ -12,7 +12,6 @@ from fitting import EXPERTS, TRANSLATION, bits, fit, weights
 from ranks import rank_number, run_ranks
 from texts import draw_sentences, write_dictionary, write_sentences
 
-
 SENTENCES = {"de-en": 54, "fr-en": 6}  # pairs of files; de-en is read both ways
 PAIRS = {("de", "en"): 54, ("en", "de"): 54, ("fr", "en"): 6}
 TASK = (

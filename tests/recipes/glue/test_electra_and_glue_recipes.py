@@ -5,12 +5,12 @@ import json
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.glue import TASKS, GlueTask
+from fairseq_sparsemixer.tools.glue import TASKS, GlueTask
+from recipes.common.session import main
 from recipes.electra_base.__main__ import RECIPE as ELECTRA
 from recipes.glue.__main__ import RECIPE as GLUE
 from recipes.glue.__main__ import task_settings
 from recipes.glue.smoke_data import write_smoke_data
-from recipes.session import main
 
 SMALL = ("--smoke", "--gpus", "0", "--num-experts", "2")
 

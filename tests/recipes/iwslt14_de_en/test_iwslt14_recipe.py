@@ -6,9 +6,9 @@ from rich.console import Console
 pytest.importorskip("sacremoses")
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.common.session import main
 from recipes.iwslt14_de_en.__main__ import RECIPE, make_text
 from recipes.iwslt14_de_en.raw_text import TESTS, read_test, read_training
-from recipes.session import main
 
 
 @pytest.fixture

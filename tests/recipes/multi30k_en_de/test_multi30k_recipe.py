@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.common.session import main
 from recipes.multi30k_en_de.__main__ import RECIPE
-from recipes.session import main
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_it_ends_with_sacrebleu_on_every_test_sentence(finished):
 
 
 def test_the_run_leaves_the_logs_that_plots_are_made_from(finished):
-    from fairseq_sparsemixer.runs import read_run
+    from fairseq_sparsemixer.tools.runs import read_run
 
     run = read_run(finished / "switch-e4-seed1")
     assert run.updates == 10 and run.valid_loss

@@ -9,8 +9,8 @@ import yaml
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.session import main
-from recipes.text import read_wikitext, write_splits
+from recipes.common.session import main
+from recipes.common.text import read_wikitext, write_splits
 from recipes.wikitext103_lm.__main__ import ARCHIVE, CONFIG, MEMBERS, RECIPE, read_result
 
 
@@ -22,7 +22,7 @@ def test_it_ends_with_the_perplexity_of_the_test_set(tmp_path):
 
 
 def test_the_settings_are_those_of_fairseqs_architecture():
-    from fairseq_sparsemixer.models.transformer_lm_moe import wiki103
+    from fairseq_sparsemixer.plugin.models.transformer_lm_moe import wiki103
 
     architecture, model = Namespace(), yaml.safe_load(CONFIG.read_text())["model"]
     wiki103(architecture)

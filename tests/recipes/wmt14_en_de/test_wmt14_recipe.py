@@ -9,7 +9,7 @@ from rich.console import Console
 pytest.importorskip("sacremoses")
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.session import main
+from recipes.common.session import main
 from recipes.wmt14_en_de.__main__ import CONFIG, RECIPE, make_text
 from recipes.wmt14_en_de.raw_text import CORPORA, TEST, read_newstest2014, read_training
 

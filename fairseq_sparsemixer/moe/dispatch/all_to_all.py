@@ -1,0 +1,75 @@
+"""Experts live on several ranks: tokens travel to them and back. Dropless: ranks may send any number of rows, also none.
+
+Ranks G, local experts L = E / G. Rows travel sorted by expert, so that those of one rank are contiguous; they arrive
+sorted by (sender, local expert), and are put in the order of the local experts for the computation.
+"""
+
+from typing import List, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fairseq_sparsemixer.moe.dispatch.combine import combine
+from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
+from fairseq_sparsemixer.moe.dispatch.sorting import gather, order_pairs
+from fairseq_sparsemixer.moe.gates.routing import Routing
+from fairseq_sparsemixer.moe.parallel import AllToAllRows, ExpertGroup
+
+
+class Travel(NamedTuple):
+    """send, receive: rows to and from each rank [G]. order: [N] received rows by local expert. counts: rows of each [L]."""
+
+    send: List[int]
+    receive: List[int]
+    order: Tensor
+    counts: List[int]
+
+
+@torch.no_grad()
+def plan_travel(counts: Tensor, ranks: ExpertGroup) -> Travel:
+    """Tell every rank how many rows it will get for each of its experts, from counts [E], the rows this rank has.
+
+    One host synchronisation, to read the sizes.
+    """
+    outgoing = counts.view(ranks.size, -1)  # [G, L]
+    incoming = torch.empty_like(outgoing)
+    with ranks.measured(counts.device):
+        dist.all_to_all_single(incoming, outgoing, group=ranks.group)
+    send, receive = torch.stack([outgoing, incoming]).cpu()
+    return Travel(
+        send=send.sum(1).tolist(),
+        receive=receive.sum(1).tolist(),
+        order=_by_local_expert(incoming, int(receive.sum())),
+        counts=receive.sum(0).tolist(),
+    )
+
+
+def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
+    """The permutation from (sender, local expert) to (local expert, sender), for incoming counts [G, L] of that total."""
+    local_expert = torch.arange(incoming.size(1), device=incoming.device).repeat(incoming.size(0))  # [G * L]
+    return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
+
+
+def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFunction, ranks: ExpertGroup) -> Tensor:
+    """As dispatch_locally, with experts spread over the ranks of a group; every rank of it must call this.
+
+    tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's share of the experts.
+    """
+    k = routing.expert_index.size(1)
+    pairs, counts = order_pairs(routing)
+    travel = plan_travel(counts, ranks)
+    pairs = pairs[: sum(travel.send)]
+    arrived = AllToAllRows.apply(gather(tokens, pairs, k), travel.send, travel.receive, ranks)
+    outputs = experts(_permute(arrived, travel.order), travel.counts)
+    home = AllToAllRows.apply(_permute(outputs, invert(travel.order)), travel.receive, travel.send, ranks)
+    return combine(home, routing, pairs, tokens.size(0))
+
+
+def invert(order: Tensor) -> Tensor:
+    """The inverse of a permutation [N]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _permute(rows: Tensor, order: Tensor) -> Tensor:
+    return gather(rows, order, 1)

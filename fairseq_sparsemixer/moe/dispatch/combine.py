@@ -1,0 +1,41 @@
+"""Back to the tokens: the experts' outputs, weighted and added up."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.dispatch.sorting import spread
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+
+def combine(rows: Tensor, routing: Routing, pairs: Tensor, num_tokens: int) -> Tensor:
+    """rows [N, M], the experts' outputs for pairs [N] -> [S, M]: each token's sum of combine_weight * output_scale * row."""
+    weight = routing.combine_weight.reshape(-1).index_select(0, pairs)  # [N]
+    return spread(_Scale.apply(rows, weight, routing.output_scale), pairs, num_tokens, routing.expert_index.size(1))
+
+
+class _Scale(torch.autograd.Function):
+    """rows [N, M] times weight [N], times scale [M] where there is one. Backward needs one product for both gradients."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, scale: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(rows, weight, scale)
+        return _scaled(rows, weight, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, weight, scale = ctx.saved_tensors
+        product = rows * grad  # [N, M]
+        if scale is None:
+            grad_weight, grad_scale = product.sum(-1), None
+        else:
+            grad_weight = product @ scale.to(product.dtype)
+            grad_scale = (weight.to(product.dtype) @ product).to(scale.dtype)
+        return _scaled(grad, weight, scale), grad_weight.to(weight.dtype), grad_scale
+
+
+def _scaled(rows: Tensor, weight: Tensor, scale: Optional[Tensor]) -> Tensor:
+    out = rows * weight.unsqueeze(-1).to(rows.dtype)
+    return out if scale is None else out.mul_(scale.to(rows.dtype))

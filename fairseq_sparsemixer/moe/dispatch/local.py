@@ -1,0 +1,23 @@
+"""All experts are here: sort, run, add back. Dropless unless the routing itself dropped something."""
+
+from typing import Callable, Sequence, Union
+
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.dispatch.combine import combine
+from fairseq_sparsemixer.moe.dispatch.sorting import gather, order_pairs, sort_pairs
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+ExpertsFunction = Callable[[Tensor, Union[Sequence[int], Tensor]], Tensor]
+
+
+def dispatch_locally(tokens: Tensor, routing: Routing, experts: ExpertsFunction, counts_on_device: bool = False) -> Tensor:
+    """tokens [S, M] through their experts: sum over choices of combine_weight * expert(token), times output_scale, [S, M].
+
+    `experts` maps rows [N, M] grouped by expert, and the counts by expert, to [N, M]. With counts_on_device it gets
+    N = S * k rows, those that are not routed at the end, and counts as a tensor: nothing waits for the host.
+    """
+    k = routing.expert_index.size(1)
+    pairs, counts = order_pairs(routing) if counts_on_device else sort_pairs(routing)
+    outputs = experts(gather(tokens, pairs, k), counts)  # [N, M]
+    return combine(outputs, routing, pairs, tokens.size(0))

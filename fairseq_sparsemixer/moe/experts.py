@@ -1,0 +1,123 @@
+"""The expert feed-forward networks, stacked so that one tensor holds a weight of all experts.
+
+Rows arrive grouped by expert: rows [N, M] and counts, N_e rows for each expert e in order. feed_forward.py computes.
+"""
+
+import math
+from typing import Dict, Sequence, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, can_group, feed_forward_by_expert, feed_forward_grouped
+from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+
+
+def geglu(inner: Tensor) -> Tensor:
+    """inner [..., 2H] -> [..., H]: one half, through gelu, times the other (arXiv 2002.05202)."""
+    gate, linear = inner.chunk(2, dim=-1)
+    return F.gelu(gate) * linear
+
+
+def swiglu(inner: Tensor) -> Tensor:
+    """As geglu, through silu."""
+    gate, linear = inner.chunk(2, dim=-1)
+    return F.silu(gate) * linear
+
+
+ACTIVATIONS: Dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+GATED_ACTIVATIONS: Dict[str, Activation] = {"geglu": geglu, "swiglu": swiglu}
+
+
+class Experts(nn.Module):
+    """E feed-forward networks M -> H -> M.
+
+    Args: activation is a name of ACTIVATIONS or GATED_ACTIVATIONS (the hidden layer is then the product of an activated
+    and a linear projection), or any function of a tensor without parameters of its own; dropout in [0, 1] acts on the
+    hidden layer in training, and at inference, too, while `drop_at_inference` is set (Monte Carlo dropout). Raises
+    ValueError for others.
+    """
+
+    drop_at_inference = False
+
+    def __init__(
+        self,
+        num_experts: int,
+        model_dim: int,
+        hidden_dim: int,
+        activation: Union[str, Activation] = "relu",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.num_experts = num_experts
+        self.first_expert = 0
+        self.gated = activation in GATED_ACTIVATIONS
+        self.activation = resolve_activation(activation)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"--activation-dropout {dropout} must lie in [0, 1]; 0 switches it off")
+        self.dropout = dropout
+        self.gradient_memory = GradientMemory()
+        inner = 2 * hidden_dim if self.gated else hidden_dim
+        self.weight_in = nn.Parameter(torch.empty(num_experts, model_dim, inner))  # [E, M, H]
+        self.bias_in = nn.Parameter(torch.empty(num_experts, inner))
+        self.weight_out = nn.Parameter(torch.empty(num_experts, hidden_dim, model_dim))  # [E, H, M]
+        self.bias_out = nn.Parameter(torch.empty(num_experts, model_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert starts as two torch.nn.Linear do: uniform within 1 / sqrt(fan in)."""
+        for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
+            bound = 1 / math.sqrt(weight.size(1))
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, rows: Tensor, counts: Union[Sequence[int], Tensor]) -> Tensor:
+        """rows [N, M] grouped by expert -> [N, M]; counts [E] sum to N.
+
+        Counts that takes_device_counts allows to stay a tensor may sum to less: the rows behind give zeros.
+        """
+        dtype = self._precision(rows)
+        weights = Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(dtype)
+        rows, dropout = rows.to(dtype), self.dropout if self.training or self.drop_at_inference else 0.0
+        if torch.is_tensor(counts):
+            return feed_forward_grouped(rows, weights, counts, self.activation, dropout)
+        return feed_forward_by_expert(rows, weights, counts, self.activation, dropout, self.gradient_memory)
+
+    def takes_device_counts(self, rows: Tensor) -> bool:
+        """Whether counts may, and should, stay on the device of these rows: nothing then waits for the host."""
+        return can_group(rows.device, self._precision(rows), *self.weight_in.shape[1:], *self.weight_out.shape[1:])
+
+    def _precision(self, rows: Tensor) -> torch.dtype:
+        """What to compute in: as torch.nn.functional.linear, autocast's precision where it is on."""
+        device = rows.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+
+    def keep(self, first: int, count: int) -> None:
+        """Keep `count` experts from `first` on; the others live on other ranks. Full checkpoints load into the share kept."""
+        self.first_expert = first
+        for name, parameter in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(parameter.detach().narrow(0, first, count).clone()))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name, parameter in self.named_parameters():
+            whole = state_dict.get(prefix + name)
+            if whole is not None and whole.size(0) == self.num_experts:
+                state_dict[prefix + name] = whole.narrow(0, self.first_expert, parameter.size(0))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        experts, model_dim, _ = self.weight_in.shape  # experts: those kept here
+        return f"num_experts={experts}, model_dim={model_dim}, hidden_dim={self.weight_out.size(1)}, gated={self.gated}"
+
+
+def resolve_activation(activation: Union[str, Activation]) -> Activation:
+    """The function behind a name. Raises ValueError for an unknown one, and for a module with parameters."""
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise ValueError(f"activation {activation} has parameters, which experts do not train; choose a plain function")
+    if callable(activation):
+        return activation
+    known = {**ACTIVATIONS, **GATED_ACTIVATIONS}
+    if activation not in known:
+        raise ValueError(f"--expert-activation {activation} is unknown; choose from {', '.join(known)}")
+    return known[activation]

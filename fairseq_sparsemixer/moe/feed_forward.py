@@ -1,0 +1,237 @@
+"""The arithmetic of stacked feed-forward networks: two implementations that agree, for rows grouped by expert.
+
+    by_expert    a loop over the experts that have rows, with their counts on the host; anywhere
+    grouped      all experts in one kernel, with their counts on the device; bfloat16 on GPUs that have it
+
+N rows, E experts, model dimension M, hidden dimension H; I is H, or 2H for gated activations.
+"""
+
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Weights(NamedTuple):
+    """weight_in [E, M, I], bias_in [E, I], weight_out [E, H, M], bias_out [E, M]."""
+
+    weight_in: Tensor
+    bias_in: Tensor
+    weight_out: Tensor
+    bias_out: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Weights":
+        """All four in another precision, differentiably."""
+        return Weights(*(tensor.to(dtype) for tensor in self))
+
+
+class Group(NamedTuple):
+    """The first `count` of `rows` belong to this expert; the others are later experts', there to round the number up."""
+
+    expert: int
+    count: int
+    rows: slice
+
+
+def groups_of(counts: Sequence[int], rounded: bool = False) -> List[Group]:
+    """A Group for each expert that has rows, in order. What is computed for the rows behind its own is to be overwritten."""
+    groups, start, total = [], 0, sum(counts)
+    for expert, count in enumerate(counts):
+        if count:
+            size = _round_up(count) if rounded else count
+            groups.append(Group(expert, count, slice(start, min(start + size, total))))
+        start += count
+    return groups
+
+
+def _round_up(count: int) -> int:
+    """To one of sixteen sizes between a power of two and the next; below 32 every number is one."""
+    step = 1 << max(count.bit_length() - 5, 0)
+    return -(-count // step) * step
+
+
+# ---------------------------------------------------------------------------------------------- by expert
+
+
+def feed_forward_by_expert(
+    rows: Tensor,
+    weights: Weights,
+    counts: Sequence[int],
+    activation: Activation,
+    dropout: float = 0.0,
+    memory: Optional[GradientMemory] = None,
+) -> Tensor:
+    """rows [N, M] grouped by expert, counts [E] summing to N -> [N, M].
+
+    activation maps [n, I] to [n, H], row by row, and has no parameters of its own; dropout in [0, 1] acts on its result.
+    Gradients of the weights are put into `memory`, when given.
+    """
+    if torch.is_grad_enabled():
+        return _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradientMemory())
+    return _run_by_expert(rows, weights, counts, activation, dropout, keep=None)
+
+
+class _ByExpert(torch.autograd.Function):
+    """One expert after the other, whole: its hidden layer is still in the cache when it is used again.
+
+    Any activation but relu is recomputed in the backward pass. Gradients are written straight into one buffer for all
+    experts; only the rows of idle experts are zero-filled.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor,
+                counts: Sequence[int], activation: Activation, dropout: float, memory: GradientMemory) -> Tensor:  # fmt: skip
+        weights, keep = Weights(weight_in, bias_in, weight_out, bias_out), []
+        out = _run_by_expert(rows, weights, counts, activation, dropout, keep)
+        ctx.save_for_backward(rows, weight_in, weight_out, *(tensor for hidden in keep for tensor in hidden))
+        ctx.counts, ctx.activation, ctx.dropout, ctx.memory = counts, activation, dropout, memory
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, weight_in, weight_out, *saved = ctx.saved_tensors
+        groups = groups_of(ctx.counts, _by_onednn(rows))
+        grad = grad.contiguous()
+        needs_rows, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+        grad_rows = torch.empty_like(rows) if needs_rows else None
+        grad_in = grad_bias_in = grad_out = grad_bias_out = None
+        if needs_weights:
+            grad_in, grad_out = ctx.memory.like("in", weight_in), ctx.memory.like("out", weight_out)
+            grad_bias_in, grad_bias_out = grad_in.new_empty(grad_in.shape[::2]), grad_out.new_empty(grad_out.shape[::2])
+            for expert in (expert for expert, count in enumerate(ctx.counts) if count == 0):
+                for idle in (grad_in, grad_bias_in, grad_out, grad_bias_out):
+                    idle[expert].zero_()
+        width = len(saved) // max(len(groups), 1)
+        for index, (expert, count, where) in enumerate(groups):
+            kept = saved[index * width : (index + 1) * width]
+            grad_hidden = _linear(grad[where], weight_out[expert])
+            hidden, grad_inner = _activation_backward(kept, grad_hidden, ctx.activation, ctx.dropout)
+            if needs_weights:
+                own, incoming, own_grad = rows[where][:count], grad[where][:count], grad_inner[:count]
+                torch.mm(hidden[:count].t(), incoming, out=grad_out[expert])
+                torch.sum(incoming, 0, out=grad_bias_out[expert])
+                torch.mm(own.t(), own_grad, out=grad_in[expert])
+                torch.sum(own_grad, 0, out=grad_bias_in[expert])
+            if needs_rows:
+                grad_rows[where] = _linear(grad_inner, weight_in[expert])
+        return grad_rows, grad_in, grad_bias_in, grad_out, grad_bias_out, None, None, None, None
+
+
+def _run_by_expert(
+    rows: Tensor,
+    weights: Weights,
+    counts: Sequence[int],
+    activation: Activation,
+    dropout: float,
+    keep: Optional[List[Tuple[Tensor, ...]]],
+) -> Tensor:
+    """The forward pass; to `keep`, when given, it appends what each group's backward needs."""
+    out = rows.new_empty(rows.size(0), weights.weight_out.size(2))
+    for expert, _, where in groups_of(counts, _by_onednn(rows)):
+        inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert])
+        hidden, kept = _activation_forward(inner, activation, dropout)
+        if keep is not None:
+            keep.append(kept)
+        out[where] = _linear(hidden, weights.weight_out[expert].t(), weights.bias_out[expert])
+    return out
+
+
+def _activation_forward(inner: Tensor, activation: Activation, dropout: float) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+    """inner [n, I], overwritten for relu -> hidden [n, H], and what _activation_backward needs.
+
+    For relu that is the result alone: zero where the unit or the dropout was off.
+    """
+    if activation is F.relu:
+        hidden = inner.relu_()
+        hidden = torch.dropout_(hidden, dropout, True) if dropout else hidden
+        return hidden, (hidden,)
+    hidden = activation(inner)
+    if not dropout:
+        return hidden, (inner,)
+    keep = torch.empty_like(hidden, dtype=torch.bool).bernoulli_(1 - dropout)
+    return _drop(hidden, keep, dropout), (inner, keep)
+
+
+def _activation_backward(
+    kept: Sequence[Tensor], grad_hidden: Tensor, activation: Activation, dropout: float
+) -> Tuple[Tensor, Tensor]:
+    """hidden [n, H] again, and the gradient of inner [n, I]."""
+    if activation is F.relu:
+        (hidden,) = kept
+        grad_inner = torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
+        return hidden, grad_inner.mul_(_scale(dropout)) if dropout else grad_inner
+    inner = kept[0].detach().requires_grad_()
+    with torch.enable_grad():
+        hidden = activation(inner)
+        if dropout:
+            hidden = _drop(hidden, kept[1], dropout)
+        (grad_inner,) = torch.autograd.grad(hidden, inner, grad_hidden)
+    return hidden.detach(), grad_inner
+
+
+def _drop(hidden: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    return hidden * keep * _scale(dropout)
+
+
+def _scale(dropout: float) -> float:
+    return 1 / (1 - dropout) if dropout < 1 else 0.0
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O]."""
+    if _by_onednn(rows):  # without its own relu, which turns a NaN into 0 and hides what went wrong
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return F.linear(rows, weight, bias)
+
+
+def _by_onednn(rows: Tensor) -> bool:
+    return USE_ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
+
+
+# torch sends float32 products on a CPU to MKL or OpenBLAS. For the few rows of an expert oneDNN, which is there for
+# torch.compile, takes about 3/4 of MKL's time, with the bias on top; but it prepares a kernel for each number of rows
+# that it meets, for longer than a small product takes. Hence the rounding (benchmarks/NOTES.md).
+USE_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+# ---------------------------------------------------------------------------------------------- grouped
+
+
+def can_group(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether torch's grouped matrix product takes weights of these sizes: bfloat16, compute capability 8.0, 16-byte rows."""
+    return (
+        hasattr(F, "grouped_mm")
+        and device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and all(size % 8 == 0 for size in sizes)
+    )
+
+
+def feed_forward_grouped(rows: Tensor, weights: Weights, counts: Tensor, activation: Activation, dropout: float = 0.0) -> Tensor:
+    """As feed_forward_by_expert, without a look at the host: counts [E] int64 on the device may sum to less than N.
+
+    The rows behind the last expert's give zeros and get a zero gradient.
+    """
+    num_experts = counts.size(0)
+    offsets = counts.cumsum(0)
+    position = torch.arange(rows.size(0), device=rows.device)
+    expert = torch.searchsorted(offsets, position, right=True)  # [N], E behind the last expert
+    idle = (expert == num_experts).unsqueeze(1)
+    offsets = offsets.to(torch.int32)
+
+    def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # an embedding: its gradient adds up rows in a fixed order, and leaves the idle ones, garbage in the product, out
+        bias = F.embedding(expert, F.pad(bias, (0, 0, 0, 1)), padding_idx=num_experts)
+        return F.grouped_mm(rows, weight, offs=offsets) + bias
+
+    # the product leaves idle rows, and their gradients, unwritten: cut off on either side
+    hidden = linear(rows.masked_fill(idle, 0), weights.weight_in, weights.bias_in)
+    hidden = F.dropout(activation(hidden), dropout)
+    return linear(hidden, weights.weight_out, weights.bias_out).masked_fill(idle, 0)

@@ -1,0 +1,26 @@
+"""Routers: each file holds a pure function from logits to a Routing, and the thin module that owns its projection."""
+
+from fairseq_sparsemixer.moe.gates.bias import forget_loads, update_selection_biases
+from fairseq_sparsemixer.moe.gates.fairscale import FairscaleGate
+from fairseq_sparsemixer.moe.gates.gate import Gate
+from fairseq_sparsemixer.moe.gates.registry import DENSE, GATES, build_gate, gate_class, gate_options, register_gate, routers_with
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+# every module here registers its router
+from fairseq_sparsemixer.moe.gates import base_layers, dense_st, expert_choice, gshard, hash, noisy_topk  # noqa: F401  isort:skip
+from fairseq_sparsemixer.moe.gates import sinkhorn, sparsemixer, sparsemixer_v2, switch  # noqa: F401  isort:skip
+
+__all__ = [
+    "DENSE",
+    "FairscaleGate",
+    "GATES",
+    "Gate",
+    "Routing",
+    "build_gate",
+    "forget_loads",
+    "gate_class",
+    "gate_options",
+    "register_gate",
+    "routers_with",
+    "update_selection_biases",
+]

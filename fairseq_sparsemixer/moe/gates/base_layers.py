@@ -1,0 +1,146 @@
+"""BASE layers (Lewis et al., 2021; arXiv 2103.16716): in training, the assignment of tokens to experts is balanced.
+
+The logits are a_se = h_s . w_e. In training the experts of a batch solve the linear assignment
+
+    maximise sum_s a_{s, e(s)},  each expert taking at most ceil(S / E) tokens                          (Eqs. 3, 4)
+
+and at inference each token takes its best expert (Eq. 6). The output is scaled by sigmoid(a_{s, e(s)}) (Eq. 2), through
+which the router learns. No auxiliary loss is needed. The assignment is over the tokens of one rank: an auction on the
+tokens' device (fairseq's compiled libbase, within 2% of the range of scores a token), or on the CPU exactly (scipy). The
+auction is slow where experts have few places, scipy where tokens are many: 11 s against 0.04 s for 64 tokens and 1,024
+experts, 0.08 s against 4 s for 4,096 tokens and 64 experts on one core. Where both are there, each takes its own.
+"""
+
+from importlib import import_module
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding
+from fairseq_sparsemixer.moe.gates.losses import router_z_loss
+from fairseq_sparsemixer.moe.gates.registry import register_gate
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+Assignment = Callable[[Tensor], Tensor]  # scores [N, E], finite -> expert of each row [N], ceil(N / E) rows at most for each
+
+FEW_PLACES = 2  # of an expert, up to which scipy is as fast as the auction
+LARGEST = 2.0**100  # scores that the auction adds up in float32 without overflow, however often
+SHRINK = 2.0**-28  # from the largest finite float32 to below that; a power of two, which rounds nothing
+FINEST = 1000.0  # times the range of the scores: farther from zero, the auction's bids vanish in rounding
+
+
+def assign_by_auction(scores: Tensor) -> Tensor:
+    """fairseq's compiled auction, on any device. scores [N, E], finite -> [N] int64."""
+    count = len(scores)
+    if torch.equal(scores, scores[:1].expand_as(scores)):  # ties cost the auction seconds: fill the experts by their scores
+        order = scores[0].argsort(descending=True)
+        return order[torch.arange(count, device=scores.device) // places_of_an_expert(scores)]
+    # rows of zeros fill up the last places where E does not divide the rows
+    return _auction(torch.nn.functional.pad(within_reach(scores), (0, 0, 0, -count % scores.size(1))))[:count]
+
+
+def within_reach(scores: Tensor) -> Tensor:
+    """The same preferences [N, E] in numbers with which the auction comes to an end; ordinary ones stay as they are."""
+    low, high = scores.aminmax()
+    scale = torch.where(torch.maximum(-low, high) > LARGEST, SHRINK, 1.0)
+    low, high = low * scale, high * scale
+    far = torch.maximum(-low, high) > FINEST * (high - low)
+    return scores * scale - torch.where(far, high, torch.zeros_like(high))
+
+
+def _auction(scores: Tensor) -> Tensor:
+    """assign_by_auction for N divisible by E."""
+    libbase = import_module("fairseq.libbase")
+
+    places = len(scores) // scores.size(1)  # of each expert
+    rows = libbase.balanced_assignment(scores.contiguous())  # [N], the rows of expert 0, then those of expert 1, ...
+    experts = torch.arange(scores.size(1), device=scores.device)
+    expert = torch.full_like(rows, -1).scatter_(0, rows, experts.repeat_interleave(places))
+    # where scores tie, the auction may end with one row won twice and another not at all: that one takes the place left
+    left_out = expert < 0
+    room = places - torch.zeros_like(experts).scatter_add_(0, expert.clamp(min=0), (~left_out).to(expert.dtype))
+    expert[left_out] = experts.repeat_interleave(room)
+    return expert
+
+
+def assign_by_scipy(scores: Tensor) -> Tensor:
+    """scipy's exact solution, on the CPU. scores [N, E], finite -> [N] int64."""
+    from scipy.optimize import linear_sum_assignment
+
+    places = places_of_an_expert(scores)
+    _, place = linear_sum_assignment(scores.double().cpu().repeat_interleave(places, 1).numpy(), maximize=True)
+    return torch.as_tensor(place, device=scores.device).div(places, rounding_mode="floor")
+
+
+def assign_by_size(scores: Tensor) -> Tensor:
+    """Whichever of the two is faster. scores [N, E], finite -> [N] int64."""
+    return assign_by_scipy(scores) if places_of_an_expert(scores) <= FEW_PLACES else assign_by_auction(scores)
+
+
+def places_of_an_expert(scores: Tensor) -> int:
+    """ceil(N / E) of scores [N, E]."""
+    return -(-len(scores) // scores.size(1))
+
+
+def works(module: str) -> bool:
+    """Whether a module can be imported: one that was built against another torch or numpy is as good as none."""
+    try:
+        import_module(module)
+    except (ImportError, OSError, RuntimeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def find_assignment() -> Assignment:
+    """The solver at hand. Raises ConfigurationError when there is none."""
+    auction, exact = works("fairseq.libbase"), works("scipy.optimize")
+    if not auction and not exact:
+        raise ConfigurationError(
+            "--router base needs a solver of the linear assignment: install scipy (pip install scipy),"
+            " or a fairseq built with its C++ extensions (fairseq.libbase)"
+        )
+    return assign_by_size if auction and exact else assign_by_auction if auction else assign_by_scipy
+
+
+@torch.no_grad()
+def balanced_assignment(logits: Tensor, padding_mask: Optional[Tensor], assign: Assignment) -> Tensor:
+    """The expert of each token [S, 1] in training; no expert gets more than ceil(S / E) of the tokens that are not padding."""
+    expert = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    real = torch.arange(len(logits), device=logits.device) if padding_mask is None else (~padding_mask).nonzero().view(-1)
+    if len(real) and logits.size(1) > 1:
+        expert[real] = assign(torch.nan_to_num(logits[real].float()))
+    return expert.unsqueeze(1)
+
+
+def base_routing(logits: Tensor, padding_mask: Optional[Tensor] = None, assign: Optional[Assignment] = None) -> Routing:
+    """One expert a token of logits [S, E], by the balanced assignment; without a solver (inference), the best one."""
+    if assign is None:
+        expert_index = logits.argmax(-1, keepdim=True)  # [S, 1]
+    else:
+        expert_index = balanced_assignment(logits, padding_mask, assign)
+    return Routing(
+        expert_index=expert_index,
+        combine_weight=hide_padding(logits.gather(1, expert_index).sigmoid(), padding_mask),
+        aux_losses={"router_z": router_z_loss(logits, padding_mask)},
+        probabilities=logits.detach().softmax(-1),
+        padding_mask=padding_mask,
+    )
+
+
+@register_gate("base")
+class BaseGate(Gate):
+    """The gate of BASE layers; its projection is the experts' embeddings, orthogonal at first as in fairseq's BaseLayer.
+
+    Raises ConfigurationError when neither fairseq's libbase nor scipy is there.
+    """
+
+    def __init__(self, model_dim: int, num_experts: int):
+        super().__init__(model_dim, num_experts)
+        self.assign = find_assignment()
+        torch.nn.init.orthogonal_(self.projection.weight, gain=0.1)
+
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """See base_routing."""
+        return base_routing(logits, padding_mask, self.assign if self.training else None)

@@ -1,0 +1,100 @@
+"""Balancing without an auxiliary loss (Wang et al., 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
+
+Each expert has a bias b_e that is added to its logit where experts are selected, and nowhere else: weights and their
+gradients know nothing of it. After every optimizer step
+
+    b_e <- b_e + rate * sign(mean load - load_e),
+
+the load being the tokens that chose e in that step, over all micro-batches and ranks. The papers add the bias to sigmoid
+scores; here it stands on the logits, where arg-max, top-k and sampled selection alike can take it.
+"""
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+
+class _CountInBackward(torch.autograd.Function):
+    """The identity; its backward reports the load to the balancer.
+
+    What teaches nothing is not counted: neither validation nor the recomputation under activation checkpointing runs this
+    backward, and in fairseq's dummy batch, whose loss is multiplied by zero, every gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx, combine_weight: Tensor, load: Tensor, balancer: "SelectionBias") -> Tensor:
+        ctx.load, ctx.balancer = load, balancer
+        return combine_weight.view_as(combine_weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.balancer.add(ctx.load * grad.any())
+        return grad, None, None
+
+
+class SelectionBias(nn.Module):
+    """The bias [E] of one gate, float32 in any model, saved in the checkpoint; and the load since the last step.
+
+    Raises ValueError for a rate that is negative or not finite.
+    """
+
+    def __init__(self, num_experts: int, rate: float):
+        super().__init__()
+        if not 0 <= rate < math.inf:
+            raise ValueError(
+                f"--moe-bias-update-rate {rate} must be at least 0 and finite; DeepSeek-V3 uses 0.001, and 0 switches it off"
+            )
+        self.rate = rate
+        self.register_buffer("bias", torch.zeros(num_experts))
+        self.load: Optional[Tensor] = None  # [E]; no buffer: it is this rank's own, and no wrapper may broadcast it
+
+    def watch(self, routing: Routing) -> Tensor:
+        """routing's combine_weight; its backward counts what each expert was chosen for, dropped or not."""
+        return _CountInBackward.apply(routing.combine_weight, routing.chosen_count().sum(0), self)
+
+    def add(self, load: Tensor) -> None:
+        """load [E] of one more micro-batch."""
+        self.load = load if self.load is None else self.load + load
+
+    def forget(self) -> None:
+        """The step did not happen: drop the load, as its gradients are."""
+        self.load = None
+
+    def step(self, load: Tensor) -> None:
+        """Move the bias by the load [E] of all ranks, and start counting anew. An idle layer stays as it is."""
+        self.bias += self.rate * torch.sign(load.mean() - load)
+        self.load = None
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        bias = self.bias
+        super()._apply(fn, *args, **kwargs)
+        self.bias = bias.to(self.bias.device)  # .half() must not round away the small steps
+        return self
+
+
+def update_selection_biases(model: nn.Module) -> None:
+    """Once after each optimizer step, on every rank: step every selection bias of the model by the loads of all ranks.
+
+    A collective of the default process group when there is one; nothing for a model without such biases.
+    """
+    balancers = [module for module in model.modules() if isinstance(module, SelectionBias)]
+    if not balancers:
+        return
+    loads = [torch.zeros_like(b.bias) if b.load is None else b.load.to(b.bias.dtype) for b in balancers]
+    total = torch.stack(loads)  # [layers, E]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    for balancer, load in zip(balancers, total):
+        balancer.step(load)
+
+
+def forget_loads(model: nn.Module) -> None:
+    """With the gradients of a step that failed, drop its loads."""
+    for module in model.modules():
+        if isinstance(module, SelectionBias):
+            module.forget()

@@ -1,0 +1,61 @@
+"""DenseMixer (Yao et al., 2025; github.com/yaof20/DenseMixer): every expert computed in training, top-k forward.
+
+Forward the layer is an ordinary top-k one: the sum of pi_e f_e over the k most probable experts, pi the softmax of all
+logits, not renormalised over the k (as DenseMixer has it for OLMoE and Qwen1.5-MoE). Backward the selection counts as
+the identity (straight-through): every pi_e learns from f_e, chosen or not. Experts and tokens get the gradient of the
+top-k layer. It costs E experts a token in training and k at inference.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
+from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
+from fairseq_sparsemixer.moe.gates.registry import register_gate
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+
+def dense_st_routing(
+    logits: Tensor,
+    padding_mask: Optional[Tensor],
+    top_k: int,
+    every_expert: bool,
+    balance_group: Any = None,
+    bias: Optional[Tensor] = None,
+) -> Routing:
+    """The top_k experts of logits [S, E]; every_expert (training) adds the others behind them, at weight zero.
+
+    With every_expert the Routing has E columns in the order of probability, and counts the first top_k as chosen.
+    """
+    probabilities = logits.softmax(-1)  # [S, E]
+    order = biased(logits, bias).argsort(dim=-1, descending=True, stable=True)  # [S, E]
+    expert_index = order if every_expert else order[:, :top_k]
+    weight = probabilities.gather(1, expert_index)  # [S, E] or [S, k]
+    # zero forward, one backward: the straight-through weight of the experts that were not chosen
+    weight = torch.cat([weight[:, :top_k], weight[:, top_k:] - weight[:, top_k:].detach()], 1)
+    return Routing(
+        expert_index=expert_index,
+        combine_weight=hide_padding(weight, padding_mask),
+        aux_losses={
+            "balance": balance_loss(probabilities, order[:, :top_k], padding_mask, balance_group),
+            "router_z": router_z_loss(logits, padding_mask),
+        },
+        probabilities=probabilities.detach(),
+        padding_mask=padding_mask,
+        num_chosen=top_k,
+    )
+
+
+@register_gate("dense_st")
+class DenseStraightThroughGate(Gate):
+    """DenseMixer's gate: `top_k` experts forward, all of them in the router's gradient. Raises ValueError for a bad top_k."""
+
+    def __init__(self, model_dim: int, num_experts: int, top_k: int = 1, bias_update_rate: float = 0.0):
+        super().__init__(model_dim, num_experts, bias_update_rate=bias_update_rate)
+        self.top_k = require_top_k(top_k, num_experts)
+
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """See dense_st_routing."""
+        return dense_st_routing(logits, padding_mask, self.top_k, self.training, self.balance_group, self.selection_bias)

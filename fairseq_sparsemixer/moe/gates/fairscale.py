@@ -1,0 +1,20 @@
+"""Any gate in the place of fairscale's Top2Gate, so that fairscale's own MOELayer can run it."""
+
+from typing import Optional, Tuple
+
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.moe.gates.gate import Gate
+
+
+class FairscaleGate(nn.Module):
+    """gate(tokens [S, M]) -> (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C]), see Routing.to_fairscale."""
+
+    def __init__(self, gate: Gate, capacity: Optional[int] = None):
+        super().__init__()
+        self.gate = gate
+        self.capacity = capacity
+
+    def forward(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """See the class. SparseMixer's omega, which multiplies the output of a layer, is left to the caller."""
+        return self.gate(tokens).to_fairscale(self.capacity)

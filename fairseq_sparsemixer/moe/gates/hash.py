@@ -1,0 +1,60 @@
+"""Hash layers (Roller et al., 2021; arXiv 2106.04426): the expert is a fixed random function of the token. Nothing is learned.
+
+Where the model hands the vocabulary's ids down to its layers, as ours do, the hash is of the id, as in the paper (its
+"random hash", the same in every layer). A layer on its own sees only vectors; then the hash is of the vector: the arg-max
+of a fixed random projection, a locality-sensitive hash (cross-polytope, Andoni et al., 2015; arXiv 1509.02897) that is
+not the paper's: similar vectors share an expert, and a token's expert drifts as the layers below learn.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding
+from fairseq_sparsemixer.moe.gates.registry import register_gate
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+KNUTH = 2654435761  # about 2^32 divided by the golden ratio: Knuth's multiplicative hash, in its upper bits
+
+
+def hash_ids(token_ids: Tensor, num_experts: int) -> Tensor:
+    """token_ids [S] int64, non-negative -> experts [S] int64, the same on every machine."""
+    upper = ((token_ids * KNUTH) & 0xFFFFFFFF) >> 12  # 20 bits
+    return upper * num_experts >> 20
+
+
+def hash_routing(expert: Tensor, num_experts: int, padding_mask: Optional[Tensor] = None) -> Routing:
+    """Every token to its expert [S], at weight 1."""
+    expert_index = expert.unsqueeze(1)  # [S, 1]
+    probabilities = F.one_hot(expert, num_experts).to(torch.float32)  # [S, E]
+    return Routing(
+        expert_index=expert_index,
+        combine_weight=hide_padding(torch.ones_like(probabilities[:, :1]), padding_mask),
+        probabilities=probabilities,
+        padding_mask=padding_mask,
+    )
+
+
+@register_gate("hash")
+class HashGate(Gate):
+    """The gate of hash layers. Its projection is random, frozen and saved; it decides where token ids are unknown."""
+
+    wants_token_ids = True
+
+    def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None):
+        super().__init__(model_dim, num_experts, capacity_factor)
+        torch.nn.init.normal_(self.projection.weight)
+        self.projection.weight.requires_grad_(False)
+
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """See hash_routing: the arg-max of logits [S, E]."""
+        return hash_routing(logits.argmax(-1), self.num_experts, padding_mask)
+
+    def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
+        """See Gate.forward."""
+        if token_ids is None:
+            return super().forward(tokens, padding_mask)
+        experts = hash_ids(token_ids, self.num_experts)
+        return self.route(F.one_hot(experts, self.num_experts).to(torch.float32), padding_mask)

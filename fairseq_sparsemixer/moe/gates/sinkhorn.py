@@ -1,0 +1,67 @@
+"""Sinkhorn routing, as Megatron-Core offers it (`--moe-router-load-balancing-type sinkhorn`; S-BASE, arXiv 2202.01169).
+
+In training exp(logits) is scaled by rows and columns until every token weighs 1 / S and every expert 1 / E, and each token
+takes its k largest entries of that: nearly balanced, without gradient. At inference it takes its k largest logits. The
+weights are sigmoid(logit) for k = 1 and softmax(logits) otherwise, not renormalised over the k. No balance loss.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_top_k
+from fairseq_sparsemixer.moe.gates.losses import router_z_loss
+from fairseq_sparsemixer.moe.gates.registry import register_gate
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+TOLERANCE = 1e-4  # Megatron-Core's: the mean change of the column factors at which the iteration ends
+MAX_ITERATIONS = 100
+TINY = 1e-8  # keeps divisions by sums finite, as in Megatron-Core
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
+    """[S, E]: exp(logits) scaled to row sums 1 / S and column sums 1 / E; rows of padding are 0, and S counts none of them."""
+    kernel = (logits - logits.amax(-1, keepdim=True)).exp()  # rows may be scaled at will: nothing overflows
+    rows = torch.tensor(float(len(logits)), dtype=kernel.dtype, device=kernel.device)
+    if padding_mask is not None:
+        kernel = kernel.masked_fill(padding_mask.unsqueeze(-1), 0)
+        rows = (~padding_mask).sum().to(kernel.dtype)
+    row = kernel.new_ones(kernel.size(0))
+    column = kernel.new_ones(kernel.size(1))
+    for _ in range(MAX_ITERATIONS):
+        before = column
+        row = 1 / (rows.clamp(min=1) * ((kernel * column).sum(1) + TINY))
+        column = 1 / (kernel.size(1) * ((kernel * row.unsqueeze(1)).sum(0) + TINY))
+        if (column - before).abs().mean() <= TOLERANCE:
+            break
+    return kernel * column * row.unsqueeze(1)
+
+
+def sinkhorn_routing(logits: Tensor, padding_mask: Optional[Tensor], top_k: int, balanced: bool) -> Routing:
+    """The top_k experts of logits [S, E], after Sinkhorn's scaling when balanced (training)."""
+    selection = sinkhorn(logits, padding_mask) if balanced else logits
+    expert_index = selection.topk(top_k, -1).indices  # [S, k]
+    probabilities = logits.softmax(-1)  # [S, E]
+    weights = logits.sigmoid() if top_k == 1 else probabilities
+    return Routing(
+        expert_index=expert_index,
+        combine_weight=hide_padding(weights.gather(1, expert_index), padding_mask),
+        aux_losses={"router_z": router_z_loss(logits, padding_mask)},
+        probabilities=probabilities.detach(),
+        padding_mask=padding_mask,
+    )
+
+
+@register_gate("sinkhorn")
+class SinkhornGate(Gate):
+    """The gate of Sinkhorn routing. Raises ValueError for a bad top_k."""
+
+    def __init__(self, model_dim: int, num_experts: int, top_k: int = 1, capacity_factor: Optional[float] = None):
+        super().__init__(model_dim, num_experts, capacity_factor)
+        self.top_k = require_top_k(top_k, num_experts)
+
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """See sinkhorn_routing."""
+        return sinkhorn_routing(logits, padding_mask, self.top_k, self.training)

@@ -1,0 +1,137 @@
+"""SparseMixer (Liu, Gao, Chen, 2023; arXiv 2310.00811): one sampled expert, and the router gradient Switch drops."""
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.moe.estimators import Estimator, get_estimator
+from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_jitter
+from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
+from fairseq_sparsemixer.moe.gates.registry import register_gate
+from fairseq_sparsemixer.moe.gates.routing import Routing
+
+
+class SamplingNoise(NamedTuple):
+    """The randomness of one forward pass: gumbel [S, E] picks the expert, coin [S] in [0, 1) the estimator's node."""
+
+    gumbel: Tensor
+    coin: Tensor
+
+
+def draw_sampling_noise(logits: Tensor) -> SamplingNoise:
+    """Fresh noise for logits [S, E], from torch's default generator."""
+    return SamplingNoise(
+        gumbel=torch.rand_like(logits).log_().neg_().log_().neg_(),  # several times faster on CPUs than exponential_
+        coin=torch.rand(logits.size(0), dtype=logits.dtype, device=logits.device),
+    )
+
+
+def mask_unlikely(logits: Tensor, jitter_eps: float) -> Tensor:
+    """logits [S, E] with -inf for experts that jitter of +-eps could never lift to the top.
+
+    Expert i is out when (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps. The arg-max always stays.
+    """
+    with torch.no_grad():
+        top = logits.amax(-1, keepdim=True)  # [S, 1]
+        out = (top - logits) / torch.maximum(logits.abs(), top) > 2 * jitter_eps  # 0 / 0 is not greater: stays in
+    return logits.masked_fill(out, float("-inf"))
+
+
+class Draw(NamedTuple):
+    """One expert a token: expert_index [S, 1], its multiplier weight [S, 1], and the masked softmax [S, E] it came from."""
+
+    expert_index: Tensor
+    weight: Tensor
+    probabilities: Tensor
+
+
+def draw_expert(
+    logits: Tensor,
+    jitter_eps: float,
+    estimator: Estimator,
+    noise: Optional[SamplingNoise] = None,
+    bias: Optional[Tensor] = None,
+) -> Draw:
+    """Sample one expert a token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
+
+    The multiplier is the expert's probability times the estimator's node; see estimators.py for its gradient. Experts
+    whose logit is -inf are never drawn. A bias [E] is added to the masked logits for the draw alone: the sample is then
+    from another distribution than the softmax that weighs it, and the estimators hold for b = 0 only.
+    """
+    masked = mask_unlikely(logits, jitter_eps)  # [S, E]
+    probabilities = masked.softmax(-1)  # [S, E]
+    argmax = logits.argmax(-1, keepdim=True)  # [S, 1]
+    selection = biased(masked, bias)
+    if noise is None:
+        expert_index = selection.argmax(-1, keepdim=True)
+        return Draw(expert_index, probabilities.gather(1, expert_index), probabilities)
+    expert_index = (selection + noise.gumbel).argmax(-1, keepdim=True)
+    chosen = probabilities.gather(1, expert_index)
+    weight = estimator.multiplier(chosen, noise.coin.unsqueeze(-1), expert_index == argmax)
+    return Draw(expert_index, weight, probabilities)
+
+
+def sparsemixer_routing(
+    logits: Tensor,
+    padding_mask: Optional[Tensor],
+    jitter_eps: float,
+    estimator: Estimator,
+    noise: Optional[SamplingNoise] = None,
+    balance_group: Any = None,
+    bias: Optional[Tensor] = None,
+) -> Routing:
+    """One expert a token of logits [S, E], drawn by draw_expert; without noise (inference), the arg-max."""
+    expert_index, weight, probabilities = draw_expert(logits, jitter_eps, estimator, noise, bias)
+    return Routing(
+        expert_index=expert_index,
+        combine_weight=hide_padding(weight, padding_mask),
+        aux_losses={
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
+            "router_z": router_z_loss(logits, padding_mask),
+        },
+        probabilities=probabilities.detach(),
+        padding_mask=padding_mask,
+    )
+
+
+@register_gate("sparsemixer")
+class SparseMixerGate(Gate):
+    """SparseMixer's gate, with its trainable vector omega [M] on the layer's output.
+
+    `jitter_eps` masks experts before sampling: 0 all but the arg-max, infinity none. `gradient_estimator` is one of
+    estimators.ESTIMATORS, which the arg-max expert escapes, as in the paper, unless `estimator_at_argmax`.
+    Raises ValueError for a negative jitter and an unknown estimator.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        jitter_eps: float = 0.1,
+        gradient_estimator: str = "midpoint",
+        estimator_at_argmax: bool = False,
+        **balancing,
+    ):
+        super().__init__(model_dim, num_experts, **balancing)
+        self.jitter_eps = require_jitter(jitter_eps)
+        self.estimator = get_estimator(gradient_estimator, first_order_argmax=not estimator_at_argmax)
+        self.omega = nn.Parameter(torch.ones(model_dim))
+
+    def draw_noise(self, logits: Tensor) -> Optional[SamplingNoise]:
+        """The noise of one forward pass over logits [S, E]; None at inference."""
+        return draw_sampling_noise(logits) if self.training else None
+
+    def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
+        """See sparsemixer_routing."""
+        routing = sparsemixer_routing(
+            logits,
+            padding_mask,
+            self.jitter_eps,
+            self.estimator,
+            self.draw_noise(logits),
+            self.balance_group,
+            self.selection_bias,
+        )
+        routing.output_scale = self.omega
+        return routing

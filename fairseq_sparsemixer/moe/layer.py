@@ -1,0 +1,142 @@
+"""The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine."""
+
+import warnings
+from typing import Any, Callable, Dict, List, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
+from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.gates import Routing, build_gate
+from fairseq_sparsemixer.moe.parallel import ExpertGroup
+
+with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old names
+    warnings.simplefilter("ignore", FutureWarning)
+    from fairscale.nn.moe import MOELayer
+
+
+class MoELayer(MOELayer):
+    """A feed-forward layer of E experts behind a gate, in the place of fairscale's MOELayer.
+
+    The forward is linear in tokens, and needs neither a process group nor a token count divisible by anything.
+    `routing` is the Routing of the last forward; None before the first. `shared_experts`, where there are some, run on
+    every token that is not padding, and are added unweighted (DeepSeekMoE, arXiv 2401.06066, Eq. 9). While `idle` is set,
+    every token counts as padding: a rank that has run out of data takes part in the collectives, and in nothing else.
+    """
+
+    def __init__(self, gate: nn.Module, experts: nn.Module, shared_experts: Optional[nn.Module] = None):
+        nn.Module.__init__(self)  # fairscale's own __init__ asks for a process group
+        self.gate = gate
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.ranks: Optional[ExpertGroup] = None  # the ranks that share the experts; see spread
+        self.routing: Optional[Routing] = None
+        self.idle = False
+
+    @property
+    def l_aux(self) -> Optional[Tensor]:
+        """The unweighted balance loss of the last forward, under fairscale's name."""
+        return None if self.routing is None else self.routing.aux_losses.get("balance")
+
+    @property
+    def num_local_experts(self) -> int:
+        """The experts that live on this rank."""
+        return self.gate.num_experts // (1 if self.ranks is None else self.ranks.size)
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Tensor:
+        """x [..., M], padding_mask [...] (True = padding), token_ids [...] if known -> [..., M], zero at padding.
+
+        Raises ValueError when the shapes do not fit.
+        """
+        model_dim = self.gate.model_dim
+        if x.size(-1) != model_dim:
+            raise ValueError(f"x has width {x.size(-1)}, and the layer was built for model_dim={model_dim}")
+        if padding_mask is not None:
+            if padding_mask.shape != x.shape[:-1]:
+                raise ValueError(f"padding_mask is {tuple(padding_mask.shape)}, and x {tuple(x.shape)}")
+            padding_mask = padding_mask.reshape(-1).bool()
+        tokens = x.reshape(-1, model_dim)  # [S, M]
+        if self.idle:
+            padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
+        known = {} if token_ids is None else {"token_ids": token_ids.reshape(-1)}
+        self.routing = self.gate(tokens, padding_mask, **known)
+        output = self.dispatch(tokens)
+        if self.shared_experts is not None:
+            always = self.shared_experts(tokens, [tokens.size(0)])
+            output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))
+        return output.reshape(x.shape)
+
+    def dispatch(self, tokens: Tensor) -> Tensor:
+        """tokens [S, M] through the experts that self.routing gives them, wherever they are."""
+        if self.ranks is None:
+            return dispatch_locally(tokens, self.routing, self.experts, self.experts.takes_device_counts(tokens))
+        with_capacity = self.routing.dropped is not None
+        dispatch = dispatch_equal_split if with_capacity else dispatch_all_to_all
+        return dispatch(tokens, self.routing, self.experts, self.ranks)
+
+    def spread(self, ranks: ExpertGroup) -> None:
+        """Keep this rank's share of the experts; forward then is a collective of the group.
+
+        The parameters kept are marked `expert`, by which fairseq and fairscale leave them out of gradient reduction.
+        """
+        self.ranks = ranks
+        self.experts.keep(ranks.index * self.num_local_experts, self.num_local_experts)
+        for parameter in self.experts.parameters():
+            parameter.expert = True
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks each module first
+        raise ConfigurationError(
+            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or"
+            " --router dense"
+        )
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along, nor its idleness
+        return {**self.__dict__, "routing": None, "idle": False}
+
+
+def moe_layers(model: nn.Module) -> List[MoELayer]:
+    """The MoE layers of a model, in its order."""
+    return [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+
+
+def spread_experts(model: nn.Module, ranks: ExpertGroup) -> None:
+    """Spread the experts of every layer of `model`, before it is wrapped for data parallelism; see MoELayer.spread.
+
+    Raises ValueError for a layer whose experts cannot be shared out evenly.
+    """
+    for layer in moe_layers(model):
+        if layer.gate.num_experts % ranks.size:
+            raise ValueError(f"{layer.gate.num_experts} experts cannot be split over {ranks.size} ranks")
+        layer.spread(ranks)
+    # torch's DistributedDataParallel reads this list: experts differ by rank
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")
+    ]
+
+
+def build_moe_layer(
+    router: str,
+    model_dim: int,
+    hidden_dim: int,
+    num_experts: int,
+    activation: Union[str, Callable[[Tensor], Tensor]] = "relu",
+    dropout: float = 0.0,
+    num_shared_experts: int = 0,
+    **gate_options,
+) -> MoELayer:
+    """A layer of num_experts experts model_dim -> hidden_dim -> model_dim behind the gate `router`.
+
+    `activation` and `dropout` are the experts' (see Experts), gate_options the gate's (see build_gate). The
+    num_shared_experts experts that are always on are one network of their joint width, which is the same as their sum.
+    Raises ValueError, naming the option, for values that make no layer.
+    """
+    if num_shared_experts < 0:
+        raise ValueError(f"--num-shared-experts {num_shared_experts} must not be negative")
+    gate = build_gate(router, model_dim, num_experts, **gate_options)
+    experts = Experts(num_experts, model_dim, hidden_dim, activation, dropout)
+    shared = Experts(1, model_dim, num_shared_experts * hidden_dim, activation, dropout) if num_shared_experts else None
+    return MoELayer(gate, experts, shared)

@@ -1,0 +1,232 @@
+"""The checkpoint half of the trainer: what a run writes and reads when its experts are spread over ranks.
+
+By default rank 0 gathers the experts and writes what a single process would have written. With --sharded-checkpoints
+each rank of the first group writes its own experts, to a file of its own.
+"""
+
+import logging
+import os
+import secrets
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import torch
+from fairseq.trainer import Trainer
+from fairseq.utils import apply_to_sample
+from omegaconf import open_dict
+from torch import Tensor
+from torch import distributed as dist
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.plugin.checkpoints import gathering, shards
+from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
+from fairseq_sparsemixer.plugin.checkpoints.layout import EXPERTS, LAYOUT, combine_experts, layout_of, own_rows, suffix
+from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by, refuse_special_file
+from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointingTrainer(Trainer):
+    """fairseq's Trainer, whose checkpoints hold the experts of all ranks or, sharded, say which they hold."""
+
+    ranks: Optional[ExpertGroup] = None  # where the experts are; None: every rank holds all of them
+    has_experts = False
+    sharded = False
+    in_train_step = False  # the other ranks are elsewhere then: a collective would wait for them in vain
+    _gathered: Optional[gathering.Gathered] = None
+    _save: Optional[int] = None  # see layout
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not self.cfg.checkpoint.no_save and not self.tpu:
+            self._by_master(lock_existing, self.cfg.checkpoint.save_dir)
+        if self.sharded:
+            self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self.ranks.size)
+
+    def consolidate_optimizer(self) -> None:
+        """Called by fairseq on every rank before some of them save: the time for collectives."""
+        super().consolidate_optimizer()
+        if self.ranks is None or self.in_train_step:
+            self._save = None
+        elif self.sharded:
+            self._save = shards.agree_on_number(self.ranks, secrets.randbits(62), self.device)
+        else:
+            with_optimizer = not self.cfg.checkpoint.no_save_optimizer_state
+            self._gathered = gathering.gather_experts(
+                list(self._expert_weights().values()), self.optimizer.optimizer if with_optimizer else None, self.ranks
+            )
+
+    def state_dict(self) -> Dict[str, Any]:
+        """See Trainer; with the experts of all ranks where they were gathered."""
+        state = super().state_dict()
+        if self._gathered is not None:
+            gathering.fill_in(state, list(self._expert_weights()), self._gathered)
+            self._gathered = None
+        if self.has_experts:
+            place = {"size": self.ranks.size, "index": self.ranks.index} if self.sharded else {"size": 1, "index": 0}
+            state[LAYOUT] = {**place, "save": self._save, "optimizer": self._expert_indices()}
+        return state
+
+    def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
+        """See Trainer. No crash.pt when experts are spread: one rank has only its own."""
+        if self.ranks is None or self.in_train_step and self.sharded:
+            return super().save_checkpoint(filename, extra_state)
+        if self.sharded:
+            # no rank gives up its old file before all have their new one: see shards
+            os.makedirs(self.cfg.checkpoint.save_dir, exist_ok=True)
+            written = super().save_checkpoint(filename + STAGED, extra_state)
+            dist.barrier(group=self.ranks.group)
+            os.replace(filename + STAGED, filename)
+            return written and os.path.abspath(filename)
+        if self._gathered is None:
+            if self.should_save_checkpoint_on_current_rank:
+                logger.warning("%s is not written: experts are spread over ranks, and this one holds only its own", filename)
+            return None
+        return super().save_checkpoint(filename, extra_state)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
+        """See Trainer. Takes files of any layout that holds what this rank needs.
+
+        Raises ConfigurationError for a file that is missing or of another layout.
+        """
+        with open_dict(self.cfg):
+            # fairseq would send rank 0's copy around, as a pickle that torch's weights_only refuses at the other end
+            self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        if self.has_experts and self.sharded:
+            filename = self._own_shard(filename)
+        self._require_on_all_ranks(filename)
+        refuse_special_file(filename)
+        if self.has_experts and not os.path.exists(filename):
+            self._refuse_to_start_over(filename)
+        with self._one_sentence_for(filename), changed_by(partial(self._own_share, filename=filename)):
+            extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        if self.is_data_parallel_master:  # not before the run has what it goes on from
+            remove_unfinished(self.cfg.checkpoint.save_dir, staged=self.sharded and not self.cfg.checkpoint.no_save)
+        return extra_state
+
+    @contextmanager
+    def _one_sentence_for(self, filename: str) -> Iterator[None]:
+        """What fairseq raises for a checkpoint that does not go with the run, as ConfigurationError."""
+        try:
+            yield
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            if isinstance(error.__context__, ConfigurationError):
+                raise error.__context__ from None  # fairseq put its own advice over the reason
+            if isinstance(error, RuntimeError):
+                raise  # of another rank, or of the memory of a device
+            reason = error.__context__ if type(error) is Exception and error.__context__ else error
+            raise ConfigurationError(
+                f"{filename} does not go with this run ({_first_words(reason)}); give the flags it was trained with, or"
+                " --reset-optimizer --reset-lr-scheduler --reset-meters where only its weights are wanted"
+            ) from None
+
+    def _own_shard(self, filename: str) -> str:
+        """The file to read in a run with --sharded-checkpoints: its shard, or else one of the whole model."""
+        whole = filename.replace(suffix(self.ranks.index) + ".pt", ".pt")
+        self._by_master(shards.mend, whole, self.ranks.size)
+        shard = shards.shard_path(whole, self.ranks.index)
+        return whole if os.path.exists(whole) and not os.path.exists(shard) else shard
+
+    def _require_on_all_ranks(self, filename: str) -> None:
+        """Raise ConfigurationError where some ranks see the file and others would start from scratch; a collective."""
+        if self.data_parallel_world_size > 1:
+            seen = torch.tensor(int(os.path.exists(filename)), device=self.device)
+            dist.all_reduce(seen)
+            if 0 < seen < self.data_parallel_world_size:
+                raise ConfigurationError(
+                    f"{filename} is seen by {seen} of {self.data_parallel_world_size} ranks; put it where all nodes see it"
+                )
+
+    def _by_master(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Have rank 0 do something while the others wait; where it cannot, every rank ends with its sentence."""
+        sentence: List[Optional[str]] = [None]
+        if self.is_data_parallel_master:
+            try:
+                action(*arguments)
+            except ConfigurationError as error:
+                sentence = [error.message]
+        if self.data_parallel_world_size > 1:
+            dist.broadcast_object_list(sentence, device=self.device)
+        if sentence[0] is not None:
+            raise ConfigurationError(sentence[0])
+
+    def _refuse_to_start_over(self, filename: str) -> None:
+        restore_file = self.cfg.checkpoint.restore_file
+        if os.path.exists(shards.shard_path(filename, 0)):
+            raise ConfigurationError(
+                f"{filename} is a sharded checkpoint ({shards.shard_path(filename, 0)} and on); resume on as many ranks with"
+                f" --sharded-checkpoints, or convert it: fairseq-sparsemixer reshard {filename} OUT --portable"
+            )
+        if restore_file != "checkpoint_last.pt":
+            raise ConfigurationError(f"--restore-file {restore_file} does not exist ({filename})")
+
+    def _own_share(self, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
+        """What this rank needs of a checkpoint that fairseq has read."""
+        if not self.has_experts:
+            return state
+        layout, size = layout_of(state), 1 if self.ranks is None else self.ranks.size
+        if layout["size"] > 1:
+            shards.require_size(filename, layout["size"], size)
+        model = state["model"]  # loads whole or in part: see Experts
+        if self.ranks is not None and layout["size"] == 1:
+            state = combine_experts([state], own_rows(size, self.ranks.index), self._expert_indices())
+        kept = {key: apply_to_sample(torch.clone, value) for key, value in state.items() if key not in ("model", "cfg", "args")}
+        state = {**state, **kept, "model": model}  # what lives on must not depend on the file
+        resume_between_same_batches(state, self.data_parallel_world_size)
+        return state
+
+    @property
+    def checkpoint_suffix(self) -> str:
+        """See Trainer; `-rank-N` with --sharded-checkpoints, N the rank's place in its group."""
+        return super().checkpoint_suffix + (suffix(self.ranks.index) if self.sharded else "")
+
+    @property
+    def should_save_checkpoint_on_current_rank(self) -> bool:
+        """See Trainer; with --sharded-checkpoints, every rank of the first group."""
+        return self.ranks.first_group if self.sharded else super().should_save_checkpoint_on_current_rank
+
+    def _expert_weights(self) -> Dict[str, Dict[str, Tensor]]:
+        """This rank's experts by name, in the model and in its copies (see layout)."""
+        weights = {"model": {name: p for name, p in self.get_model().named_parameters() if hasattr(p, "expert")}}
+        if self.cfg.ema.store_ema:
+            averaged = dict(self.ema.get_model().named_parameters())
+            weights["ema"] = {name: averaged[name] for name in weights["model"]}
+            if self.cfg.ema.ema_fp32:
+                weights["ema_fp32_params"] = {name: self.ema.fp32_params[name] for name in weights["model"]}
+        return weights
+
+    def _expert_indices(self) -> List[int]:
+        """Of the experts' parameters in the optimizer, which has all trained ones in this order."""
+        named = chain(self.get_model().named_parameters(), self.get_criterion().named_parameters())
+        trained = [name for name, parameter in named if parameter.requires_grad]
+        return [index for index, name in enumerate(trained) if EXPERTS in name]
+
+
+def lock_existing(save_dir: str) -> None:
+    """lock_folder, where fairseq has made the folder already."""
+    if os.path.isdir(save_dir):
+        lock_folder(save_dir)
+
+
+def _first_words(error: BaseException) -> str:
+    """The line of an error that says most; torch's list of mismatches starts with a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[1] if len(lines) > 1 and lines[0].startswith("Error") else (lines or [""])[0]
+    return f"{text}" if isinstance(error, (RuntimeError, AssertionError)) else f"{type(error).__name__}: {text}"
+
+
+def resume_between_same_batches(state: Dict[str, Any], world_size: int) -> None:
+    """Put the place in the epoch, which fairseq counts in batches of each rank, in those of `world_size` ranks."""
+    position = (state.get("extra_state") or {}).get("train_iterator") or {}
+    written_by = state["cfg"]["distributed_training"]["distributed_world_size"] if state.get("cfg") else world_size
+    done = position.get("iterations_in_epoch", 0) * written_by
+    if done and written_by != world_size:
+        position["iterations_in_epoch"] = done // world_size
+        if done % world_size:
+            logger.warning("resuming on %d ranks repeats %d of %d batches of this epoch", world_size, done % world_size, done)

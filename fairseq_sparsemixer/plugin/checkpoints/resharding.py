@@ -1,0 +1,131 @@
+"""From one layout of experts over files to another, tensor by tensor, without a checkpoint in memory.
+
+What is read stays in the files it is read from (mapped). Rows that one file has are passed on as they are; rows of several
+files are put together in a nameless file beside the output, mapped too. So the system may drop any of it from memory and
+read it again, and what the process itself holds is a page at a time.
+"""
+
+import math
+import os
+import secrets
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Dict, List
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import finish, unfinished_beside
+from fairseq_sparsemixer.plugin.checkpoints import shards
+from fairseq_sparsemixer.plugin.checkpoints.layout import EXPERTS, LAYOUT, Combine, combine_experts, layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint, refuse_special_file
+from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, try_again
+
+
+@dataclass
+class Resharded:
+    """What was done: files read and written, experts, and whether there was optimizer state to move."""
+
+    source: List[str]
+    target: List[str]
+    num_experts: int
+    optimizer_state: bool
+
+
+def reshard(source: str, target: str, size: int) -> Resharded:
+    """Write the checkpoint `source` as `target`, its experts in `size` files; 1: one portable file.
+
+    A sharded checkpoint is named as if it were one file: `checkpoint_last.pt` for checkpoint_last-rank-0.pt and on. Every
+    bit of every tensor is kept, of the optimizer's state too. Raises ConfigurationError for files that cannot be used.
+    """
+    refuse_special_target(target)
+    states, read = _read_any(source)
+    with one_sentence_for(source):
+        num_experts = _count_experts(source, states)
+    if size < 1 or num_experts % size:
+        raise ConfigurationError(f"--expert-parallel-size {size} does not divide the {num_experts} experts of {source}")
+    optimizer = layout_of(states[0])["optimizer"]
+    if states[0].get("last_optimizer_state") and optimizer is None:
+        raise ConfigurationError(
+            f"{source} does not say which optimizer state belongs to experts: it was written before fairseq-sparsemixer did;"
+            " load it in a run with --reset-optimizer"
+        )
+    written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
+    save = None if size == 1 else secrets.randbits(62)
+    folder = os.path.dirname(os.path.abspath(target))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(target, error) from None
+    require_targets(written, read)
+    with ExitStack() as files:  # no file is replaced before all of the set are on the disk
+        unfinished = [files.enter_context(unfinished_beside(os.path.realpath(path))) for path in written]
+        for index, name in enumerate(unfinished):
+            with one_sentence_for(source):
+                state = combine_experts(states, _rows_from_files(size, index, folder))
+            state[LAYOUT] = {"size": size, "index": index, "save": save, "optimizer": optimizer}
+            try_again(partial(torch.save, state, name), written[index])
+        for name, path in zip(unfinished, written):
+            finish(name, os.path.realpath(path))
+    return Resharded(read, written, num_experts, bool(states[0].get("last_optimizer_state")))
+
+
+def _read_any(source: str):
+    """(the states, the files) of a portable checkpoint, or of a sharded one by its common name."""
+    refuse_special_file(source)
+    if os.path.exists(source):
+        state = read_checkpoint(source)
+        size = layout_of(state)["size"]
+        if size > 1:
+            raise ConfigurationError(f"{source} is one of {size} files; name the checkpoint without its -rank-N")
+        return [state], [source]
+    if not os.path.exists(shard_path(source, 0)):
+        raise ConfigurationError(f"{source} does not exist, nor does {shard_path(source, 0)}")
+    states = shards.read_set(source)
+    return states, [shard_path(source, index) for index in range(len(states))]
+
+
+def _count_experts(source: str, states: List[Dict[str, Any]]) -> int:
+    """The largest number of experts that every layer's divides by: E where all layers have E."""
+    rows = [sum(state["model"][name].size(0) for state in states) for name in states[0]["model"] if EXPERTS in name]
+    if not rows:
+        raise ConfigurationError(f"{source} has no experts; every number of ranks can load it as it is")
+    return math.gcd(*rows)
+
+
+def _rows_from_files(size: int, index: int, folder: str) -> Combine:
+    """Shares [E / G, ...] of an expert tensor -> the rows of part `index` of `size`, in memory of no one."""
+
+    def rows(shares: List[Tensor]) -> Tensor:
+        count = sum(share.size(0) for share in shares) // size
+        start, stop, first, pieces = index * count, (index + 1) * count, 0, []
+        for share in shares:
+            low, high = max(start - first, 0), min(stop - first, share.size(0))
+            if low < high:
+                pieces.append(share[low:high])
+            first += share.size(0)
+        return _without_the_rest(pieces[0]) if len(pieces) == 1 else _put_together(pieces, folder)
+
+    return rows
+
+
+def _without_the_rest(rows: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: torch.save writes all of a tensor's storage, also what lies around a view."""
+    rows = rows.contiguous()
+    start = rows.storage_offset() * rows.element_size()
+    storage = rows.untyped_storage()[start : start + rows.numel() * rows.element_size()]
+    return torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.size(), rows.stride())
+
+
+def _put_together(pieces: List[Tensor], folder: str) -> Tensor:
+    """Pieces [n, ...] one after the other, in a file that is gone from the folder at once, and for good after its use."""
+    shape = (sum(piece.size(0) for piece in pieces), *pieces[0].shape[1:])
+    if not math.prod(shape):
+        return torch.cat(pieces)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".reshard-") as file:
+        whole = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=pieces[0].dtype).view(shape)
+    torch.cat(pieces, out=whole)
+    return whole

@@ -1,0 +1,159 @@
+"""A sharded checkpoint is a set of files, one for each rank that shares the experts, all of one save.
+
+Its files cannot all be replaced in one instant. So each rank first writes its file under a name of its own, all wait for
+each other, and only then each gives the file its name: a kill in between leaves everything needed to finish, and `mend`
+does that when the set is next read.
+"""
+
+import logging
+import os
+import re
+import shutil
+from functools import partial
+from glob import escape, glob
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import distributed as dist
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, shard_path, suffix
+from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, replace_atomically
+
+logger = logging.getLogger(__name__)
+
+STAGED_SHARD = re.compile(rf"(checkpoint.*){suffix(0)[:-1]}\d+\.pt{re.escape(STAGED)}")
+
+
+def agree_on_number(ranks: ExpertGroup, number: int, device: torch.device) -> Optional[int]:
+    """The number that rank 0 proposes, on all ranks of its group; None on others."""
+    if not ranks.first_group:
+        return None
+    shared = torch.tensor(number, device=device)
+    dist.broadcast(shared, src=0, group=ranks.group)
+    return int(shared)
+
+
+def read_set(path: str) -> List[Dict[str, Any]]:
+    """The checkpoints of all ranks of the set called `path`, tensors left in their files.
+
+    Raises ConfigurationError when one is missing, or when they are not of one save.
+    """
+    first = read_checkpoint(shard_path(path, 0))
+    paths = [shard_path(path, index) for index in range(layout_of(first)["size"])]
+    states = {shard: read_checkpoint(shard) for shard in paths}
+    refuse_mixture(path, states)
+    return list(states.values())
+
+
+def mend(path: str, size: int) -> None:
+    """Where a kill left a set of `size` files half replaced, finish what the killed ranks had begun.
+
+    That is the newest save that is there as a whole, under whatever names. Raises ConfigurationError when there is none.
+    """
+    paths = [shard_path(path, index) for index in range(size)]
+    states = {shard: read_checkpoint(shard) for shard in paths if os.path.exists(shard)}
+    for state in states.values():
+        require_size(path, layout_of(state)["size"], size)
+    if len(states) == size and _of_one_save(states):
+        return
+    staged = [state for shard in paths for state in _read_if_whole(shard + STAGED)]
+    if not states and len(staged) < size:
+        return  # killed before the first save was on the disk: there is nothing to go on from
+    for save in _saves_by_age([*states.values(), *staged]):
+        whole = _find_all(paths, save)
+        if whole:
+            for shard, found in zip(paths, whole):
+                if found != shard:
+                    logger.info("%s is not of the last whole save; taken from %s", shard, found)
+                    replace_atomically(shard, partial(shutil.copyfile, found))
+            return
+    for shard in paths:
+        if shard not in states:
+            raise ConfigurationError(f"{shard} is missing from the sharded checkpoint {path}; use another one")
+    refuse_mixture(path, states)
+
+
+def _saves_by_age(states: List[Dict[str, Any]]) -> List[Optional[int]]:
+    """The numbers of the saves that these are of, the one with most updates first."""
+    newest: Dict[Optional[int], int] = {}
+    for state in states:
+        save = layout_of(state)["save"]
+        newest[save] = max(newest.get(save, 0), updates(state))
+    return sorted(newest, key=newest.__getitem__, reverse=True)
+
+
+def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
+    """A file of that save for each of the ranks, its own where that will do; None where one is missing."""
+    found = []
+    for index, path in enumerate(paths):
+        found.append(_find(path, index, len(paths), save))
+        if found[-1] is None:
+            return None
+    states = {path: read_checkpoint(path) for path in found}
+    return found if _of_one_save(states) else None
+
+
+def mend_folder(folder: str, size: int) -> None:
+    """mend what a run that was killed may have left in its folder: the last and the best set, and any with a staged file.
+
+    Raises ConfigurationError when the last one cannot be made whole.
+    """
+    staged = (STAGED_SHARD.fullmatch(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ()))
+    names = {"checkpoint_best.pt", *(f"{found.group(1)}.pt" for found in staged if found)} - {"checkpoint_last.pt"}
+    mend(os.path.join(folder, "checkpoint_last.pt"), size)
+    for name in sorted(names):
+        try:
+            mend(os.path.join(folder, name), size)
+        except ConfigurationError as error:
+            logger.warning("%s", error.message)  # the run goes on without it
+
+
+def require_size(path: str, found: int, wanted: int) -> None:
+    """Raise ConfigurationError when a set of `found` files meets a run whose experts are spread over `wanted` ranks."""
+    if found != wanted:
+        raise ConfigurationError(
+            f"{path} was written with its experts spread over {found} ranks, and this run has --expert-parallel-size {wanted};"
+            f" convert it: fairseq-sparsemixer reshard IN OUT --expert-parallel-size {wanted}"
+        )
+
+
+def _read_if_whole(path: str) -> List[Dict[str, Any]]:
+    """The checkpoint in a list; an empty one where there is none, or none that can be read."""
+    if not os.path.exists(path):
+        return []
+    try:
+        return [read_checkpoint(path)]
+    except ConfigurationError as error:
+        logger.warning("%s", error.message)  # one that cannot be read does not stand for another
+        return []
+
+
+def _find(path: str, index: int, size: int, save: Optional[int]) -> Optional[str]:
+    """A file of rank `index` of `size` of that save: `path`, or one of any name in its folder."""
+    pattern = os.path.join(escape(os.path.dirname(path) or "."), f"checkpoint*{suffix(index)}.pt")
+    for candidate in (path, path + STAGED, *sorted(glob(pattern + STAGED)), *sorted(glob(pattern))):
+        for state in _read_if_whole(candidate):
+            layout = layout_of(state)
+            if (layout["save"], layout["size"], layout["index"]) == (save, size, index):
+                return candidate
+    return None
+
+
+def _of_one_save(states: Dict[str, Dict[str, Any]]) -> bool:
+    return len({(layout_of(state)["size"], layout_of(state)["save"], updates(state)) for state in states.values()}) <= 1
+
+
+def refuse_mixture(path: str, states: Dict[str, Dict[str, Any]]) -> None:
+    """Raise ConfigurationError when the files of a set, by name, are not of one save."""
+    if not _of_one_save(states):
+        each = ", ".join(f"{os.path.basename(name)} at update {updates(state)}" for name, state in states.items())
+        raise ConfigurationError(f"the files of the sharded checkpoint {path} are of different saves ({each}); use another one")
+
+
+def updates(state: Dict[str, Any]) -> int:
+    """The number of updates behind a checkpoint."""
+    history = state.get("optimizer_history") or [{}]
+    return history[-1].get("num_updates", 0)

@@ -1,0 +1,173 @@
+"""Sparse upcycling (Komatsuzaki et al., 2022; arXiv 2212.05055): a dense checkpoint becomes one with experts.
+
+Every expert starts as a copy of the dense layer it replaces, and the router indifferent between them. The new model then
+computes what the dense one did, up to what a router multiplies outputs by: 1 / E for Switch and SparseMixer, where all
+experts are equally likely. That factor is measured on the router itself and compensated: in SparseMixer's omega, which
+leaves the experts on the scale that their optimizer expects, and otherwise in the experts' output layer.
+"""
+
+import argparse
+import copy
+import math
+import re
+from dataclasses import fields
+from typing import Any, Dict, NamedTuple, Optional
+
+import torch
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_REGISTRY
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates import DENSE, build_gate
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, EXPERTS
+from fairseq_sparsemixer.plugin.models.config import MoEOptions, check_options, router_options
+from fairseq_sparsemixer.plugin.models.fast_path import without_copies
+from fairseq_sparsemixer.plugin.models.moe_block import MoEDecoderLayer, MoEEncoderLayer
+from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
+
+WITH_EXPERTS = {"transformer": "transformer_moe", "transformer_moe": "transformer_moe", "transformer_lm": "transformer_lm_moe"}
+FEED_FORWARD = re.compile(r"((?:encoder|decoder)\.layers\.(\d+))\.fc1\.weight")
+TIE_BREAK = 1e-6  # size of the first logits: enough for an arg-max to spread tokens, too little to change a multiplier
+PROBES = 64  # random tokens on which a router's multiplier is measured
+TOLERANCE = 1e-5  # by how much the multiplier may differ between tokens, relative
+
+
+class Indifferent(NamedTuple):
+    """A gate that treats all experts alike, and what it multiplies the sum of k equal experts by."""
+
+    gate: nn.Module
+    multiplier: float
+
+
+def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed: int = 1) -> Dict[str, Any]:
+    """A dense checkpoint of fairseq -> one of the model with experts that `options` describe, without optimizer state.
+
+    noise: standard deviation of what is added to each expert's weights, relative to that of the weights themselves; with 0
+    the experts differ only by what they learn. Raises ConfigurationError for a checkpoint or options that do not go.
+    """
+    check_options(options)
+    if options.router == DENSE:
+        raise ConfigurationError(f"--router {DENSE} has no experts; choose another router")
+    if not 0 <= noise < math.inf:
+        raise ConfigurationError(f"--noise {noise} must not be negative, and must be finite; give 0 for none")
+    if any(EXPERTS in name for name in state["model"]):
+        raise ConfigurationError("the checkpoint has experts already; upcycle takes a dense one")
+    cfg = _configuration(state)
+    cfg["model"] = _with_experts(cfg["model"], options)
+    result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
+    result.update(args=None, cfg=cfg, model=_convert(state["model"], options, noise, seed))
+    extra = state.get("extra_state") or {}
+    _require_fit(cfg["model"], result["model"])
+    copies = {key: _convert(extra[key], options, noise, seed) for key in COPIES_OF_MODEL if key in extra}
+    result["extra_state"] = {**extra, **copies}
+    return result
+
+
+def _configuration(state: Dict[str, Any]) -> Dict[str, Any]:
+    if state.get("cfg"):
+        return dict(state["cfg"])
+    if state.get("args") is None:
+        raise ConfigurationError("the checkpoint does not say what model it is of (neither cfg nor args)")
+    cfg = convert_namespace_to_omegaconf(copy.deepcopy(state["args"]))  # as fairseq < 0.10 wrote it
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+
+
+def _with_experts(model: Any, options: MoEOptions) -> Any:
+    """The configuration of a dense model -> that of the same model with experts. Raises ConfigurationError."""
+    values = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
+    arch = values.get("arch") or values.get("_name")
+    dense = ARCH_MODEL_NAME_REGISTRY.get(arch, arch)
+    name = WITH_EXPERTS.get(dense)
+    if name not in MODEL_REGISTRY:
+        known = ", ".join(dense for dense, moe in WITH_EXPERTS.items() if moe in MODEL_REGISTRY)
+        raise ConfigurationError(f"the checkpoint is of a model called {arch}; upcycle knows {known}")
+    values.update({option.name: getattr(options, option.name) for option in fields(MoEOptions)})
+    if "moe_encoder_only" in values:
+        values["moe_encoder_only"] = False  # of a model trained with --router dense
+    values["_name"] = name
+    if "arch" in values:
+        values["arch"] = name
+    return argparse.Namespace(**values) if isinstance(model, argparse.Namespace) else values
+
+
+def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
+    """Raise ConfigurationError when the flags ask for more in a layer than a dense one can give: shared experts, gates."""
+    values = vars(model) if isinstance(model, argparse.Namespace) else model
+    cfg = TransformerMoEConfig.from_namespace(argparse.Namespace(**values))
+    for stack, layer_class in (("encoder", MoEEncoderLayer), ("decoder", MoEDecoderLayer)):
+        prefix = f"{stack}.layers.0.fc1."
+        found = {name[len(prefix) :]: value.shape for name, value in weights.items() if name.startswith(prefix + "moe.")}
+        if found:
+            with torch.device("meta"):
+                expected = {name: value.shape for name, value in layer_class(cfg).fc1.state_dict().items()}
+            for name in sorted(expected):
+                if found.get(name) != expected[name]:
+                    raise ConfigurationError(
+                        f"the flags give a layer {name} of {tuple(expected[name])}, and the dense checkpoint can only give"
+                        f" {tuple(found[name]) if name in found else 'none'}; leave out the flag that asks for it"
+                    )
+
+
+def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed: int) -> Dict[str, Tensor]:
+    """Dense weights by name -> weights with experts in every layer that routes."""
+    result = without_copies(weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in sorted(weights):
+            feed_forward = FEED_FORWARD.fullmatch(name)
+            if feed_forward and int(feed_forward.group(2)) % options.moe_freq == 0:
+                layer = feed_forward.group(1)
+                indifferent = indifferent_gate(weights[name].size(1), options)
+                dense = {part: result.pop(f"{layer}.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
+                moved = _experts(dense, options.num_experts, noise)
+                _compensate(moved, indifferent)
+                result.update({f"{layer}.fc1.moe.experts.{part}": value for part, value in moved.items()})
+                result.update({f"{layer}.fc1.moe.gate.{part}": value for part, value in indifferent.gate.state_dict().items()})
+    return result
+
+
+def _experts(dense: Dict[str, Tensor], num_experts: int, noise: float) -> Dict[str, Tensor]:
+    """fc1 [H, M] and fc2 [M, H] -> the tensors of Experts, num_experts copies of them."""
+
+    def copies(weight: Tensor) -> Tensor:
+        stacked = weight.repeat(num_experts, *[1] * weight.dim())
+        return stacked + noise * weight.std() * torch.randn_like(stacked) if noise else stacked
+
+    return {
+        "weight_in": copies(dense["fc1.weight"].t()),  # [E, M, H]
+        "bias_in": dense["fc1.bias"].repeat(num_experts, 1),
+        "weight_out": copies(dense["fc2.weight"].t()),  # [E, H, M]
+        "bias_out": dense["fc2.bias"].repeat(num_experts, 1),
+    }
+
+
+def _compensate(experts: Dict[str, Tensor], indifferent: Indifferent) -> None:
+    omega: Optional[Tensor] = getattr(indifferent.gate, "omega", None)
+    for scaled in [omega.data] if omega is not None else [experts["weight_out"], experts["bias_out"]]:
+        scaled.div_(indifferent.multiplier)
+
+
+def indifferent_gate(model_dim: int, options: MoEOptions) -> Indifferent:
+    """A gate of options.router that gives every token the same weight, whichever expert it chooses.
+
+    It stays as it is where that holds already (GShard renormalises). Else its logits are tiny, so that an arg-max router
+    spreads tokens from the start; or zero, for SparseMixer, whose mask compares logits with each other however small they
+    are (and which samples, so that zero logits spread tokens too). Raises ConfigurationError for a router that weighs
+    tokens unevenly in all cases.
+    """
+    gate = build_gate(options.router, model_dim, options.num_experts, **router_options(options)).eval()
+    probes = torch.randn(PROBES, model_dim)
+    projection = getattr(gate, "projection", None)
+    for size in (None, TIE_BREAK, 0.0):
+        if size is not None and projection is not None:
+            nn.init.normal_(projection.weight, std=size / model_dim**0.5)
+        with torch.no_grad():
+            weight = gate(probes).combine_weight.sum(-1)
+        if weight.min() > 0 and weight.max() - weight.min() <= TOLERANCE * weight.mean():
+            return Indifferent(gate, float(weight.mean()))
+    raise ConfigurationError(
+        f"--router {options.router} weighs tokens differently even where all experts are alike, so that no start equals the"
+        " dense model; choose another router"
+    )

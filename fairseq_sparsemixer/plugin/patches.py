@@ -1,0 +1,101 @@
+"""Every change that this package makes to fairseq, torch and numpy. `fairseq-sparsemixer doctor` prints the table."""
+
+from typing import Callable, NamedTuple, Optional
+
+from fairseq_sparsemixer.plugin import bfloat16, compatibility, lost_ranks, trainer
+from fairseq_sparsemixer.plugin.checkpoints import folder_lock, reading, settings, writing
+
+
+class Patch(NamedTuple):
+    """target: what is replaced. why: what would go wrong otherwise. until: what would make the patch unnecessary.
+
+    apply: applies it, and does nothing the second time; None where it is applied for the time of one call.
+    """
+
+    target: str
+    why: str
+    until: str
+    apply: Optional[Callable[[], None]]
+
+
+PATCHES = (
+    Patch(
+        "eval in every module of fairseq; torch.load in those that read files",
+        "a file's settings could run code when they are evaluated, and its pickle when it is read",
+        "fairseq evaluates literals alone, and reads with weights_only",
+        lambda: settings.install(prepare=reading.read_data_only),
+    ),
+    Patch(
+        "fairseq.checkpoint_utils.load_checkpoint_to_cpu and load_ema_from_checkpoint",
+        "unusable files end in tracebacks, and every rank would read the experts of all",
+        "fairseq tells what is wrong with a file, and lets a rank read a part of one",
+        reading.install,
+    ),
+    Patch(
+        "torch.serialization's safe globals",
+        "torch.load refuses the argparse.Namespace and numpy numbers in fairseq's checkpoints",
+        "fairseq saves plain data",
+        reading.allow_fairseq_checkpoints,
+    ),
+    Patch(
+        "fairseq.checkpoint_utils.torch_persistent_save, save_checkpoint, verify_checkpoint_directory and PathManager",
+        "a run that is killed while it saves leaves half a file in the place of a whole one",
+        "fairseq writes to a temporary file and renames it",
+        writing.install,
+    ),
+    Patch(
+        "fairseq_cli.train.main",
+        "two trainings into one --save-dir overwrite each other's checkpoints",
+        "fairseq locks the folder",
+        folder_lock.install,
+    ),
+    Patch(
+        "fairseq_cli.train.Trainer",
+        "fairseq's Trainer averages the gradients of all parameters over ranks, and saves those of rank 0",
+        "fairseq has a registry of trainers",
+        trainer.install,
+    ),
+    Patch(
+        "fairseq.distributed.utils.distributed_init and distributed_main",
+        "process groups wait for a lost rank as long as torch's default says, and then end in tracebacks",
+        "fairseq passes a time-out to torch",
+        lost_ranks.install,
+    ),
+    Patch(
+        "torch.distributed.init_process_group, while fairseq makes its groups with --collective-timeout",
+        "fairseq passes no time-out to it",
+        "fairseq passes a time-out to torch",
+        None,
+    ),
+    Patch(
+        "fairseq.sequence_generator.SequenceGenerator._generate, in training with experts spread over ranks",
+        "a rank that generates alone leaves the others waiting in a layer",
+        "generation in training keeps all ranks in step",
+        None,
+    ),
+    Patch(
+        "fairseq.options.parse_args_and_arch",
+        "--bf16 on a command line means a TPU",
+        "fairseq sets --tpu where a TPU is",
+        bfloat16.install,
+    ),
+    Patch(
+        "fairseq.nan_detector.NanDetector.__init__",
+        "its backward hooks end in an error of torch's, which hides the NaN",
+        "fairseq's detector takes modules that return more than tensors",
+        compatibility.look_for_nans_forward_only,
+    ),
+    Patch(
+        "numpy.compat",
+        "fairseq splits text by numpy.compat.long, which numpy 2 dropped",
+        "fairseq uses int",
+        compatibility.restore_numpy_long,
+    ),
+)
+
+
+def apply() -> None:
+    """Apply all patches. Does nothing the second time."""
+    for patch in PATCHES:
+        if patch.apply is not None:
+            patch.apply()

@@ -1,0 +1,259 @@
+"""What expert parallelism adds to fairseq's Trainer; without experts, or on one rank, it is fairseq's own.
+
+fairseq builds its Trainer by name in fairseq_cli.train, so that is where `install` puts this subclass. It spreads the
+experts over ranks before the model reaches a device, and keeps their gradients on the scale of all others. What it
+writes and reads is in checkpoints/trainer.py.
+"""
+
+import logging
+import os
+import sys
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any, Dict, List, Optional
+
+import fairseq_cli.train
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from omegaconf import open_dict
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe import gradients
+from fairseq_sparsemixer.moe.gates import forget_loads, update_selection_biases
+from fairseq_sparsemixer.moe.layer import moe_layers, spread_experts
+from fairseq_sparsemixer.moe.parallel import Clock, ExpertGroup, expert_parallel_size, form_expert_group
+from fairseq_sparsemixer.plugin.batches import explaining_no_batch
+from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
+from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
+from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards, refusing_generation
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALL = "use --expert-parallel-size 1, which keeps all experts on every rank"  # remedies
+OWN_TOKENS = "use --balance-scope local, with --expert-parallel-size 1"
+
+
+class MoETrainer(CheckpointingTrainer):
+    """fairseq's Trainer for models with experts. `ranks` is None where every rank holds all of them."""
+
+    never_generate: Optional[str] = None  # the remedy, where a rank that generates would leave the others waiting
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
+        refuse_missing_tpu(cfg)
+        self.moe_layers = moe_layers(model)
+        self.ranks = None
+        if self.moe_layers:
+            refuse_training_apart()
+            timeout = timeout_of(cfg)
+            with explaining_lost_ranks(cfg):
+                set_timeout(timeout)
+                self.ranks = share_out_experts(cfg, task, model, timeout)
+                balanced_globally = set_balance_scope(cfg, task, model, timeout)
+            if balanced_globally or self.ranks:
+                self.never_generate = OWN_TOKENS if balanced_globally else KEEP_ALL
+            keep_one_state_a_parameter(cfg)
+            refuse_writing_in_place(cfg)
+            warn_of_plain_criterion(criterion, cfg.criterion._name)
+        self.sharded = self.ranks is not None and getattr(cfg.model, "sharded_checkpoints", False)
+        self.has_experts = bool(self.moe_layers)
+        with explaining_lost_ranks(cfg):
+            super().__init__(cfg, task, model, criterion, quantizer)
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any):
+        """See Trainer."""
+        with explaining_no_batch(self.cfg.dataset.train_subset, self.cfg.dataset, self.task):
+            return super().get_train_iterator(*args, **kwargs)
+
+    def get_valid_iterator(self, subset: str, *args: Any, **kwargs: Any):
+        """See Trainer."""
+        with explaining_no_batch(subset, self.cfg.dataset, self.task):
+            return super().get_valid_iterator(subset, *args, **kwargs)
+
+    def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
+        """See Trainer. A rank that runs out of memory ends the run: the others wait for it in the middle of the batch."""
+        self.in_train_step = True
+        try:
+            with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
+                output = super().train_step(samples, raise_oom or self.ranks is not None)
+        finally:
+            self.in_train_step = False
+        if self.ranks is not None and self.ranks.clock is not None:
+            elapsed = self.ranks.clock.read()
+            metrics.log_scalar("all_to_all_cpu_time_ms", elapsed.cpu, round=2)
+            metrics.log_scalar("all_to_all_cuda_time_ms", elapsed.cuda, round=2)
+        return output
+
+    def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False):
+        """See Trainer and train_step."""
+        with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
+            return super().valid_step(sample, raise_oom or self.ranks is not None)
+
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        """See Trainer, which calls this once an update, when all gradients but the experts' are reduced and scaled.
+
+        Scaling and summing commute, so this is the time for the experts' sums, and for one norm of all gradients.
+        """
+        if self.ranks is None:
+            return super().clip_grad_norm(clip_norm)
+        gradients.reduce_expert_gradients(self.get_model(), self.ranks)
+        if self.cfg.common.amp:
+            gradients.share_overflow(self.get_model(), self.ranks)
+        join = partial(gradients.add_expert_norm, parameters=list(self.optimizer.params), ranks=self.ranks)
+        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
+
+    def _prepare_sample(self, sample: Any, is_dummy: bool = False):
+        # fairseq fills up ranks that have run out of batches with a copy of an old one, and ignores what comes of it
+        sample, is_dummy_batch = super()._prepare_sample(sample, is_dummy)
+        for layer in self.moe_layers:
+            layer.idle = is_dummy_batch
+        return sample, is_dummy_batch
+
+    def _all_gather_list_sync(self, logging_outputs: List[Dict[str, Any]], *stats: Any, ignore: bool = False):
+        # of scores that need every prediction, such as --report-mcc; fairseq's own goes through a buffer on a GPU
+        if self.cuda:
+            return super()._all_gather_list_sync(logging_outputs, *stats, ignore=ignore)
+        gathered: List[Any] = [None] * self.data_parallel_world_size
+        own = ([] if ignore else logging_outputs, *stats)
+        dist.all_gather_object(gathered, own, group=self.data_parallel_process_group)
+        logs, *sums = zip(*gathered)
+        return list(chain.from_iterable(logs)), [sum(values) for values in sums]
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """See Trainer, which calls this once after each optimizer step that was not skipped; the selection biases step too."""
+        super().set_num_updates(num_updates)
+        if self.in_train_step:
+            update_selection_biases(self.get_model())
+
+    def zero_grad(self) -> None:
+        """See Trainer: before each step, and after one that failed. Loads go with gradients."""
+        super().zero_grad()
+        forget_loads(self.get_model())
+
+    def consolidate_optimizer(self) -> None:
+        """See CheckpointingTrainer."""
+        with explaining_lost_ranks(self.cfg):
+            super().consolidate_optimizer()
+
+    def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
+        """See CheckpointingTrainer."""
+        with explaining_lost_ranks(self.cfg):
+            return super().save_checkpoint(filename, extra_state)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
+        """See CheckpointingTrainer."""
+        with explaining_lost_ranks(self.cfg):
+            return super().load_checkpoint(filename, *args, **kwargs)
+
+
+def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
+    """Leave this rank its share of the experts of every layer; None when every rank keeps them all.
+
+    Raises ConfigurationError for sizes that do not divide, and for parts of fairseq that cannot go with it.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    layers = moe_layers(model)
+    try:
+        size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, layers[0].gate.num_experts)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    if size == 1:
+        return None
+    refuse_incompatible(cfg, size)
+    refuse_unequal_forwards(cfg, task, KEEP_ALL)
+    ranks = form_expert_group(size, timeout, Clock() if getattr(cfg.model, "record_a2a_perf_stats", False) else None)
+    spread_experts(model, ranks)
+    logger.info("experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, ranks.num_replicas)
+    return ranks
+
+
+def refuse_training_apart() -> None:
+    """Raise ConfigurationError where torchrun started several ranks, and fairseq, which counts the GPUs it sees, saw one."""
+    started = os.environ.get("WORLD_SIZE", "")
+    by_torchrun = started.isdigit() and all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    if by_torchrun and int(started) > 1 and not dist.is_initialized():
+        raise ConfigurationError(
+            f"torchrun started {started} ranks (WORLD_SIZE), and fairseq, which sees one GPU at most, would train each alone; add"
+            f" --distributed-world-size {started}, or on a CPU use fairseq-sparsemixer launch"
+        )
+
+
+def refuse_missing_tpu(cfg: Any) -> None:
+    """Raise ConfigurationError for --tpu where torch has none."""
+    if cfg.common.tpu and find_spec("torch_xla") is None:
+        raise ConfigurationError("--tpu needs torch_xla, which is not installed; leave it out, --bf16 works on any device")
+
+
+def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> bool:
+    """With --balance-scope global, let the balance losses speak of the tokens of all ranks; whether it does so.
+
+    Raises ConfigurationError for an unknown scope.
+    """
+    scope = getattr(cfg.model, "balance_scope", "local")
+    if scope not in ("local", "global"):
+        raise ConfigurationError(f"--balance-scope {scope} is unknown; choose local or global")
+    if scope == "local" or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    refuse_unequal_forwards(cfg, task, OWN_TOKENS)
+    everyone = dist.new_group(timeout=timeout)  # its own: DistributedDataParallel keeps the default group busy
+    for layer in moe_layers(model):
+        layer.gate.balance_group = everyone
+    return True
+
+
+def refuse_incompatible(cfg: Any, size: int) -> None:
+    """Raise ConfigurationError for options of fairseq that assume the same parameters on every rank."""
+    distributed, remedy = cfg.distributed_training, KEEP_ALL
+    if distributed.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
+        raise ConfigurationError(
+            f"--ddp-backend {distributed.ddp_backend} averages or shards all parameters over ranks, and experts spread over"
+            f" {size} ranks differ; use legacy_ddp or pytorch_ddp, or {remedy}"
+        )
+    if distributed.zero_sharding != "none":
+        raise ConfigurationError(
+            f"--zero-sharding {distributed.zero_sharding} hands every parameter's update to one rank, and experts spread over"
+            f" {size} ranks differ; {remedy}"
+        )
+    if cfg.optimization.use_bmuf:
+        raise ConfigurationError(f"--use-bmuf averages models over ranks, and experts differ by rank; {remedy}")
+    refuse_unshareable_state(cfg, remedy)
+
+
+def refuse_unshareable_state(cfg: Any, remedy: str) -> None:
+    """Raise ConfigurationError for optimizers that mix the numbers of a tensor, of which a rank has a part."""
+    optimizer = getattr(cfg.optimizer, "_name", None)
+    if optimizer in ("adafactor", "lamb", "composite"):
+        raise ConfigurationError(
+            f"--optimizer {optimizer} updates a tensor by statistics of all of it, and a rank has a part of the experts' tensors;"
+            f" use adam, or {remedy}"
+        )
+    if getattr(cfg.optimizer, "fp16_adam_stats", False):
+        raise ConfigurationError(f"--fp16-adam-stats scales its state by rank, and cannot be gathered; leave it out, or {remedy}")
+
+
+def refuse_writing_in_place(cfg: Any) -> None:
+    """Raise ConfigurationError for fairseq's asynchronous writer, which a kill leaves with half a checkpoint."""
+    if cfg.checkpoint.write_checkpoints_asynchronously:
+        raise ConfigurationError("--write-checkpoints-asynchronously leaves half a file when the run is killed; leave it out")
+
+
+def keep_one_state_a_parameter(cfg: Any) -> None:
+    """Under --fp16, keep fairseq from flattening parameters: the same optimizer state then fits any number of ranks."""
+    if cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads:
+        logger.info("experts: --fp16-no-flatten-grads is set, so that checkpoints move between world sizes")
+        with open_dict(cfg):
+            cfg.common.fp16_no_flatten_grads = True
+
+
+def install() -> None:
+    """Make fairseq-train and fairseq-hydra-train build this Trainer, also when run as `python -m fairseq_cli.train`.
+
+    In processes that fairseq spawns, it imports the user-dir again before it builds a trainer.
+    """
+    for module in (fairseq_cli.train, sys.modules.get("__main__"), sys.modules.get("__mp_main__")):
+        if getattr(module, "Trainer", None) is Trainer:
+            module.Trainer = MoETrainer

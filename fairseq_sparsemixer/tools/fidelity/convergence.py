@@ -1,0 +1,51 @@
+"""Order of convergence: how fast an estimator's error in the choice term falls as the ODE step a = pi_i f_i shrinks."""
+
+from dataclasses import dataclass
+from math import log2
+from typing import List, Optional, Sequence
+
+from fairseq_sparsemixer.tools.fidelity.exact import exact_gradient
+from fairseq_sparsemixer.tools.fidelity.measure import EXACT, enumerated_moments
+from fairseq_sparsemixer.tools.fidelity.methods import CHOICE, Method, SampledExpert
+from fairseq_sparsemixer.tools.fidelity.problem import Problem
+
+STEPS = tuple(2.0**-k for k in range(2, 8))
+FITTED = 4  # the smallest steps, where the leading term of the error is nearly all of it
+
+
+@dataclass(frozen=True)
+class OrderStudy:
+    """errors: relative to the choice term at step 1, one a step. order: the fitted slope; None where the error is rounding."""
+
+    method: Method
+    steps: Sequence[float]
+    errors: Sequence[float]
+    order: Optional[float]
+
+
+def order_of_convergence(problem: Problem, methods: List[Method], steps: Sequence[float] = STEPS) -> List[OrderStudy]:
+    """The study of every method that is an estimator; exact expectations, no sampling.
+
+    The choice term is estimated by the expectation, less the scale term where the estimator keeps that one. Switch
+    estimates it by zero.
+    """
+    studied = [method for method in methods if isinstance(method, SampledExpert)]
+    unit = exact_gradient(problem).choice.norm().item()
+    errors: List[List[float]] = [[] for _ in studied]
+    for step in steps:
+        scaled = problem.scaled(step)
+        exact = exact_gradient(scaled)
+        for method, found in zip(studied, errors):
+            target = exact.choice if method.aim == CHOICE else exact.full
+            found.append((enumerated_moments(method, scaled).mean - target).norm().item() / unit)
+    return [OrderStudy(method, steps, found, fitted_order(steps, found)) for method, found in zip(studied, errors)]
+
+
+def fitted_order(steps: Sequence[float], errors: Sequence[float]) -> Optional[float]:
+    """The least-squares slope of log error over log step at the smallest steps; None when they are exact to rounding."""
+    if max(error / step for step, error in zip(steps, errors)) < EXACT:
+        return None
+    x = [log2(step) for step in steps[-FITTED:]]
+    y = [log2(max(error, 1e-300)) for error in errors[-FITTED:]]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)

@@ -1,0 +1,286 @@
+"""A problem out of a trained model: one MoE layer of a checkpoint, on the tokens of given text.
+
+For a token s of the layer, g_s(y) is the training criterion's loss of the whole sentence when the layer gives y for that
+token, and all else is held at what the model does at inference: the layer's output for the other tokens, and the choice
+and the multipliers of every other MoE layer, for every token. g_s thus goes through attention, normalisation, experts
+and output layer as training does, and is as smooth as they are. T positions in a sentence, R evaluations at once.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import checkpoint_utils, utils
+from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
+from torch import Tensor, nn
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates import Gate, Routing
+from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
+from fairseq_sparsemixer.tools.fidelity.problem import Problem
+from fairseq_sparsemixer.tools.generation import read_sentences as lines_of
+
+POSITIONS = 8192  # R T at once: bounds the memory of one pass through the model
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One sentence as the model sees it at inference.
+
+    sample: a fairseq batch of this sentence alone. inputs, rest: [T, M], what goes into the layer, and what comes out
+    beside the routed experts (shared experts; else zero). outputs: [T, E, M] of every expert. outcome: [T, M], what the
+    layer gives. routings: of every other MoE layer's gate.
+    """
+
+    sample: Dict[str, Any]
+    inputs: Tensor
+    outputs: Tensor
+    outcome: Tensor
+    rest: Tensor
+    routings: List[Tuple[Gate, Routing]]
+
+
+def trained_problem(
+    checkpoint: str,
+    text: str,
+    target: str,
+    layer: Optional[str] = None,
+    data_bin: Optional[str] = None,
+    max_tokens: int = 64,
+    jitter_eps: Optional[float] = None,
+) -> Problem:
+    """The first max_tokens tokens that the layer sees on the text.
+
+    Args: checkpoint of a translation model with experts; text and target: files of sentences, split into subwords as the
+    model's training data was; layer as the `moe_layers` names it, the first one for None; data_bin where the dictionaries
+    are, the folder the checkpoint was trained on for None; jitter_eps: the router's own for None.
+    Raises ConfigurationError for files that cannot be used.
+    """
+    sentences = read_sentences(text, target)
+    model, criterion, task = load_model(checkpoint, data_bin)
+    if not translates(model):
+        raise ConfigurationError(f"{checkpoint} is no translation model; give a checkpoint of transformer_moe")
+    name, moe = find_layer(model, layer, checkpoint)
+    scenes: List[Scene] = []
+    tokens = 0
+    for source_line, target_line in sentences:
+        scenes.append(set_scene(model, moe, criterion, make_sample(task, source_line, target_line)))
+        tokens += len(scenes[-1].inputs)
+        if tokens >= max_tokens:
+            break
+    inputs = torch.cat([scene.inputs for scene in scenes])[:max_tokens]
+    if jitter_eps is None and hasattr(moe.gate, "estimator"):
+        jitter_eps = moe.gate.jitter_eps  # the routers that sample mask by it; others add noise
+    return Problem(
+        tokens=inputs,
+        logits=moe.gate.logits(inputs).detach(),
+        outputs=torch.cat([scene.outputs for scene in scenes])[:max_tokens],
+        loss=DownstreamLoss(model, criterion, moe, scenes, len(inputs)),
+        jitter_eps=jitter_eps,
+        description=f"{name} of {Path(checkpoint).name} (router {moe.gate.router}, {moe.gate.num_experts} experts),"
+        f" {len(inputs)} tokens of {len(scenes)} sentence{'s' * (len(scenes) > 1)}",
+    )
+
+
+def read_sentences(text: str, target: str) -> List[Tuple[str, str]]:
+    """Pairs of lines. Raises ConfigurationError for files that are missing, empty, no UTF-8, or of unequal length."""
+    sides = []
+    for flag, path in (("--text", text), ("--target", target)):
+        try:
+            sides.append(lines_of(Path(path)))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{flag} {error.message}") from None
+    if len(sides[0]) != len(sides[1]):
+        lengths = f"--text {text} has {len(sides[0])} lines and --target {target} {len(sides[1])}"
+        raise ConfigurationError(f"{lengths}; they must be pairs")
+    pairs = [(source, translation) for source, translation in zip(*sides) if source.strip() and translation.strip()]
+    if not pairs:
+        raise ConfigurationError(f"--text {text} and --target {target} hold no sentence")
+    return pairs
+
+
+def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.Module, Any]:
+    """(model in float64 and eval mode, its training criterion, task). Raises ConfigurationError."""
+    overrides = {} if data_bin is None else {"data": str(data_bin)}
+    with one_sentence_for(checkpoint):
+        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), overrides)
+    try:
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides, state=state)
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder by --data-bin"
+        ) from None
+    if "moe_load_file" in cfg.criterion:
+        cfg.criterion.moe_load_file = None
+    return models[0].double().eval().requires_grad_(False), task.build_criterion(cfg.criterion), task
+
+
+def translates(model: nn.Module) -> bool:
+    """Whether the model has a source and a target."""
+    return hasattr(model, "encoder") and hasattr(model, "decoder")
+
+
+def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple[str, MoELayer]:
+    """(name, MoE layer). Raises ConfigurationError when there is none of that name, or it gives a token several experts."""
+    layers = dict(moe_layers(model))
+    if not layers:
+        raise ConfigurationError(f"--checkpoint {checkpoint} has no MoE layer; give one trained with a --router other than dense")
+    name = layer or next(iter(layers))
+    if name not in layers:
+        raise ConfigurationError(f"--layer {layer} is no MoE layer of {checkpoint}; choose from {', '.join(layers)}")
+    if layers[name].gate.top_k != 1:
+        raise ConfigurationError(
+            f"{name} of {checkpoint} gives each token {layers[name].gate.top_k} experts, and only one can be enumerated here;"
+            " give a checkpoint trained with --moe-top-k 1"
+        )
+    return name, layers[name]
+
+
+def make_sample(task: Any, source_line: str, target_line: str) -> Dict[str, Any]:
+    """A fairseq translation batch of one sentence."""
+    source = task.source_dictionary.encode_line(source_line, add_if_not_exist=False).long().unsqueeze(0)
+    target = task.target_dictionary.encode_line(target_line, add_if_not_exist=False).long().unsqueeze(0)
+    return {
+        "net_input": {
+            "src_tokens": source,
+            "src_lengths": torch.tensor([source.size(1)]),
+            "prev_output_tokens": target.roll(1, dims=1),  # end of sentence first
+        },
+        "target": target,
+        "ntokens": target.numel(),
+    }
+
+
+def set_scene(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample: Dict[str, Any]) -> Scene:
+    """Run the model once at inference, and note what the layer and every gate do."""
+    seen: Dict[str, Tensor] = {}
+    hook = moe.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs[0], outcome=output))
+    with double_softmax(), torch.no_grad():
+        criterion(model, sample, reduce=False)
+    hook.remove()
+    inputs, outcome = (seen[name].flatten(0, -2) for name in ("inputs", "outcome"))  # [T, M]: a batch of one
+    outputs = every_expert(moe, inputs)
+    chosen = outputs[torch.arange(len(inputs)), moe.routing.expert_index.squeeze(1)]  # one expert a token
+    routed = moe.routing.combine_weight * chosen
+    others = [(other.gate, other.routing) for _, other in moe_layers(model) if other is not moe]
+    return Scene(sample, inputs, outputs, outcome, outcome - routed, others)
+
+
+@torch.no_grad()
+def every_expert(moe: MoELayer, inputs: Tensor) -> Tensor:
+    """What each expert makes of each token of inputs [T, M], scaled as the layer scales its output: [T, E, M]."""
+    count, E = len(inputs), moe.gate.num_experts
+    outputs = moe.experts(inputs.repeat(E, 1), [count] * E).view(E, count, -1)
+    if moe.routing.output_scale is not None:
+        outputs = outputs * moe.routing.output_scale
+    return outputs.transpose(0, 1)
+
+
+class DownstreamLoss:
+    """g_s for every token: y [..., S, M] -> [..., S]. Gradients are found on the way, so that memory stays bounded."""
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, moe: MoELayer, scenes: List[Scene], tokens: int):
+        self.model, self.criterion, self.moe, self.scenes, self.tokens = model, criterion, moe, scenes, tokens
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return _Eager.apply(y.reshape(-1, self.tokens, y.size(-1)), self).view(y.shape[:-1])
+
+    def with_gradient(self, y: Tensor) -> Tuple[Tensor, Tensor]:
+        """y [O, S, M] -> losses [O, S] and their gradients [O, S, M]."""
+        losses, gradients, start = [], [], 0
+        for scene in self.scenes:
+            stop = min(start + len(scene.inputs), self.tokens)
+            position = torch.arange(stop - start).expand(len(y), -1).reshape(-1)  # [R]
+            rows = y[:, start:stop].reshape(-1, y.size(-1)).split(max(POSITIONS // len(scene.inputs), 1))
+            pairs = [self._run(scene, part, where) for part, where in zip(rows, position.split(len(rows[0])))]
+            losses.append(torch.cat([loss for loss, _ in pairs]).view(len(y), -1))
+            gradients.append(torch.cat([gradient for _, gradient in pairs]).view(len(y), stop - start, -1))
+            start = stop
+        return torch.cat(losses, 1), torch.cat(gradients, 1)
+
+    def _run(self, scene: Scene, y: Tensor, position: Tensor) -> Tuple[Tensor, Tensor]:
+        """y [R, M] put at position [R] of the sentence, one each -> losses [R], gradients [R, M]."""
+        y = y.detach().requires_grad_()
+        with torch.enable_grad(), held(scene, self.moe, y, position), double_softmax():
+            loss, _, _ = self.criterion(self.model, repeat_sample(scene.sample, len(y)), reduce=False)
+            loss = loss.view(len(y), -1).sum(1)
+            return loss.detach(), torch.autograd.grad(loss.sum(), y)[0]
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, loss: DownstreamLoss) -> Tensor:
+        losses, gradients = loss.with_gradient(y)
+        ctx.save_for_backward(gradients)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None]:
+        return grad.unsqueeze(-1) * ctx.saved_tensors[0], None
+
+
+def repeat_sample(sample: Dict[str, Any], count: int) -> Dict[str, Any]:
+    """The batch of one sentence, `count` times."""
+    net_input = {name: value.expand(count, *value.shape[1:]) for name, value in sample["net_input"].items()}
+    return {"net_input": net_input, "target": sample["target"].repeat(count, 1), "ntokens": sample["ntokens"] * count}
+
+
+@contextmanager
+def held(scene: Scene, moe: MoELayer, y: Tensor, position: Tensor) -> Iterator[None]:
+    """Inside, the layer gives the scene's outcome but for y [R, M] at position [R], and other gates the scene's routings."""
+    count = len(y)
+
+    def layer(x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:  # x [T, R, M]
+        output = scene.outcome.unsqueeze(1).repeat(1, count, 1)
+        output[position, torch.arange(count)] = y + scene.rest[position]
+        return output
+
+    with ExitStack() as stack:
+        stack.enter_context(swapped(moe, "forward", layer))
+        for gate, routing in scene.routings:
+            again = repeat_routing(routing, count)
+            stack.enter_context(swapped(gate, "forward", lambda tokens, padding_mask=None, again=again: again))
+        yield
+
+
+def repeat_routing(routing: Routing, count: int) -> Routing:
+    """The routing of the positions [T] of one sentence, for `count` copies of it side by side, [T count]."""
+
+    def repeat(value: Optional[Tensor]) -> Optional[Tensor]:
+        return None if value is None else value.repeat_interleave(count, 0)
+
+    return replace(
+        routing,
+        expert_index=repeat(routing.expert_index),
+        combine_weight=repeat(routing.combine_weight),
+        probabilities=repeat(routing.probabilities),
+        padding_mask=repeat(routing.padding_mask),
+        dropped=repeat(routing.dropped),
+        aux_losses={},
+    )
+
+
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, owner.name is value."""
+    own = name in vars(owner)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if own else delattr(owner, name)
+
+
+@contextmanager
+def double_softmax() -> Iterator[None]:
+    """Inside, fairseq's softmaxes, which compute in float32 always, keep float64."""
+    softmax = lambda x, dim, onnx_trace=False: F.softmax(x, dim=dim)  # noqa: E731
+    log_softmax = lambda x, dim, onnx_trace=False: F.log_softmax(x, dim=dim)  # noqa: E731
+    with swapped(utils, "softmax", softmax), swapped(utils, "log_softmax", log_softmax):
+        yield

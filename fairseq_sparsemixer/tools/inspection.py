@@ -1,0 +1,186 @@
+"""What a checkpoint holds: its experts, its parameters, the work it does for a token, and how alike its experts are.
+
+All of it is read from the file alone; no dictionary and no model is needed. E experts, M model dimension.
+"""
+
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates import DENSE, build_gate
+from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of
+from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
+from fairseq_sparsemixer.plugin.models.architectures import fill_defaults
+from fairseq_sparsemixer.plugin.models.config import MoEOptions, router_options
+from fairseq_sparsemixer.plugin.models.fast_path import without_copies
+
+FIRST_WEIGHT, EXPERTS, PROJECTION = ".experts.weight_in", ".experts.", ".gate.projection.weight"
+PARTS = ("generator", "encoder", "decoder")
+# Tables, of which a token takes a row, and the projections of adaptive inputs but the first band's: a word is in one band.
+NO_MATRIX = re.compile(
+    r"\.(embed_tokens|embed_positions|shared\.tokens|shared\.positions|embeddings\.\d+\.0|embeddings\.[1-9]\d*\.1)\.weight$|\.bias\w*$"
+)
+BUFFERS = (".version", "._float_tensor", ".balancer.bias")  # what a state has beside its parameters
+MASKED_LM_HEAD, CLASSIFICATION_HEADS = ".lm_head.", "classification_heads."
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """name: of the transformer layer. similarities: mean over pairs of experts of the cosine, of the rows of the router's
+    projection and of all weights of an expert; None for a router without projection, and for one expert.
+    """
+
+    name: str
+    num_experts: int
+    model_dim: int
+    hidden_dim: int
+    parameters: int
+    router_similarity: Optional[float]
+    expert_similarity: Optional[float]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """parameters: those of all experts; active: those one token meets. flops: of the forward pass for one token, two for
+    each weight of the matrices it is multiplied by; embedding look-ups and the products of attention weights left out.
+    """
+
+    parameters: int
+    active: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """top_k: experts for a token, on average. parameters, active: see PartReport. parts: encoder and decoder, or ELECTRA's
+    generator and discriminator; what they share counts in both.
+    """
+
+    router: str
+    top_k: float
+    updates: Optional[int]
+    parameters: int
+    active: int
+    parts: Dict[str, PartReport]
+    layers: List[LayerReport]
+
+
+def inspect_checkpoint(path: str) -> CheckpointReport:
+    """Read the report off a checkpoint of fairseq. Raises ConfigurationError for a file that cannot be used."""
+    state = read_checkpoint(path)
+    if layout_of(state)["size"] > 1:
+        raise ConfigurationError(
+            f"{path} is one file of a sharded checkpoint, without the experts of other ranks;"
+            " make one file of all: fairseq-sparsemixer reshard IN OUT --portable"
+        )
+    model = without_copies(state["model"])
+    weights = distinct_tensors(model)
+    layers = [layer_report(weights, name) for name in weights if name.endswith(FIRST_WEIGHT)]
+    options = model_options(state)
+    router = getattr(options, "router", DENSE) if layers else DENSE
+    top_k = experts_for_a_token(options, layers)
+    total, active = parameter_counts(weights, top_k)
+    return CheckpointReport(
+        router=router,
+        top_k=top_k,
+        updates=_updates(state),
+        parameters=total,
+        active=active,
+        parts=part_reports(model, router, top_k),
+        layers=layers,
+    )
+
+
+def distinct_tensors(state: Dict[str, Any]) -> Dict[str, Tensor]:
+    """The parameters, each once: tied weights stand in a state under several names."""
+    found: Dict[Any, str] = {}
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.is_floating_point() and not name.endswith(BUFFERS):
+            found.setdefault((value.data_ptr(), value.shape), name)
+    return {name: state[name] for name in found.values()}
+
+
+def layer_report(weights: Dict[str, Tensor], first_weight: str) -> LayerReport:
+    """The report of the MoE layer whose experts' first weight has this name."""
+    prefix = first_weight[: -len(FIRST_WEIGHT)]
+    experts = [value.float().flatten(1) for name, value in weights.items() if name.startswith(prefix + EXPERTS)]
+    num_experts, model_dim, _ = weights[first_weight].shape
+    projection = weights.get(prefix + PROJECTION)
+    return LayerReport(
+        name=prefix[: -len(".fc1.moe")] if prefix.endswith(".fc1.moe") else prefix,
+        num_experts=num_experts,
+        model_dim=model_dim,
+        hidden_dim=weights[prefix + ".experts.weight_out"].size(1),
+        parameters=sum(value.numel() for value in experts),
+        router_similarity=None if projection is None else mean_cosine(projection.float()),
+        expert_similarity=mean_cosine(torch.cat(experts, 1)),
+    )
+
+
+def mean_cosine(rows: Tensor) -> Optional[float]:
+    """Mean over pairs of the cosine between rows [N, D]; None for fewer than two rows."""
+    if len(rows) < 2:
+        return None
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    return ((unit.sum(0).square().sum() - len(rows)) / (len(rows) * (len(rows) - 1))).item()
+
+
+def model_options(state: Dict[str, Any]) -> Any:
+    """The model's flags, as attributes."""
+    options = state.get("args") or (state.get("cfg") or {}).get("model")
+    options = Namespace(**(options if isinstance(options, dict) else vars(options)))
+    fill_defaults(options, MoEOptions)  # flags younger than the checkpoint
+    return options
+
+
+def experts_for_a_token(options: Any, layers: List[LayerReport]) -> float:
+    """k, as the router has it under these flags; 0 without experts."""
+    if not layers:
+        return 0
+    return build_gate(options.router, 1, layers[0].num_experts, **router_options(options)).experts_per_token
+
+
+def parameter_counts(weights: Dict[str, Tensor], top_k: float) -> Tuple[int, int]:
+    """(total, active) of distinct tensors."""
+    return sum(value.numel() for value in weights.values()), round(_met(weights, top_k))
+
+
+def part_reports(model: Dict[str, Tensor], router: str, top_k: float) -> Dict[str, PartReport]:
+    """The report of each part that this state of a model has."""
+    found = {part: {name: value for name, value in model.items() if name.startswith(f"{part}.")} for part in PARTS}
+    classifies = any(name.startswith(CLASSIFICATION_HEADS) for name in model)
+    reports = {}
+    for part, tensors in found.items():
+        if tensors:
+            title = "discriminator" if part == "encoder" and found["generator"] else part
+            flops = 2 * _met(matrices(tensors, router, classifies), top_k)
+            reports[title] = PartReport(*parameter_counts(distinct_tensors(tensors), top_k), round(flops))
+    return reports
+
+
+def matrices(tensors: Dict[str, Tensor], router: str, classifies: bool) -> Dict[str, Tensor]:
+    """Those of the tensors that a token is multiplied by in training, under each name that it is used by.
+
+    classifies: the masked-LM head, still in the file, gave way to one that runs once a sentence.
+    """
+    found = {name: value for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
+    if router == "hash":  # looks at the token's number alone
+        found = {name: value for name, value in found.items() if not name.endswith(PROJECTION)}
+    if classifies:
+        found = {name: value for name, value in found.items() if MASKED_LM_HEAD not in name}
+    return {name: value for name, value in found.items() if not NO_MATRIX.search(name)}
+
+
+def _met(weights: Dict[str, Tensor], top_k: float) -> float:
+    """The numbers that one token meets: those of k of the E experts, and all others."""
+    return sum(value.numel() * (top_k / value.size(0) if EXPERTS in name else 1) for name, value in weights.items())
+
+
+def _updates(state: Dict[str, Any]) -> Optional[int]:
+    history = state.get("optimizer_history") or [{}]
+    return history[-1].get("num_updates")

@@ -1,0 +1,90 @@
+"""Plots of training runs: validation-loss curves and expert-load heatmaps, as PNG files."""
+
+import io
+import logging
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+from fairseq_sparsemixer.files import finish, unfinished_beside
+from fairseq_sparsemixer.tools.runs import Run
+
+# fairseq, once imported, logs everything down to debugging, and matplotlib has things to say while it is imported
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+import matplotlib  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+matplotlib.use("agg")  # no display is needed
+DPI = 110
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Draw a PNG file, whole or not at all. Raises OSError."""
+    with unfinished_beside(str(path)) as unfinished:
+        Path(unfinished).write_bytes(drawn(figure))
+        finish(unfinished, str(path))
+
+
+def drawn(figure: Figure) -> bytes:
+    """The figure as a PNG file's bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, format="png")
+    return content.getvalue()
+
+
+def as_text(name: str) -> str:
+    """A name for a label: no dollar sign in it begins a formula, no underscore at its beginning hides it from the legend."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def plot_valid_loss(runs: Sequence[Run], path: Path) -> None:
+    """draw_valid_loss into a file."""
+    save(draw_valid_loss(runs), path)
+
+
+def draw_valid_loss(runs: Sequence[Run]) -> Figure:
+    """A curve of the validation loss against updates for each run; with gaps where a loss is no number."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for run in runs:
+        if run.valid_loss:
+            axes.plot(*zip(*run.valid_loss), marker="o", markersize=3, label=f"{as_text(run.name)} ({run.valid_loss[-1][1]:.3f})")
+    axes.set(xlabel="updates", ylabel="validation loss (bits per token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(title="run (last loss)")
+    return figure
+
+
+def plot_expert_load(runs: Sequence[Run], path: Path) -> bool:
+    """draw_expert_load into a file. False: no run has experts."""
+    figure = draw_expert_load(runs)
+    if figure is not None:
+        save(figure, path)
+    return figure is not None
+
+
+def draw_expert_load(runs: Sequence[Run]) -> Optional[Figure]:
+    """A heatmap for each run with experts: layers x experts, the share of a layer's tokens. None: no run has any."""
+    runs = [run for run in runs if run.load is not None]
+    if not runs:
+        return None
+    rows = sum(len(run.load.layers) for run in runs)
+    figure = Figure(figsize=(6.4, 1.1 * len(runs) + 0.45 * rows), layout="constrained")
+    panels = figure.subplots(len(runs), squeeze=False, height_ratios=[len(run.load.layers) for run in runs])[:, 0]
+    for run, axes in zip(runs, panels):
+        _heatmap(axes, run.name, run.load.layers, run.load.total())
+    return figure
+
+
+def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> None:
+    """shares [L][E] with the even share 1 / E as the middle of the colours."""
+    experts = len(shares[0])
+    image = axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 / experts)
+    axes.set(title=f"{as_text(title)}: share of tokens", xlabel="expert", xticks=range(experts))
+    axes.set_yticks(range(len(layers)), [as_text(layer.replace(".layers.", " ")) for layer in layers])
+    if experts <= 16:
+        for row, values in enumerate(shares):
+            for column, value in enumerate(values):
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    axes.figure.colorbar(image, ax=axes)

@@ -1,0 +1,54 @@
+"""Validation losses over a training, and where they reach a level."""
+
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from fairseq_sparsemixer.tools.runs import Run
+
+SPIKE = 1.2  # a logged training loss this many times the one before counts as a spike
+
+
+class Point(NamedTuple):
+    """A place on a curve: updates done, seconds of training, validation loss."""
+
+    updates: float
+    seconds: float
+    loss: float
+
+
+class Curve(NamedTuple):
+    """Validation losses, the updates before each, and the seconds: updates times the run's median time of one."""
+
+    updates: List[int]
+    seconds: List[float]
+    losses: List[float]
+
+    @staticmethod
+    def of(run: Run) -> "Curve":
+        """The curve of one training. A log without an interval of training, shorter than --log-interval, has no seconds: 0."""
+        updates = [done for done, _ in run.valid_loss]
+        seconds = [done * (run.seconds_per_update or 0.0) for done in updates]
+        return Curve(updates, seconds, [loss for _, loss in run.valid_loss])
+
+    @staticmethod
+    def mean(curves: Sequence[Dict[str, Any]]) -> "Curve":
+        """The mean of curves given as dicts, at the validations that all of them have."""
+        common = sorted(set.intersection(*(set(curve["updates"]) for curve in curves)))
+        by_update = [{u: row for u, *row in zip(c["updates"], c["seconds"], c["losses"])} for c in curves]
+        means = [[sum(values) / len(curves) for values in zip(*(rows[u] for rows in by_update))] for u in common]
+        return Curve(common, [seconds for seconds, _ in means], [loss for _, loss in means])
+
+    def first_below(self, loss: float) -> Optional[Point]:
+        """Where the curve first reaches `loss`, on the straight line between two validations; None when it never does."""
+        points = [Point(*point) for point in zip(*self)]
+        for before, after in zip([None, *points], points):
+            if after.loss <= loss:
+                if before is None:
+                    return after
+                share = (before.loss - loss) / (before.loss - after.loss)
+                return Point(*(start + share * (stop - start) for start, stop in zip(before, after)))
+        return None
+
+
+def count_spikes(train_losses: Sequence[float]) -> int:
+    """How many times the logged training loss jumped."""
+    return sum(after > SPIKE * before for before, after in zip(train_losses, train_losses[1:]))

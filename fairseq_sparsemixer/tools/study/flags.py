@@ -1,0 +1,43 @@
+"""The names of a study's flags, held against the parsers of fairseq's programs: argparse would take `see` for `seed`."""
+
+import contextlib
+import io
+from typing import Any, Dict, Optional, Set
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.study.commands import USER_DIR, as_arguments
+
+PARSERS = {
+    "fairseq-train": "get_training_parser",
+    "fairseq-generate": "get_generation_parser",
+    "fairseq-eval-lm": "get_eval_lm_parser",
+}
+ARCH = "transformer_moe"  # whose flags are known where none is named
+
+
+def unknown_flag(program: str, flags: Dict[str, Any]) -> Optional[str]:
+    """A flag of which no whole name is known to the program, under the architecture, task and so on of the flags; else None.
+
+    Raises ConfigurationError where there is no such architecture, task and so on.
+    """
+    known = _known_flags(program, flags)
+    return next((name for name in flags if f"--{name}" not in known), None)
+
+
+def _known_flags(program: str, flags: Dict[str, Any]) -> Set[str]:
+    from fairseq import options, registry  # takes seconds
+
+    parser = getattr(options, PARSERS[program])()
+    parser.error = _refuse
+    # of the values, those alone that bring flags along: fairseq evaluates some of the others as expressions
+    names = ["task", *(name.replace("_", "-") for name in registry.REGISTRIES)]
+    chosen = {name: flags[name] for name in names if name in flags}
+    if program == "fairseq-train":
+        chosen["arch"] = flags.get("arch") or ARCH
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        options.parse_args_and_arch(parser, ["data", "--user-dir", USER_DIR, *as_arguments(chosen)], parse_known=True)
+    return set(parser._option_string_actions)
+
+
+def _refuse(message: str) -> None:
+    raise ConfigurationError(message.split(" (choose from")[0][:200])  # there are hundreds of architectures

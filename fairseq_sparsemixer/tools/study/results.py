@@ -1,0 +1,118 @@
+"""What the runs of a study say together: one results file, with the figures of each router over its seeds."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.runs import read_run
+from fairseq_sparsemixer.tools.study.commands import RESULT
+from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes
+from fairseq_sparsemixer.tools.study.runner import is_finished, run_folder
+from fairseq_sparsemixer.tools.study.scores import read_hypotheses, read_references
+from fairseq_sparsemixer.tools.study.spec import Run, Study
+
+RESAMPLES = 1000  # of the paired bootstrap, sacreBLEU's own default
+
+
+def gather(study: Study, out: Path) -> Dict[str, Any]:
+    """The results of all finished runs: {"runs": [...], "groups": [...]}, ready for JSON.
+
+    A group is a router with its number of experts; its figures are means and standard deviations over seeds (None for
+    fewer than two). `to_baseline` is when its mean curve first reaches the final loss of the baseline with as many
+    experts, as a share of the baseline's updates and of its training time (None: never).
+    """
+    finished = [run for run in study.runs() if is_finished(run_folder(out, run))]
+    runs = [_run_figures(study, run, run_folder(out, run)) for run in finished]
+    by_group: Dict[str, List[Dict[str, Any]]] = {}
+    for run in runs:
+        by_group.setdefault(run["group"], []).append(run)
+    groups = [_group_figures(name, members) for name, members in by_group.items()]
+    for group in groups:
+        baseline = _baseline(study, groups, group)
+        if baseline is not None:
+            group["to_baseline"] = _race(by_group[group["group"]], by_group[baseline["group"]])
+            if study.test is not None and study.test.metric == "bleu" and baseline is not group:
+                group["bleu_p_value"] = _bootstrap(study, out, by_group[group["group"]], by_group[baseline["group"]])
+    machines = sorted({run["machine"] for run in runs})
+    return {"title": study.title, "machines": machines, "baseline": study.baseline, "runs": runs, "groups": groups}
+
+
+def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    log = read_run(folder)
+    curve = Curve.of(log)
+    if not curve.losses:
+        raise ConfigurationError(f"{folder} has no validation in its log; let fairseq-train validate, or delete the folder")
+    return {
+        **result,
+        "group": run.group,
+        "updates": curve.updates[-1],
+        "valid_loss": curve.losses[-1],
+        "best_valid_loss": min(filter(math.isfinite, curve.losses), default=math.nan),
+        "train_seconds": curve.seconds[-1],
+        "spikes": count_spikes(log.train_loss),
+        "load_max": None if log.load is None else _busiest(log.load.counts[-1][1]),
+        "curve": curve._asdict(),
+    }
+
+
+def _busiest(counts: List[List[int]]) -> float:
+    """Tokens of the busiest expert of any layer over its layer's mean, from counts [L][E]."""
+    return max(max(layer) * len(layer) / max(sum(layer), 1) for layer in counts)
+
+
+def _group_figures(name: str, members: List[Dict[str, Any]]) -> Dict[str, Any]:
+    group = {"group": name, "router": members[0]["router"], "num_experts": members[0]["num_experts"], "seeds": len(members)}
+    for figure in ("valid_loss", "best_valid_loss", "train_seconds", "spikes", "load_max"):
+        group[figure] = _mean_and_deviation([member[figure] for member in members])
+    scores = [member["test"]["score"] for member in members if member.get("test")]
+    group["test"] = _mean_and_deviation(scores)
+    return group
+
+
+def _mean_and_deviation(values: List[Optional[float]]) -> Optional[Dict[str, Optional[float]]]:
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation}
+
+
+def _baseline(study: Study, groups: List[Dict[str, Any]], group: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """The baseline's group with as many experts. A dense model is set against the baseline with the fewest, and where the
+    baseline is dense, all are set against that one.
+    """
+    candidates = [other for other in groups if other["router"] == study.baseline]
+    same = [other for other in candidates if other["num_experts"] in (group["num_experts"], None)]
+    fewest = sorted(candidates, key=lambda other: other["num_experts"] or 0) if group["num_experts"] is None else []
+    return next(iter(same or fewest), None)
+
+
+def _race(members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Dict[str, Optional[float]]:
+    """Updates and training time until the mean curve is at the baseline's final mean loss, over the baseline's own."""
+    own, other = Curve.mean([member["curve"] for member in members]), Curve.mean([member["curve"] for member in baseline])
+    reached = own.first_below(other.losses[-1])
+    if reached is None:
+        return {"updates": None, "seconds": None}
+    seconds = reached.seconds / other.seconds[-1] if other.seconds[-1] else None
+    return {"updates": reached.updates / other.updates[-1], "seconds": seconds}
+
+
+def _bootstrap(study: Study, out: Path, members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Optional[float]:
+    """sacreBLEU's paired bootstrap on the test sets of all common seeds laid end to end: the p-value of the difference."""
+    seeds = sorted({member["seed"] for member in members} & {member["seed"] for member in baseline})
+    if not seeds:
+        return None
+    references = read_references(study.test) * len(seeds)
+    systems = []
+    for name, side in (("baseline", baseline), ("router", members)):
+        folders = {member["seed"]: out / "runs" / member["run"] for member in side}
+        systems.append((name, [line for seed in seeds for line in read_hypotheses(folders[seed] / "test.txt")]))
+    _, scores = PairedTest(systems, {"BLEU": BLEU()}, [references], test_type="bs", n_samples=RESAMPLES)()
+    return scores["BLEU"][1].p_value

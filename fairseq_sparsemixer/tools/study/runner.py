@@ -1,0 +1,255 @@
+"""Runs a study: trainings side by side, each in a folder of its own, so that a killed study goes on where it was.
+
+OUT/runs/NAME/ holds command.txt, train.log, load.jsonl, checkpoints/, and at the end result.json, written in one piece.
+fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a run with result.json is not touched again. A study that
+is interrupted ends its trainings, and on Linux so does one that is killed; elsewhere the next waits for them.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shlex
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from threading import Event
+from typing import IO, Any, Callable, Dict, List, Optional
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.tools.machine import describe_machine, usable_cores
+from fairseq_sparsemixer.tools.processes import child_environment, die_with_parent, stop, why_failed
+from fairseq_sparsemixer.tools.runs import TRAIN_LOG
+from fairseq_sparsemixer.tools.study.commands import COMMAND, RESULT, executable, test_command, train_command
+from fairseq_sparsemixer.tools.study.scores import score
+from fairseq_sparsemixer.tools.study.spec import Run, Study
+
+REFRESH = 0.5  # seconds between two looks at a log
+CLAIMS = ".claims"  # beside the folders of runs: the lock under which they are given away
+TAIL = 16384  # bytes of a log that surely hold its last line of figures
+
+
+def run_folder(out: Path, run: Run) -> Path:
+    """The folder of a run."""
+    return out / "runs" / run.name
+
+
+class Stopped(Exception):
+    """The study is being ended, and what it runs with it."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether there is a result in a run's folder; one that a crash of the machine left in pieces is none."""
+    try:
+        return isinstance(json.loads((folder / RESULT).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def devices(workers: Optional[int]) -> List[Dict[str, str]]:
+    """The environment of each place where a run can go: a GPU among those visible, or an equal share of the CPU's cores."""
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [*map(str, range(gpus))]
+        return [{"CUDA_VISIBLE_DEVICES": visible[index % gpus]} for index in range(workers or gpus)]
+    cores = usable_cores()
+    workers = workers or cores
+    return [{"OMP_NUM_THREADS": str(max(1, cores // workers))}] * workers
+
+
+def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: Optional[Progress] = None) -> List[str]:
+    """Train and score every run that has no result yet. Returns one sentence for each run that failed; the others go on.
+
+    An interruption ends what runs, and starts nothing more. Raises ConfigurationError when a folder holds a run of other
+    flags, or cannot be written.
+    """
+    _claim_all(study, out)
+    runs = [run for run in study.runs() if not is_finished(run_folder(out, run))]
+    places: "Queue[Dict[str, str]]" = Queue()
+    for place in devices(workers):
+        places.put(place)
+    stopping = Event()
+
+    def work(run: Run) -> Optional[str]:
+        place = places.get()
+        try:
+            failure = _train_and_score(study, run, run_folder(out, run), {**child_environment(), **place}, progress, stopping)
+        except Stopped:
+            return None
+        except OSError as error:
+            failure = f"{run.name} failed: {run_folder(out, run)} cannot be written ({error.strerror or error})"
+        finally:
+            places.put(place)
+        if progress is not None:
+            progress.console.print(failure or f"{run.name} is finished", markup=False, highlight=False, soft_wrap=True)
+        return failure
+
+    with ThreadPoolExecutor(places.qsize()) as pool:
+        try:
+            return [failure for failure in pool.map(work, runs) if failure]
+        finally:
+            stopping.set()  # before the pool waits for its threads: only an interruption finds any at work
+
+
+def progress_display() -> Progress:
+    """A bar a run, in updates."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+
+
+def _claim_all(study: Study, out: Path) -> None:
+    """Note the commands of new runs; a folder begun with another one is somebody else's. All is looked at before any is noted."""
+    try:
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        with (out / "runs" / CLAIMS).open("w") as lock:  # of two studies that start together, one is first
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for run in study.runs():
+                _check_claim(study, run, run_folder(out, run))
+            for run in study.runs():
+                folder = run_folder(out, run)
+                folder.mkdir(exist_ok=True)
+                if not (folder / COMMAND).exists():
+                    write_whole(folder / COMMAND, shlex.join(train_command(study, run, folder)) + "\n")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        what = getattr(error, "filename", None) or out
+        raise ConfigurationError(f"{what} cannot be written ({getattr(error, 'strerror', error)}); give another --out") from None
+
+
+def _check_claim(study: Study, run: Run, folder: Path) -> None:
+    note = folder / COMMAND
+    if not note.exists():
+        return
+    try:
+        words = shlex.split(note.read_text(encoding="utf-8"))
+    except ValueError:  # no text, or quotes that do not end
+        raise ConfigurationError(f"{note} is no command line; give another --out, or delete {folder}") from None
+    before, now = _flags(words), _flags(train_command(study, run, folder))
+    for flag in sorted({*before, *now}):
+        if before.get(flag) != now.get(flag):
+            raise ConfigurationError(
+                f"{folder} was begun with other flags, {before.get(flag, f'no {flag}')} where the study now has"
+                f" {now.get(flag, f'no {flag}')}; give another --out, or delete the folder"
+            )
+
+
+def _flags(command: List[str]) -> Dict[str, str]:
+    """{"--lr": "--lr 0.1", ...} of a command, the place of the package left out: it may be moved."""
+    flags, name = {}, "the data"
+    for word in command[1:]:
+        name = word if word.startswith("--") else name
+        flags[name] = f"{flags[name]} {word}" if name in flags else word
+    flags.pop("--user-dir", None)
+    return flags
+
+
+def _train_and_score(
+    study: Study, run: Run, folder: Path, environment: Dict[str, str], progress: Optional[Progress], stopping: Event
+) -> Optional[str]:
+    """None, or the sentence of the failure. Raises Stopped when the study is being ended, OSError when the disk is full."""
+    output, scored = folder / "output.txt", folder / "test.txt"
+    with (folder / "lock").open("w") as lock:
+        _take(lock, run, progress, stopping)
+        if is_finished(folder):  # by whoever had the lock
+            return None
+        begun = time.time()
+        call = partial(_call, environment=environment, lock=lock, stopping=stopping)
+        reason = call(train_command(study, run, folder), output, "ab", watch=_watch(study, run, folder, progress))
+        if reason is not None:
+            return f"{run.name} failed in training: {reason} (see {output})"
+        result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
+        if study.test is not None:
+            reason = call(test_command(study, folder), scored, "wb")
+            if reason is not None:
+                return f"{run.name} failed in its test: {reason} (see {scored})"
+            try:
+                result["test"] = score(study.test, scored)
+            except ConfigurationError as error:
+                return f"{run.name} failed in its test: {error.message}"
+        result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
+        write_whole(folder / RESULT, json.dumps(result, indent=2))
+    return None
+
+
+def _take(lock: IO, run: Run, progress: Optional[Progress], stopping: Event) -> None:
+    """Wait for the lock, which a run's programs hold, too: a training may have outlived the study that began it."""
+    told = False
+    while not stopping.is_set():
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress is not None and not told:
+                told = True
+                progress.console.print(f"{run.name} waits for its training that an earlier study began", highlight=False)
+            stopping.wait(REFRESH)
+    raise Stopped
+
+
+def _call(
+    command: List[str],
+    output: Path,
+    mode: str,
+    environment: Dict[str, str],
+    lock: IO,
+    stopping: Event,
+    watch: Optional[Callable[[], None]] = None,
+) -> Optional[str]:
+    """Run a command, its output in a file: None when it succeeded, else why not. Raises Stopped when the study is being ended."""
+    with output.open(mode) as file:
+        start = file.seek(0, os.SEEK_END)
+        process = subprocess.Popen(  # this thread waits for it: its end would be that of the process, too
+            executable(command), env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+            preexec_fn=die_with_parent(),
+        )  # fmt: skip
+    try:
+        while not _ended_within(process, REFRESH):
+            if stopping.is_set():
+                raise Stopped
+            if watch is not None:
+                watch()
+    finally:
+        stop([process])  # the checkpoint of its last save stays
+    if stopping.is_set():  # Ctrl-C reaches the programs, too
+        raise Stopped
+    return None if process.returncode == 0 else why_failed(process.returncode, output, start)
+
+
+def _ended_within(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _watch(study: Study, run: Run, folder: Path, progress: Optional[Progress]) -> Optional[Callable[[], None]]:
+    """A function that moves the run's bar to the last update in its log."""
+    if progress is None:
+        return None
+    updates = run.flags.get("max-update")
+    bar = progress.add_task(run.name, total=updates, loss="")
+
+    def watch() -> None:
+        log = folder / TRAIN_LOG
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - TAIL))
+                tail = file.read().decode("utf-8", "replace")
+            done = re.findall(r'"(?:train_)?num_updates": "(\d+)"', tail)
+            losses = re.findall(r'"(?:train_)?loss": "([\d.]+)"', tail)
+            progress.update(bar, completed=int(done[-1]) if done else 0, loss=f"loss {losses[-1]}" if losses else "")
+
+    return watch

@@ -1,0 +1,1 @@
+"""What recipes share: downloads, corpora, text, training and evaluation, the command line."""

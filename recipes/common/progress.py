@@ -1,0 +1,124 @@
+"""Other programs run with their progress on screen, and everything they print in a file."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.processes import child_environment, die_with_parent, stop
+
+LAST_LINES = 15  # of a failed program's output to show
+WIDTH = 110  # of a printed command
+
+
+class Advance(NamedTuple):
+    """How far a program has come, and what it says of itself."""
+
+    completed: int
+    note: str
+
+
+class Meter(NamedTuple):
+    """What a program advances towards: `total` of `unit`. read_line tells how far a line of output says that it is, or None."""
+
+    total: int
+    unit: str
+    read_line: Callable[[str], Optional[Advance]]
+
+
+def script(name: str) -> str:
+    """The path of a console script of this Python, as one would type it from here."""
+    path = os.path.join(os.path.dirname(sys.executable), name)
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else path
+
+
+def format_command(command: List[str]) -> str:
+    """The command for a shell, broken in lines before flags and hydra's overrides."""
+    lines = [""]
+    for word in command:
+        quoted = shlex.quote(word)
+        if (word.startswith("--") or "=" in word) and len(lines[-1]) > WIDTH - 30:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + quoted
+    return " \\\n".join(lines)
+
+
+def run_program(command: List[str], log: Path, console: Console, meter: Optional[Meter] = None) -> None:
+    """Print the command, run it, and show its advance. Its output is appended to log.
+
+    Raises ConfigurationError, after the last lines of output, when the program fails.
+    """
+    console.print(format_command(command), style="cyan", soft_wrap=True, highlight=False, markup=False)
+    tail: deque = deque(maxlen=LAST_LINES)
+    with log.open("a", encoding="utf-8") as file, _Display(meter, console) as display:
+        with _started(command) as process:
+            for line in process.stdout:
+                file.write(line)
+                tail.append(line)
+                display.read(line)
+            status = process.wait()
+    if status:
+        console.print("".join(tail), markup=False, highlight=False)
+        raise ConfigurationError(f"{Path(command[0]).name} failed with status {status}; its whole output is in {log}")
+
+
+@contextmanager
+def _started(command: List[str]) -> Iterator[subprocess.Popen]:
+    """A program whose output is in a pipe. Whatever happens here, an interruption or a full disk, ends it as well."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+            env=child_environment(), preexec_fn=die_with_parent(),
+        )  # fmt: skip
+    except FileNotFoundError:
+        name = Path(command[0]).name
+        raise ConfigurationError(
+            f"{command[0]} is not there; install {name} into this environment, as `make install` does"
+        ) from None
+    try:
+        yield process
+    finally:
+        stop([process], first=signal.SIGINT)  # at which fairseq-preprocess ends its workers, too
+        process.stdout.close()
+
+
+class _Display:
+    """A progress bar on a terminal; elsewhere, such as in a log, a line for each advance. Nothing without a meter."""
+
+    def __init__(self, meter: Optional[Meter], console: Console):
+        self.meter, self.console = meter, console
+        self.bar: Optional[Progress] = None
+        if meter is not None and console.is_terminal:
+            text = TextColumn(meter.unit + ", {task.description}")
+            self.bar = Progress(BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn(), console=console)
+            self.task = self.bar.add_task("starting", total=meter.total)
+
+    def __enter__(self) -> "_Display":
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def read(self, line: str) -> None:
+        advance = None if self.meter is None else self.meter.read_line(line)
+        if advance is None:
+            return
+        if self.bar is not None:
+            self.bar.update(self.task, completed=advance.completed, description=advance.note)
+        else:
+            self.console.print(
+                f"  {advance.completed}/{self.meter.total} {self.meter.unit}, {advance.note}", markup=False, highlight=False
+            )

@@ -1,0 +1,54 @@
+"""Text in subwords, by sentencepiece."""
+
+from pathlib import Path
+from typing import Any, Iterable, Iterator, List, Sequence
+
+import sentencepiece
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from recipes.common.corpus import read_file
+
+MODEL = "pieces.model"  # in the folder of a segmented corpus
+BATCH = 10_000  # sentences segmented at a time
+
+
+def learn_pieces(files: Sequence[Path], folder: Path, vocabulary: int, kind: str = "unigram", **options: Any) -> Path:
+    """folder/pieces.model of `vocabulary` pieces, learnt from text files. kind: unigram or bpe; options: sentencepiece's.
+
+    Raises ConfigurationError, with the reason that sentencepiece gives, for a vocabulary and text that do not go together.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / MODEL
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            input=[str(path) for path in files],
+            model_prefix=str(model.with_suffix("")),
+            model_type=kind,
+            vocab_size=vocabulary,
+            hard_vocab_limit=False,  # a small corpus may not have that many
+            character_coverage=1.0,
+            minloglevel=2,
+            **options,
+        )
+    except RuntimeError as error:
+        what = f"no vocabulary of {vocabulary} pieces can be learnt from {', '.join(map(str, files))}"
+        raise ConfigurationError(f"{what} ({error}); give more pieces or more text") from None
+    return model
+
+
+def segment(model: Path, sentences: Iterable[str]) -> Iterator[str]:
+    """Each sentence as pieces separated by blanks, as they are asked for."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    batch: List[str] = []
+    for sentence in sentences:
+        batch.append(sentence)
+        if len(batch) == BATCH:
+            yield from (" ".join(pieces) for pieces in processor.encode(batch, out_type=str))
+            batch = []
+    yield from (" ".join(pieces) for pieces in processor.encode(batch, out_type=str))
+
+
+def segment_file(model: Path, source: Path, destination: Path) -> None:
+    """The sentences of one file as pieces in another."""
+    with destination.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in segment(model, read_file(source).lines))

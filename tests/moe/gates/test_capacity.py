@@ -1,0 +1,81 @@
+"""Capacity: who is served and who is dropped, against a queue kept by hand."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_sparsemixer import Routing, build_gate
+from fairseq_sparsemixer.moe.gates.capacity import expert_capacity, limit_capacity, require_capacity_factor
+
+
+def served_by_hand(expert_index, padding, capacity, num_experts):
+    """{(token, choice)} that find room: the first choices of all tokens by position, then the second ones."""
+    room, served = [capacity] * num_experts, set()
+    for choice in range(len(expert_index[0]) if expert_index else 0):
+        for token, experts in enumerate(expert_index):
+            if not padding[token] and room[experts[choice]] > 0:
+                room[experts[choice]] -= 1
+                served.add((token, choice))
+    return served
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_choices_beyond_capacity_are_dropped_in_gshards_order(data):
+    num_experts, tokens = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    k = data.draw(st.integers(1, num_experts))
+    factor = data.draw(st.sampled_from([0.1, 0.5, 1.0, 1.1, 1.25, 2.0, 7.0]))
+    expert_index = [data.draw(st.permutations(range(num_experts)))[:k] for _ in range(tokens)]
+    padding = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    mask = torch.tensor(padding)
+    weight = torch.rand(tokens, k) + 0.1
+    routing = Routing(
+        torch.tensor(expert_index),
+        weight.masked_fill(mask.unsqueeze(-1), 0),
+        probabilities=torch.zeros(tokens, num_experts),
+        padding_mask=mask,
+    )
+    limited = limit_capacity(routing, factor)
+    capacity = math.ceil(Fraction(str(factor)) * k * padding.count(False) / num_experts)
+    served = served_by_hand(expert_index, padding, capacity, num_experts)
+    for token in range(tokens):
+        for choice in range(k):
+            kept = (token, choice) in served
+            assert limited.combine_weight[token, choice] == (weight[token, choice] if kept else 0)
+            assert limited.dropped[token, choice].item() == (not kept and not padding[token])
+    sums = limited.statistics()
+    assert sums["load"].sum().item() == len(served) and sums["load"].sum(0).max().item() <= capacity
+    assert sums["dropped"].sum().item() == k * padding.count(False) - len(served)
+    assert routing.dropped is None  # the routing given is left as it was
+
+
+def test_rounding_makes_no_room():
+    assert 1.1 * 50 > 55 and expert_capacity(50, 1, 1.1).item() == 55
+    assert expert_capacity(0, 4, 1.0).item() == 0
+    assert expert_capacity(torch.tensor(7), 4, 1.0, top_k=2).item() == 4
+
+
+def test_infinity_drops_nothing_and_other_factors_must_be_positive():
+    assert require_capacity_factor(math.inf) is None and require_capacity_factor(None) is None
+    for bad in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="--capacity-factor .* must be positive"):
+            require_capacity_factor(bad)
+
+
+def test_padding_takes_no_capacity_and_inference_drops_nothing():
+    gate = build_gate("switch", 4, 2, capacity_factor=1.0, jitter_eps=0)
+    logits = torch.tensor([[1.0, 0]]).repeat(8, 1)
+    padding = torch.arange(8) < 4  # in front: were they counted, no place would be left
+    assert gate.route(logits, padding).dropped.squeeze(1).tolist() == [False] * 6 + [True] * 2
+    assert gate.eval().route(logits, padding).dropped is None
+
+
+def test_dropped_tokens_send_no_gradient_to_the_router():
+    gate = build_gate("switch", 4, 2, capacity_factor=0.5, jitter_eps=0)
+    logits = torch.tensor([[1.0, 0]] * 4, requires_grad=True)
+    gate.route(logits).combine_weight.sum().backward()
+    assert (logits.grad.abs().sum(1) > 0).tolist() == [True, False, False, False]

@@ -1,0 +1,67 @@
+"""The base of every gate: the projection, and the checks of its options."""
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_jitter, require_top_k
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_computed_in_float32_whatever_the_tokens(dtype, autocast):
+    gate = Gate(16, 4).to(dtype)
+    tokens = torch.randn(9, 16).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = gate.logits(tokens)
+    exact = tokens.double() @ gate.projection.weight.double().t()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_stays_float64():
+    gate = Gate(16, 4).double()
+    tokens = torch.randn(9, 16, dtype=torch.float64)
+    torch.testing.assert_close(gate.logits(tokens), tokens @ gate.projection.weight.t())
+
+
+def test_a_bias_of_the_router_starts_at_zero_and_is_added_to_the_logits_in_float32():
+    gate = Gate(16, 4, router_bias=True).to(torch.bfloat16)
+    tokens = torch.randn(9, 16).to(torch.bfloat16)
+    assert gate.projection.bias.tolist() == [0] * 4
+    torch.nn.init.normal_(gate.projection.bias)
+    exact = tokens.double() @ gate.projection.weight.double().t() + gate.projection.bias.double()
+    logits = gate.logits(tokens)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-6)
+    logits.sum().backward()
+    assert gate.projection.bias.grad.tolist() == [9] * 4
+
+
+@pytest.mark.parametrize("num_experts", [0, -1])
+def test_there_must_be_an_expert(num_experts):
+    with pytest.raises(ValueError, match=f"--num-experts {num_experts} must be at least 1"):
+        Gate(16, num_experts)
+
+
+def test_jitter_must_lie_within_its_bounds():
+    assert (require_jitter(0), require_jitter(float("inf")), require_jitter(1, most=1)) == (0, float("inf"), 1)
+    for wrong in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"--jitter-eps {wrong} must be at least 0"):
+            require_jitter(wrong)
+    with pytest.raises(ValueError, match="--jitter-eps 1.5 must lie between 0 and 1; the papers use 0.1"):
+        require_jitter(1.5, most=1)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_top_k_must_not_exceed_the_experts(top_k):
+    assert require_top_k(4, 4) == 4
+    with pytest.raises(ValueError, match=f"--moe-top-k {top_k} must lie between 1 and --num-experts 4"):
+        require_top_k(top_k, 4)
+
+
+def test_padding_gets_no_weight_and_sends_no_gradient():
+    weight = torch.rand(3, 2, requires_grad=True)
+    hidden = hide_padding(weight, torch.tensor([False, True, False]))
+    hidden.sum().backward()
+    assert hidden[1].tolist() == [0, 0] and weight.grad.tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert hide_padding(weight, None) is weight

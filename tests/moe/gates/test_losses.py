@@ -1,0 +1,73 @@
+"""The auxiliary losses against loops over tokens in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq_sparsemixer.moe.gates.losses import balance_loss, masked_mean, router_z_loss
+
+
+def balance_by_loops(probabilities, expert_index, padding, num_experts):
+    real = [s for s in range(len(padding)) if not padding[s]]
+    choices = [e for s in real for e in expert_index[s]]
+    loss = 0.0
+    for expert in range(num_experts):
+        f = choices.count(expert) / len(choices) if choices else 0.0
+        p = sum(probabilities[s][expert] for s in real) / len(real) if real else 0.0
+        loss += f * p
+    return num_experts * loss
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(0, 7), experts=st.integers(1, 5), k=st.integers(1, 2), seed=st.integers(0, 99))
+def test_balance_is_the_formula_over_the_tokens_that_are_not_padding(tokens, experts, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.rand(tokens, experts, dtype=torch.float64, generator=generator).softmax(-1)
+    expert_index = torch.randint(experts, (tokens, k), generator=generator)
+    padding = torch.rand(tokens, generator=generator) < 0.4
+    loss = balance_loss(probabilities, expert_index, padding)
+    expected = balance_by_loops(probabilities.tolist(), expert_index.tolist(), padding.tolist(), experts)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_balance_is_one_when_balanced_and_the_number_of_experts_when_collapsed():
+    even = torch.full((8, 4), 0.25)
+    assert balance_loss(even, torch.arange(8).remainder(4).unsqueeze(1)).item() == pytest.approx(1)
+    collapsed = torch.zeros(8, 4).index_fill(1, torch.tensor([2]), 1.0)
+    assert balance_loss(collapsed, torch.full((8, 1), 2)).item() == pytest.approx(4)
+
+
+def test_the_gradient_of_balance_flows_through_the_mean_probability_alone():
+    probabilities = torch.rand(5, 3, dtype=torch.float64).softmax(-1).requires_grad_()
+    expert_index = torch.tensor([[0], [0], [1], [2], [0]])
+    padding = torch.tensor([False, False, False, True, False])
+    balance_loss(probabilities, expert_index, padding).backward()
+    share = torch.tensor([3 / 4, 1 / 4, 0.0], dtype=torch.float64)
+    expected = (3 * share / 4).expand(5, 3) * (~padding).unsqueeze(1)
+    torch.testing.assert_close(probabilities.grad, expected)
+
+
+def test_z_loss_is_the_mean_squared_log_partition():
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    padding = torch.tensor([False, True, False, False, True, False])
+    expected = [math.log(sum(math.exp(v) for v in row)) ** 2 for row, pad in zip(logits.tolist(), padding.tolist()) if not pad]
+    assert router_z_loss(logits, padding).item() == pytest.approx(sum(expected) / 4)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_without_tokens_every_loss_is_zero_and_so_is_its_gradient(tokens):
+    logits = torch.randn(tokens, 4, requires_grad=True)
+    padding = torch.ones(tokens, dtype=torch.bool)
+    index = torch.zeros(tokens, 1, dtype=torch.int64)
+    loss = balance_loss(logits.softmax(-1), index, padding) + router_z_loss(logits, padding)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_what_stands_at_padding_never_matters():
+    values = torch.tensor([[1.0], [float("nan")], [3.0], [float("inf")]])
+    assert masked_mean(values, torch.tensor([False, True, False, True])).item() == 2

@@ -1,0 +1,181 @@
+"""What holds for every router, whatever it is: hypothesis draws the sizes, the padding and the logits."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from fairseq_sparsemixer import build_gate, build_moe_layer
+from fairseq_sparsemixer.moe.gates import GATES, gate_options
+
+few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+LEAST_EXPERTS = {"gshard": 2}  # two different experts a token
+
+
+@st.composite
+def cases(draw, router, dropless=False):
+    """(gate in training or not, tokens [S, M], padding [S] or None)."""
+    num_experts = draw(st.integers(LEAST_EXPERTS.get(router, 1), 6))
+    tokens = draw(st.integers(1, 20))
+    options = {}
+    if "top_k" in gate_options(router):
+        options["top_k"] = draw(st.integers(1, num_experts))
+    if "capacity_factor" in gate_options(router) and router != "expert_choice":
+        options["capacity_factor"] = float("inf") if dropless else draw(st.sampled_from([0.5, 1.0, float("inf")]))
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    gate = build_gate(router, 5, num_experts, **options).train(draw(st.booleans()))
+    torch.nn.init.normal_(gate.projection.weight)  # some start at zero, where everything ties
+    kind = draw(st.sampled_from(["none", "some", "all"]))
+    padding = {"none": None, "some": torch.rand(tokens) < 0.4, "all": torch.ones(tokens, dtype=torch.bool)}[kind]
+    return gate, torch.randn(tokens, 5), padding
+
+
+def matrix(routing):
+    """[S, E]: the weight of each expert for each token."""
+    weights = torch.zeros(len(routing.expert_index), routing.num_experts)
+    return weights.scatter_add(1, routing.expert_index, routing.combine_weight.detach())
+
+
+def routed(routing):
+    unrouted = routing.unrouted()
+    return torch.ones_like(routing.expert_index, dtype=torch.bool) if unrouted is None else ~unrouted
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_routing_is_well_formed(router):
+    @few
+    @given(cases(router))
+    def holds(case):
+        gate, tokens, padding = case
+        routing = gate(tokens, padding)
+        index, weight = routing.expert_index, routing.combine_weight
+        assert index.dtype == torch.int64 and index.shape == weight.shape and len(index) == len(tokens)
+        assert weight.dtype == torch.float32 and weight.isfinite().all()
+        assert weight.min() >= 0 and weight.max() <= 1
+        assert index.min() >= 0 and index.max() < gate.num_experts
+        assert all(len(set(row)) == len(row) for row in index.tolist())
+        assert (weight[~routed(routing)] == 0).all()
+        if padding is not None:
+            assert not routed(routing)[padding].any() and (matrix(routing)[padding] == 0).all()
+        real = len(tokens) if padding is None else (~padding).sum().item()
+        sums = routing.statistics()
+        assert sums["tokens"].item() == real and sums["load"].sum() <= real * index.size(1)
+        if gate.capacity_factor is not None and gate.training:
+            most = gate.capacity_factor * index.size(1) * real / gate.num_experts
+            assert sums["load"].sum(0).max().item() < most + 1
+        if not gate.training and gate.causal:
+            assert routing.dropped is None
+        for loss in routing.aux_losses.values():
+            assert loss.shape == () and loss.isfinite() and loss >= 0
+            if real == 0:
+                assert loss == 0
+
+    holds()
+
+
+def fix_noise(gate, num_tokens, order):
+    """Let the gate draw the same noise each time, its rows in the given order."""
+    if not hasattr(gate, "draw_noise"):
+        return
+
+    def rearranged(noise):
+        if isinstance(noise, list):
+            return [rearranged(one) for one in noise]
+        if isinstance(noise, tuple):  # but a std given by the caller is in its order already
+            return noise._replace(**{name: value[order] for name, value in noise._asdict().items() if name != "std"})
+        return noise if noise is None else noise[order]
+
+    draw = type(gate).draw_noise
+
+    def fixed(argument):
+        torch.manual_seed(3)
+        return rearranged(draw(gate, argument))
+
+    gate.draw_noise = fixed
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_tokens_in_another_order_are_routed_alike(router):
+    @few
+    @given(cases(router, dropless=True), st.randoms(use_true_random=False))
+    def holds(case, random):
+        gate, tokens, padding = case
+        order = list(range(len(tokens)))
+        random.shuffle(order)
+        fix_noise(gate, len(tokens), list(range(len(tokens))))
+        straight = gate(tokens, padding)
+        fix_noise(gate, len(tokens), order)
+        shuffled = gate(tokens[order], None if padding is None else padding[order])
+        if router == "base" and gate.training:  # the auction depends on the order; either way it is near the best total
+            real = torch.ones(len(tokens)) if padding is None else (~padding).float()
+            scores = gate.logits(tokens)
+            totals = [
+                (scores.gather(1, straight.expert_index).squeeze(1) * real).sum(),
+                (scores[order].gather(1, shuffled.expert_index).squeeze(1) * real[order]).sum(),
+            ]
+            assert (totals[0] - totals[1]).abs() <= len(tokens) * scores.abs().max() / 25 + 1e-5
+            return
+        torch.testing.assert_close(matrix(shuffled), matrix(straight)[order], rtol=1e-4, atol=1e-5)
+        for name, loss in straight.aux_losses.items():
+            torch.testing.assert_close(shuffled.aux_losses[name], loss, rtol=1e-4, atol=1e-5)
+
+    holds()
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_same_seed_same_routing(router):
+    gate, tokens = build_gate(router, 5, 4), torch.randn(30, 5)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        runs.append(gate(tokens))
+    assert torch.equal(runs[0].expert_index, runs[1].expert_index)
+    assert torch.equal(runs[0].combine_weight, runs[1].combine_weight)
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_activation_checkpointing_recomputes_the_same_routing(router):
+    layer = build_moe_layer(router, 5, 8, 4)
+    plain = copy.deepcopy(layer)
+    torch.nn.init.normal_(layer.gate.projection.weight)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(30, 5)
+    torch.manual_seed(11)
+    plain(x).square().sum().backward()
+    torch.manual_seed(11)
+    output = checkpoint(layer, x, use_reentrant=False)
+    first = layer.routing
+    output.square().sum().backward()
+    assert layer.routing is not first  # it ran again
+    assert torch.equal(layer.routing.expert_index, first.expert_index)
+    assert torch.equal(first.expert_index, plain.routing.expert_index)
+    for ours, reference in zip(layer.parameters(), plain.parameters()):
+        assert (ours.grad is None) == (reference.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, reference.grad)
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_all_tokens_to_one_expert_and_one_token_and_none(router):
+    gate = build_gate(router, 5, 4)
+    logits = torch.tensor([[9.0, 0, 0, 0]]).repeat(8, 1)
+    for rows in (8, 1, 0):
+        for training in (True, False):
+            routing = gate.train(training).route(logits[:rows])
+            assert routing.expert_index.size(0) == rows and routing.combine_weight.isfinite().all()
+            if not training and rows and gate.causal:
+                assert (routing.expert_index[:, 0] == 0).all()
+            routing.to_fairscale()
+
+
+@pytest.mark.parametrize("router", sorted(name for name, gate in GATES.items() if gate.causal))
+def test_at_inference_a_tokens_routing_depends_on_that_token_alone(router):
+    gate = build_gate(router, 5, 4).eval()
+    torch.nn.init.normal_(gate.projection.weight)
+    tokens = torch.randn(12, 5)
+    together = matrix(gate(tokens))
+    alone = torch.cat([matrix(gate(token.unsqueeze(0))) for token in tokens])
+    torch.testing.assert_close(together, alone)

@@ -1,0 +1,197 @@
+"""Every way of running the experts, and of dispatching to them, gives the numbers of the others."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fairseq_sparsemixer import build_moe_layer
+from fairseq_sparsemixer.moe import feed_forward
+from fairseq_sparsemixer.moe.dispatch import dispatch_locally
+from fairseq_sparsemixer.moe.experts import ACTIVATIONS, GATED_ACTIVATIONS, Experts
+from fairseq_sparsemixer.moe.feed_forward import Weights, feed_forward_by_expert, feed_forward_grouped, groups_of
+from fairseq_sparsemixer.moe.gates import GATES
+
+needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+ALL_ACTIVATIONS = {**ACTIVATIONS, **GATED_ACTIVATIONS}
+
+
+def make_weights(experts, model_dim, hidden_dim, gated=False, dtype=torch.float32):
+    inner = 2 * hidden_dim if gated else hidden_dim
+    shapes = ((experts, model_dim, inner), (experts, inner), (experts, hidden_dim, model_dim), (experts, model_dim))
+    return Weights(*(torch.randn(*shape, dtype=dtype).div_(4).requires_grad_() for shape in shapes))
+
+
+def run(path, rows, weights, counts, activation, upstream):
+    """Output and all gradients of one path."""
+    out = path(rows, weights, counts, activation)
+    return [out, *torch.autograd.grad(out, [rows, *weights], upstream)]
+
+
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+def test_the_gradients_are_those_of_finite_differences(name):
+    rows = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    weights = make_weights(3, 2, 3, name in GATED_ACTIVATIONS, torch.float64)
+    activation = ALL_ACTIVATIONS[name]
+    assert torch.autograd.gradcheck(
+        lambda rows, *weights: feed_forward_by_expert(rows, Weights(*weights), [2, 0, 3], activation), (rows, *weights)
+    )
+
+
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+def test_onednn_agrees_with_linear(name, monkeypatch):
+    rows, upstream = torch.randn(9, 8, requires_grad=True), torch.randn(9, 8)
+    weights = make_weights(4, 8, 16, name in GATED_ACTIVATIONS)
+    with_onednn = run(feed_forward_by_expert, rows, weights, [4, 0, 1, 4], ALL_ACTIVATIONS[name], upstream)
+    monkeypatch.setattr(feed_forward, "USE_ONEDNN", False)
+    without = run(feed_forward_by_expert, rows, weights, [4, 0, 1, 4], ALL_ACTIVATIONS[name], upstream)
+    torch.testing.assert_close(with_onednn, without, rtol=1e-5, atol=1e-5)
+
+
+@needs_grouped_mm
+@settings(max_examples=20, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=4), tail=st.integers(0, 3),
+       name=st.sampled_from(list(ALL_ACTIVATIONS)))  # fmt: skip
+def test_the_grouped_product_agrees_with_the_loop_and_gives_rows_behind_zeros(counts, tail, name):
+    weights = make_weights(len(counts), 8, 16, name in GATED_ACTIVATIONS)
+    used = sum(counts)
+    rows, upstream = torch.randn(used + tail, 8, requires_grad=True), torch.randn(used + tail, 8)
+    out, grad_rows, *grads = run(feed_forward_grouped, rows, weights, torch.tensor(counts), ALL_ACTIVATIONS[name], upstream)
+    used_rows = rows.detach()[:used].requires_grad_()
+    loop = run(feed_forward_by_expert, used_rows, weights, counts, ALL_ACTIVATIONS[name], upstream[:used])
+    torch.testing.assert_close([out[:used], grad_rows[:used], *grads], loop, rtol=1e-5, atol=1e-5)
+    assert not out[used:].any() and not grad_rows[used:].any()
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
+def test_a_layer_with_counts_on_the_device_equals_one_with_counts_on_the_host(router, monkeypatch):
+    on_host = build_moe_layer(router, 8, 16, 4)
+    on_device = copy.deepcopy(on_host)
+    monkeypatch.setattr(on_device.experts, "takes_device_counts", lambda rows: True)
+    x, padding = torch.randn(3, 7, 8), torch.rand(3, 7) < 0.3
+    outputs = []
+    for layer in (on_host, on_device):
+        torch.manual_seed(3)
+        outputs.append(layer(x, padding))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(on_device.parameters(), on_host.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
+def test_the_device_path_never_waits_for_the_host(router):
+    """Tensors without data cannot be read: any look at a count would raise."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        layer, tokens = build_moe_layer(router, 8, 16, 4), torch.randn(10, 8)
+        routing = layer.gate(tokens, torch.zeros(10, dtype=torch.bool))
+        out = dispatch_locally(tokens, routing, layer.experts, counts_on_device=True)
+        out.sum().backward()
+    assert out.shape == (10, 8) and layer.experts.weight_in.grad is not None
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2", "noisy_topk", "gshard", "hash", "dense_st"])
+def test_gate_and_experts_compile_without_a_graph_break(router, training, monkeypatch):
+    layer = build_moe_layer(router, 8, 16, 4).train(training).bfloat16()
+    monkeypatch.setattr(layer.experts, "takes_device_counts", lambda rows: True)
+    x, padding, ids = torch.randn(10, 8).bfloat16().requires_grad_(), torch.rand(10) < 0.3, torch.arange(10)
+    torch._dynamo.reset()  # its limit of recompilations counts over the whole process
+    outputs, gradients = [], []
+    for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
+        torch.manual_seed(1)  # the same noise
+        layer.zero_grad()
+        outputs.append(run(x, padding, token_ids=ids))
+        (outputs[-1].square().sum() + sum(layer.routing.aux_losses.values())).backward()
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_loop_dropout_keeps_the_expected_output_and_its_gradient_follows_the_mask():
+    for activation in (F.relu, torch.tanh):  # one that is kept, one that is recomputed
+        rows = torch.ones(4000, 2, dtype=torch.float64, requires_grad=True)
+        weights = Weights(*(torch.full(shape, 0.5, dtype=torch.float64, requires_grad=True) for shape in
+                            ((1, 2, 3), (1, 3), (1, 3, 2), (1, 2))))  # fmt: skip
+        kept = feed_forward_by_expert(rows, weights, [4000], activation)
+        dropped = feed_forward_by_expert(rows, weights, [4000], activation, dropout=0.25)
+        torch.testing.assert_close(dropped.mean(), kept.mean(), rtol=0.03, atol=0)
+        hidden = activation(torch.tensor(1.5, dtype=torch.float64)).item()
+        survivors = ((dropped[:, 0] - 0.5) / (0.5 * hidden / 0.75)).round()  # of 3 hidden units, in each row
+        assert set(survivors.tolist()) == {0, 1, 2, 3}
+        (grad,) = torch.autograd.grad(dropped[:, 0].sum(), weights.bias_out, retain_graph=True)
+        assert grad[0, 0] == 4000
+        (grad,) = torch.autograd.grad(dropped[:, 0].sum(), rows)
+        slope = 1 if activation is F.relu else 1 - hidden**2
+        torch.testing.assert_close(grad[:, 0], survivors.detach() * 0.5 * 0.5 * slope / 0.75)
+
+
+def test_without_gradients_the_same_output_is_computed():
+    experts = Experts(3, 8, 16, "gelu")
+    rows = torch.randn(6, 8)
+    with torch.no_grad():
+        plain = experts(rows, [1, 0, 5])
+    torch.testing.assert_close(plain, experts(rows, [1, 0, 5]))
+
+
+def test_an_activation_with_parameters_and_a_dropout_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="has parameters, which experts do not train"):
+        Experts(2, 3, 4, activation=torch.nn.PReLU())
+    with pytest.raises(ValueError, match=r"--activation-dropout 1.5 must lie in \[0, 1\]"):
+        Experts(2, 3, 4, dropout=1.5)
+
+
+def test_products_of_any_number_of_rows_have_few_sizes_and_waste_little():
+    sizes = {count: groups_of([count, 10**6], rounded=True)[0].rows.stop for count in range(1, 4097)}
+    assert len(set(sizes.values())) <= 31 + 16 * 7 + 1
+    assert all(count <= size <= count * 17 / 16 for count, size in sizes.items())
+
+
+def test_rows_computed_for_a_round_number_touch_neither_their_own_expert_nor_gradients():
+    experts = Experts(2, 8, 16)
+    rows = torch.randn(80, 8)
+    rows[65:] = float("nan")  # all of the second expert's, three of which fill up the first one's product
+    out = experts(rows, [65, 15])
+    out[:65].sum().backward()
+    assert out[:65].isfinite().all()
+    assert all(parameter.grad[0].isfinite().all() for parameter in experts.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+@pytest.mark.parametrize("parameter", ["weight_in", "bias_in", "weight_out", "bias_out"])
+def test_what_is_no_number_in_an_expert_is_none_in_its_output_and_in_no_others(parameter, name, dtype, training):
+    """oneDNN's relu on top of a product makes a NaN 0."""
+    experts = Experts(3, 8, 16, name, dropout=0.5 if training else 0.0).to(dtype).train(training)
+    getattr(experts, parameter).data[1] = torch.nan
+    out = experts(torch.randn(80, 8, dtype=dtype), [5, 70, 5])
+    assert out[5:75].isnan().all() and out[:5].isfinite().all() and out[75:].isfinite().all()
+    with torch.no_grad():
+        assert experts.eval()(torch.randn(80, 8, dtype=dtype), [5, 70, 5])[5:75].isnan().all()
+    out.float().sum().backward()
+    assert experts.weight_in.grad[0].isfinite().all() and experts.weight_out.grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", sorted(set(GATES) - {"expert_choice"}))
+@pytest.mark.parametrize("part", ["experts", "shared_experts", "gate"])
+def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, training):
+    layer = build_moe_layer(router, 8, 16, 4, num_shared_experts=1).train(training)
+    if (router, part) == ("hash", "gate"):
+        pytest.skip("this gate goes by the ids of the tokens, not by its parameters")
+    for parameter in getattr(layer, part).parameters():
+        parameter.data.fill_(torch.nan)
+    out = layer(torch.randn(12, 8), torch.arange(12) >= 10)
+    if router == "gshard" and training:  # what is over the capacity keeps the residual alone, unless shared experts run
+        assert out[:10].isnan().any()
+    else:
+        assert out[:10].isnan().all()
+    assert not out[10:].any()

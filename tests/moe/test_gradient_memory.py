@@ -1,0 +1,62 @@
+"""Gradients of experts reuse their memory, and never that of a tensor still in use."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.moe import gradient_memory
+from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+
+
+@pytest.fixture(autouse=True)
+def every_size_is_kept(monkeypatch):
+    monkeypatch.setattr(gradient_memory, "WORTH_KEEPING", 0)
+
+
+def test_memory_is_handed_out_again_only_when_nobody_uses_it():
+    memory, parameter = GradientMemory(), torch.zeros(3, 4)
+    first = memory.like("in", parameter)
+    address = first.data_ptr()
+    part = first[1]
+    del first
+    second = memory.like("in", parameter)
+    assert second.data_ptr() != part.data_ptr() and second.shape == (3, 4) and second.dtype == parameter.dtype
+    address = second.data_ptr()
+    del second, part
+    assert memory.like("in", parameter).data_ptr() == address
+    assert memory.like("in", torch.zeros(5, 4)).shape == (5, 4)
+
+
+def test_a_gradient_survives_the_next_backward_pass_where_it_is_kept():
+    experts = Experts(2, 3, 4)
+    rows = torch.randn(4, 3)
+    experts(rows, [4, 0]).sum().backward()
+    kept = experts.weight_in.grad
+    expected = kept.clone()
+    experts.zero_grad(set_to_none=True)
+    experts(rows * 2, [1, 3]).sum().backward()
+    assert torch.equal(kept, expected) and not torch.equal(experts.weight_in.grad, expected)
+
+
+def test_gradients_accumulate_and_reused_memory_holds_nothing_of_the_last_step():
+    experts = Experts(3, 3, 4).double()
+    rows = torch.randn(4, 3, dtype=torch.float64)
+    experts(rows, [2, 0, 2]).sum().backward()
+    once = [parameter.grad.clone() for parameter in experts.parameters()]
+    experts(rows, [2, 0, 2]).sum().backward()
+    for parameter, grad in zip(experts.parameters(), once):
+        torch.testing.assert_close(parameter.grad, 2 * grad)
+    experts.zero_grad(set_to_none=True)
+    experts(rows, [0, 4, 0]).sum().backward()
+    assert experts.weight_in.grad[1].any() and not experts.weight_in.grad[[0, 2]].any()
+
+
+def test_copies_and_pickles_start_without_memory():
+    experts = Experts(2, 3, 4)
+    experts(torch.randn(4, 3), [2, 2]).sum().backward()
+    for twin in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
+        assert twin.gradient_memory is not experts.gradient_memory
+        twin(torch.randn(4, 3), [2, 2]).sum().backward()

@@ -1,0 +1,72 @@
+"""The sizes of expert groups."""
+
+import copy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairseq_sparsemixer.moe.gates import GATES, build_gate
+from fairseq_sparsemixer.moe.parallel import Clock, ExpertGroup, expert_parallel_size
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_default_is_the_largest_divisor_of_ranks_and_experts(world_size, num_experts):
+    size = expert_parallel_size(None, world_size, num_experts)
+    assert size == max(n for n in range(1, 65) if world_size % n == 0 and num_experts % n == 0)
+
+
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
+def test_a_request_must_divide_both(requested, world_size, num_experts):
+    if world_size % requested == 0 and num_experts % requested == 0:
+        assert expert_parallel_size(requested, world_size, num_experts) == requested
+    else:
+        with pytest.raises(ValueError, match=f"--expert-parallel-size {requested}"):
+            expert_parallel_size(requested, world_size, num_experts)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ((3, 6, 4), "--num-experts 4 cannot be split over --expert-parallel-size 3; with 6 ranks, use one of 1, 2"),
+        ((4, 6, 8), "--expert-parallel-size 4 does not divide the 6 ranks; use a divisor of 2"),
+        ((0, 2, 4), "--expert-parallel-size 0 must be at least 1"),
+    ],
+)
+def test_the_remedy_is_named(arguments, sentence):
+    with pytest.raises(ValueError) as error:
+        expert_parallel_size(*arguments)
+    assert str(error.value) == sentence
+
+
+def test_a_copied_model_talks_to_the_same_ranks():
+    ranks = ExpertGroup(size=2, index=1, group=object(), replicas=object(), world_size=4, first_group=False)
+    assert copy.deepcopy(ranks) is ranks
+    assert ranks.num_replicas == 2
+
+
+@pytest.mark.parametrize("router", sorted(GATES))
+def test_a_copied_gate_balances_over_the_same_ranks(router):
+    gate, group = build_gate(router, 4, 2), Uncopyable()
+    gate.balance_group = group
+    copied = copy.deepcopy(gate)
+    assert copied.balance_group.handle is group
+    gate.balance_group = None
+    assert gate.balance_group is None and copied.balance_group is not None
+
+
+class Uncopyable:
+    """As torch's process groups are."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle ProcessGroup")
+
+
+def test_a_clock_starts_again_when_read():
+    import torch
+
+    clock = Clock()
+    with clock.measure(torch.device("cpu")):
+        pass
+    assert clock.read().cpu > 0
+    assert clock.read() == (0.0, 0)

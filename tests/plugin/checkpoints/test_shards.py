@@ -1,0 +1,142 @@
+"""Sets of files by rank: of one save, finished after a kill, or refused."""
+
+from pathlib import Path
+from typing import List, Optional
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint, shards
+from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
+
+
+def write(path: Path, index: int, save: int, size: int = 2, updates: Optional[int] = None) -> None:
+    """A file of rank `index`, whose save number is its number of updates as well, unless that is given."""
+    state = {
+        "model": {"layer.experts.weight_in": torch.full((2, 3), float(save))},
+        "optimizer_history": [{"num_updates": save if updates is None else updates}],
+        "expert_parallel": {"size": size, "index": index, "save": save, "optimizer": []},
+    }
+    torch.save(state, path)
+
+
+def saves(folder: Path) -> List[int]:
+    return [state["expert_parallel"]["save"] for state in shards.read_set(str(folder / "checkpoint_last.pt"))]
+
+
+def mend(folder: Path) -> None:
+    shards.mend(str(folder / "checkpoint_last.pt"), size=2)
+
+
+LEFT = ["checkpoint_last-rank-1.pt" + STAGED, "checkpoint_1_2-rank-1.pt" + STAGED, "checkpoint_1_2-rank-1.pt"]
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_set_half_replaced_is_finished_with_what_the_other_rank_had_written(tmp_path, left):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    write(tmp_path / left, 1, save=2)
+    mend(tmp_path)
+    assert saves(tmp_path) == [2, 2]
+
+
+def test_a_first_set_half_named_is_finished(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=1)
+    mend(tmp_path)
+    assert saves(tmp_path) == [1, 1]
+
+
+def test_a_whole_set_stays_when_the_next_one_was_not_finished(tmp_path):
+    for index in range(2):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
+    write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=2)
+    mend(tmp_path)
+    assert saves(tmp_path) == [1, 1]
+
+
+def test_the_best_set_is_finished_as_well_before_what_is_left_of_the_save_is_removed(tmp_path):
+    for index in range(2):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
+    write(tmp_path / "checkpoint_best-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_best-rank-1.pt", 1, save=1)
+    write(tmp_path / ("checkpoint_best-rank-1.pt" + STAGED), 1, save=2)
+    write(tmp_path / "checkpoint_1_2-rank-0.pt", 0, save=3)
+    write(tmp_path / ("checkpoint_1_2-rank-1.pt" + STAGED), 1, save=3)
+    shards.mend_folder(str(tmp_path), size=2)
+    remove_unfinished(str(tmp_path), staged=True)
+    for name, save in (("last", 1), ("best", 2), ("1_2", 3)):
+        states = shards.read_set(str(tmp_path / f"checkpoint_{name}.pt"))
+        assert [state["expert_parallel"]["save"] for state in states] == [save, save]
+
+
+@pytest.mark.parametrize("whole", [8, 9])
+def test_of_two_saves_after_as_many_updates_the_whole_one_is_taken(tmp_path, whole):
+    for index, save in enumerate((8, 9)):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save, updates=8)
+        write(tmp_path / f"checkpoint_1_8-rank-{index}.pt", index, whole, updates=8)
+    mend(tmp_path)
+    assert saves(tmp_path) == [whole, whole]
+
+
+def test_an_older_save_that_is_whole_is_taken_where_the_newest_is_not(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    write(tmp_path / "checkpoint_1_1-rank-0.pt", 0, save=1)
+    mend(tmp_path)
+    assert saves(tmp_path) == [1, 1]
+
+
+def test_a_save_of_which_all_files_wait_for_their_names_is_finished(tmp_path):
+    for index in range(2):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=[1, 5][index])
+        write(tmp_path / (f"checkpoint_last-rank-{index}.pt" + STAGED), index, save=2)
+    mend(tmp_path)
+    assert saves(tmp_path) == [2, 2]
+
+
+def test_a_damaged_file_does_not_stand_for_one_of_the_set(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    (tmp_path / ("checkpoint_last-rank-1.pt" + STAGED)).write_bytes(b"PK")
+    write(tmp_path / "checkpoint_2_2-rank-1.pt", 1, save=2)
+    mend(tmp_path)
+    assert saves(tmp_path) == [2, 2]
+
+
+def test_only_the_last_set_must_be_whole(tmp_path, caplog):
+    for name, saves_of in (("last", (1, 1)), ("best", (5, 4))):
+        for index, save in enumerate(saves_of):
+            write(tmp_path / f"checkpoint_{name}-rank-{index}.pt", index, save)
+    shards.mend_folder(str(tmp_path), size=2)
+    assert "checkpoint_best.pt are of different saves" in caplog.text
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=3)
+    with pytest.raises(ConfigurationError, match="checkpoint_last.pt are of different saves"):
+        shards.mend_folder(str(tmp_path), size=2)
+    shards.mend_folder(str(tmp_path / "not there yet"), size=2)
+
+
+def test_files_of_different_saves_are_refused(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
+    write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
+    sentence = r"of different saves \(checkpoint_last-rank-0.pt at update 2, checkpoint_last-rank-1.pt at update 1\)"
+    for use in (saves, mend):
+        with pytest.raises(ConfigurationError, match=sentence):
+            use(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=1)
+    with pytest.raises(ConfigurationError, match="checkpoint_last-rank-1.pt is missing"):
+        mend(tmp_path)
+    with pytest.raises(ConfigurationError, match="checkpoint_last-rank-1.pt does not exist"):
+        saves(tmp_path)
+
+
+def test_another_number_of_ranks_is_told_how_to_convert(tmp_path):
+    for index in range(4):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1, size=4)
+    with pytest.raises(ConfigurationError, match="over 4 ranks, and .* reshard IN OUT --expert-parallel-size 2"):
+        mend(tmp_path)
+    assert read_checkpoint(str(tmp_path / "checkpoint_last-rank-3.pt"))["expert_parallel"]["index"] == 3

@@ -1,0 +1,105 @@
+"""What must hold among the flags."""
+
+import math
+from argparse import Namespace
+from dataclasses import fields
+from typing import Optional
+
+import pytest
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.plugin.models.config import NUMBERS, MoEOptions, check_options, router_options
+from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(router="sparsmixer"), "--router sparsmixer is unknown; choose from dense, .*sparsemixer, .*switch"),
+    (dict(num_experts=0), "--num-experts 0 must be at least 1"),
+    (dict(num_experts=2, router="sparsemixer_v2", moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
+    (dict(num_experts=2, moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
+    (dict(moe_top_k=2), "--moe-top-k 2 does not go with --router sparsemixer, which gives each token 1; .*noisy_topk"),
+    (dict(router="gshard", moe_top_k=1), "--moe-top-k 1 does not go with --router gshard, which gives each token 2"),
+    (dict(router="switch", gradient_estimator="heun3"),
+     "--router switch, which does not sample.*: sparsemixer, sparsemixer_v2$"),
+    (dict(router="base", capacity_factor=1.0),
+     "--capacity-factor 1.0 does not go with --router base, which drops nothing; .*gshard"),
+    (dict(router="dense_st", capacity_factor=1.0), "--capacity-factor 1.0 does not go with --router dense_st"),
+    (dict(capacity_factor=-1.0), "--capacity-factor -1.0 must be positive"),
+    (dict(router="sinkhorn", moe_bias_update_rate=0.1), "--moe-bias-update-rate 0.1 .* whose selection takes no bias; .*switch"),
+    (dict(moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1 must be at least 0 and finite"),
+    (dict(router="hash", jitter_eps=0.2), "--jitter-eps 0.2 does not go with --router hash, which has no use for it"),
+    (dict(router="gshard", num_experts=1), "--num-experts 1 must be at least 2"),
+    (dict(num_shared_experts=-1), "--num-shared-experts -1 must be at least 0; 0 means none"),
+    (dict(expert_activation="selu"), "--expert-activation selu is unknown; choose from relu, gelu"),
+    (dict(router="expert_choice"),
+     "--router expert_choice .* decoder must not see; .* --moe-encoder-only, .*--force-expert-choice"),
+    (dict(moe_freq=0), "--moe-freq 0 must be at least 1; 2 puts experts in every second layer"),
+    (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must be at least 0"),
+    (dict(router="switch", jitter_eps=float("inf")), "--jitter-eps inf must lie between 0 and 1"),
+    (dict(router="gshard", estimator_at_argmax=True),
+     "--estimator-at-argmax True does not go with --router gshard, .* sample.*: sparsemixer, sparsemixer_v2$"),
+    (dict(router="base", router_bias=True), "--router-bias True .* base, whose logits take no bias; .*: .*sparsemixer, .*switch"),
+    (dict(gradient_estimator="euclid"), "--gradient-estimator euclid is unknown; choose from switch, euler"),
+])  # fmt: skip
+def test_each_bad_option_is_named_with_its_value(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_options(MoEOptions(**options))
+
+
+@pytest.mark.parametrize("router", ["sparsemixer", "switch", "dense"])
+@pytest.mark.parametrize("flag, value", [
+    *((field.name, math.nan) for field in fields(MoEOptions) if field.name in NUMBERS),
+    *((name, math.inf) for name in NUMBERS if name not in ("jitter_eps", "capacity_factor")),
+    *((name, -1) for name in NUMBERS), *((name, "1") for name in NUMBERS), *((name, True) for name in NUMBERS),
+    ("num_experts", 2.5), ("moe_freq", 0), ("expert_dropout", 1), ("capacity_factor", 0), ("expert_parallel_size", 0),
+])  # fmt: skip
+def test_a_number_out_of_range_is_named_whatever_the_router(router, flag, value):
+    options = MoEOptions(**{"router": router, flag: value})
+    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} {value} must be "):
+        check_options(options)
+
+
+def test_every_number_among_the_flags_has_a_rule():
+    numbers = {field.name for field in fields(MoEOptions) if field.type in (int, float, Optional[int], Optional[float])}
+    assert numbers == set(NUMBERS)
+
+
+@pytest.mark.parametrize("flag", ["quant_noise_pq", "quant_noise_scalar"])
+def test_noise_of_quantization_which_would_miss_the_experts_is_refused(flag):
+    for args in (Namespace(**vars(MoEOptions()), **{flag: 0.1}), TransformerMoEConfig.from_namespace(Namespace(**{flag: 0.1}))):
+        with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.1 puts noise .* or use --router dense"):
+            check_options(args)
+        args.router = "dense"
+        check_options(args)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5])
+def test_fairseqs_dropouts_that_become_the_experts_are_checked(value):
+    with pytest.raises(ConfigurationError, match=f"--activation-dropout {value} must be at least 0 and at most 1"):
+        check_options(Namespace(**vars(MoEOptions()), activation_dropout=value))
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(router="dense"), dict(num_experts=1), dict(moe_freq=1), dict(jitter_eps=0.0), dict(moe_top_k=1),
+    dict(router="gshard", moe_top_k=2), dict(router="expert_choice", force_expert_choice=True), dict(capacity_factor=1.25),
+    dict(jitter_eps=float("inf")), dict(router="sparsemixer_v2", estimator_at_argmax=True),
+    dict(router="dense_st", moe_bias_update_rate=0.001), dict(expert_activation="swiglu", num_shared_experts=2),
+])  # fmt: skip
+def test_good_options_pass(options):
+    check_options(MoEOptions(**options))
+
+
+def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
+    assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {
+        "jitter_eps": 0.2,
+        "bias_update_rate": 0.0,
+        "router_bias": False,
+    }
+    assert router_options(MoEOptions(gradient_estimator="inf", estimator_at_argmax=True)) == {
+        "jitter_eps": 0.1, "gradient_estimator": "inf", "estimator_at_argmax": True, "bias_update_rate": 0.0,
+        "router_bias": False,
+    }  # fmt: skip
+    assert router_options(MoEOptions(router="sparsemixer_v2", moe_top_k=2)) == {
+        "top_k": 2, "jitter_eps": 0.1, "estimator_at_argmax": False, "bias_update_rate": 0.0,
+        "router_bias": False,
+    }  # fmt: skip

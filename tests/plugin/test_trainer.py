@@ -1,0 +1,72 @@
+"""trainer.py: what MoETrainer refuses, and where it is installed. tests/distributed has what it does."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import fairseq_cli.train
+import pytest
+from fairseq.trainer import Trainer
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.plugin.trainer import (
+    MoETrainer,
+    install,
+    refuse_incompatible,
+    refuse_training_apart,
+    set_balance_scope,
+)
+
+
+def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, **model):
+    return SimpleNamespace(
+        distributed_training=SimpleNamespace(ddp_backend=ddp_backend, zero_sharding=zero_sharding),
+        optimization=SimpleNamespace(use_bmuf=use_bmuf),
+        model=SimpleNamespace(**model),
+        optimizer=SimpleNamespace(_name="adam"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"])
+def test_plain_data_parallelism_is_accepted(backend):
+    refuse_incompatible(configuration(backend), size=2)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(ddp_backend="fully_sharded"), "--ddp-backend fully_sharded"),
+        (dict(ddp_backend="slowmo"), "--ddp-backend slowmo"),
+        (dict(zero_sharding="os"), "--zero-sharding os"),
+        (dict(use_bmuf=True), "--use-bmuf"),
+    ],
+)
+def test_what_takes_ranks_for_equals_is_refused_with_the_remedy(options, sentence):
+    with pytest.raises(ConfigurationError, match=f"{sentence} .*--expert-parallel-size 1"):
+        refuse_incompatible(configuration(**options), size=2)
+
+
+def test_settings_that_mean_nothing_are_refused():
+    with pytest.raises(ConfigurationError, match="--balance-scope everywhere is unknown; choose local or global"):
+        set_balance_scope(configuration(balance_scope="everywhere"), task=None, model=None, timeout=None)
+
+
+def test_ranks_of_torchrun_that_fairseq_would_train_apart_are_refused(monkeypatch):
+    for name, value in dict(MASTER_ADDR="node1", MASTER_PORT="1", RANK="1", WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    refuse_training_apart()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="torchrun started 2 ranks .* add --distributed-world-size 2"):
+        refuse_training_apart()
+
+
+def test_fairseq_train_builds_this_trainer():
+    assert fairseq_cli.train.Trainer is MoETrainer
+
+
+@pytest.mark.parametrize("name", ["__main__", "__mp_main__"])
+def test_so_does_fairseq_train_run_as_a_script_and_in_spawned_processes(name, monkeypatch):
+    module = ModuleType(name)
+    module.Trainer = Trainer
+    monkeypatch.setitem(sys.modules, name, module)
+    install()
+    assert module.Trainer is MoETrainer

@@ -1,0 +1,272 @@
+"""What can go wrong while a study runs: interruptions, failures, a full disk, an edited spec. A script plays fairseq."""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import yaml
+from ranks import start_ranks
+from rich.console import Console
+from rich.progress import Progress
+
+from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.tools.study import runner
+from fairseq_sparsemixer.tools.study.spec import read_study
+
+SPEC = {
+    "title": "played", "data": "bin", "flags": {"task": "translation", "max-update": 20}, "num-experts": [2], "seeds": [1, 2],
+    "routers": {"dense": {"router": "dense"}, "switch": {"router": "switch"}}, "baseline": "switch",
+    "test": {"metric": "bleu", "reference": "test.de"},
+}  # fmt: skip
+# `program` in the folder of data is run in the training of Switch's first seed
+PLAYER = """
+import os, signal, sys, time
+program, data, *flags = sys.argv[1:]
+value = lambda name: flags[flags.index("--" + name) + 1]
+with open(os.path.join(data, "started"), "a") as file:
+    print(os.getpid(), program, file=file)
+if program == "train" and (value("router"), value("seed")) == ("switch", "1"):
+    exec(open(os.path.join(data, "program")).read())
+if program == "generate":
+    print("D-0\\t-1\\tein Hund\\nD-1\\t-1\\tzwei Katzen")
+"""
+NAMES = ["dense-seed1", "switch-e2-seed1", "dense-seed2", "switch-e2-seed2"]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Path:
+    """The path of a study whose fairseq is PLAYER."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "program").write_text("")
+    (tmp_path / "test.de").write_text("ein Hund\nzwei Katzen\n", encoding="utf-8")
+    (tmp_path / "player.py").write_text(PLAYER)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SPEC, sort_keys=False))
+    monkeypatch.setattr(runner, "REFRESH", 0.01)
+    monkeypatch.setattr(runner, "executable", played(tmp_path / "player.py"))
+    return tmp_path / "study.yaml"
+
+
+def played(player: Path):
+    return lambda command: [sys.executable, str(player), command[0].split("-")[1], *command[1:]]
+
+
+def finished(out: Path):
+    return [name for name in NAMES if (out / "runs" / name / "result.json").exists()]
+
+
+def run_played(spec: Path, out: Path) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as these tests may be, ignores it
+    runner.executable = played(spec.parent / "player.py")
+    return main(["study", str(spec), "--out", str(out), "--workers", "1"])
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_ends_the_trainings_and_starts_no_more(number, study, tmp_path):
+    (tmp_path / "bin" / "program").write_text("time.sleep(1000)")
+    (process,) = start_ranks(1, run_played, study, tmp_path / "out", group=False)
+    started = tmp_path / "bin" / "started"
+    while not (started.exists() and len(started.read_text().split("\n")) == 4):  # dense is trained and tested
+        time.sleep(0.01)
+    process.kill(number)
+    assert process.result() == 130
+    assert finished(tmp_path / "out") == NAMES[:1]
+    training = int(started.read_text().split("\n")[2].split()[0])
+    assert len(started.read_text().split("\n")) == 4 and not is_alive(training)
+
+
+@pytest.mark.parametrize(
+    "program, reason",
+    [
+        ("raise ValueError('a bad flag')", "ValueError: a bad flag"),
+        ("print('fairseq-sparsemixer: --lr -1 is bad'); print('warned'); sys.exit(1)", "fairseq-sparsemixer: --lr -1 is bad"),
+        ("print('nothing of note'); sys.exit(2)", "nothing of note"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "it was ended by SIGKILL, as when memory runs out"),
+        ("sys.exit(1)", "it printed nothing"),
+    ],
+)
+def test_a_failed_run_says_why_in_one_line_and_the_others_go_on(program, reason, study, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "bin" / "program").write_text("print('RuntimeError: of the attempt before'); sys.exit(1)")
+    runner.run_study(read_study(study), out, workers=1)
+    (tmp_path / "bin" / "program").write_text(program)
+    failures = runner.run_study(read_study(study), out, workers=1)
+    output = out / "runs" / "switch-e2-seed1" / "output.txt"
+    assert failures == [f"switch-e2-seed1 failed in training: {reason} (see {output})"]
+    assert finished(out) == [NAMES[0], *NAMES[2:]]
+
+
+def test_a_test_without_a_score_fails_its_run_alone(study, tmp_path):
+    (tmp_path / "test.de").write_text("ein Hund\n", encoding="utf-8")
+    failures = runner.run_study(read_study(study), tmp_path / "out", workers=2)
+    assert len(failures) == 4 and "dense-seed1 failed in its test: " in failures[0] and "has 2 hypotheses" in failures[0]
+
+
+def test_a_full_disk_is_said_and_costs_one_run(study, tmp_path, monkeypatch):
+    def write(path, text):
+        if path.parent.name == "switch-e2-seed1" and path.name == "result.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, text)
+
+    monkeypatch.setattr(runner, "write_whole", write)
+    (failure,) = runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    assert failure.startswith("switch-e2-seed1 failed: ") and "No space left on device" in failure
+    assert finished(tmp_path / "out") == [NAMES[0], *NAMES[2:]]
+
+
+def test_half_a_result_counts_as_none(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    for name, text in zip(NAMES, ("", '{"run": "swi')):
+        (out / "runs" / name / "result.json").write_text(text)
+    times = {name: (out / "runs" / name / "result.json").stat().st_mtime_ns for name in NAMES[2:]}
+    assert runner.run_study(read_study(study), out, workers=1) == []
+    assert [json.loads((out / "runs" / name / "result.json").read_text())["run"] for name in NAMES] == NAMES
+    assert times == {name: (out / "runs" / name / "result.json").stat().st_mtime_ns for name in NAMES[2:]}
+
+
+def test_seeds_may_be_added_and_flags_not_changed_even_of_finished_runs(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    study.write_text(yaml.safe_dump({**SPEC, "seeds": [1, 2, 3]}, sort_keys=False))
+    assert runner.run_study(read_study(study), out, workers=1) == []
+    assert (out / "runs" / "dense-seed3" / "result.json").exists()
+    study.write_text(yaml.safe_dump({**SPEC, "flags": {"task": "translation", "max-update": 40}}, sort_keys=False))
+    with pytest.raises(ConfigurationError, match="--max-update 20 where the study now has --max-update 40; give another --out"):
+        runner.run_study(read_study(study), out, workers=1)
+
+
+def test_a_moved_package_is_not_another_study(study, tmp_path):
+    runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    note = tmp_path / "out" / "runs" / "dense-seed1" / "command.txt"
+    note.write_text(note.read_text().replace("--user-dir /", "--user-dir /elsewhere/"))
+    assert runner.run_study(read_study(study), tmp_path / "out", workers=1) == []
+
+
+def test_a_training_that_outlived_its_study_is_waited_for(study, tmp_path):
+    folder, said = tmp_path / "out" / "runs" / "dense-seed1", io.StringIO()
+    folder.mkdir(parents=True)
+    progress = Progress(console=Console(file=said, width=200))
+    with (folder / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = Thread(target=runner.run_study, args=(read_study(study), tmp_path / "out", 1, progress))
+        thread.start()
+        while "dense-seed1 waits for its training" not in said.getvalue():
+            time.sleep(0.01)
+        assert finished(tmp_path / "out") == []
+    thread.join()
+    assert finished(tmp_path / "out") == NAMES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_a_study_that_is_killed_leaves_no_training_behind(study, tmp_path):
+    (tmp_path / "bin" / "program").write_text("time.sleep(1000)")
+    (process,) = start_ranks(1, run_played, study, tmp_path / "out", group=False)
+    started = tmp_path / "bin" / "started"
+    while not (started.exists() and len(started.read_text().split("\n")) == 4):
+        time.sleep(0.01)
+    process.kill(signal.SIGKILL)
+    training = int(started.read_text().split("\n")[2].split()[0])
+    while is_alive(training):
+        time.sleep(0.01)
+
+
+def test_of_studies_that_start_together_one_runs_each_training(study, tmp_path):
+    failures = []
+    threads = [Thread(target=lambda: failures.extend(runner.run_study(read_study(study), tmp_path / "out", 1))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    programs = [line.split()[1] for line in (tmp_path / "bin" / "started").read_text().splitlines()]
+    assert failures == [] and finished(tmp_path / "out") == NAMES
+    assert sorted(programs) == ["generate"] * 4 + ["train"] * 4
+
+
+def test_of_studies_with_other_flags_that_start_together_one_is_refused(study, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        yaml.safe_dump({**SPEC, "seeds": [2, 1], "flags": {"task": "translation", "max-update": 40}}, sort_keys=False)
+    )
+    said = []
+
+    def work(spec):
+        try:
+            said.append(runner.run_study(read_study(spec), tmp_path / "out", 1))
+        except ConfigurationError as error:
+            said.append(error.message)
+
+    threads = [Thread(target=work, args=(spec,)) for spec in (study, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [] in said and sum("begun with other flags" in str(what) for what in said) == 1
+    commands = {(tmp_path / "out" / "runs" / name / "command.txt").read_text().count("--max-update 40") for name in NAMES}
+    assert len(commands) == 1  # all runs are of one study
+
+
+def test_a_refused_study_claims_nothing(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    study.write_text(
+        yaml.safe_dump({**SPEC, "seeds": [3, 1], "flags": {"task": "translation", "max-update": 40}}, sort_keys=False)
+    )
+    with pytest.raises(ConfigurationError, match="begun with other flags"):
+        runner.run_study(read_study(study), out, workers=1)
+    assert sorted(path.name for path in (out / "runs").iterdir() if path.is_dir()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("command", ["fairseq-train 'x", "\udce9"])
+def test_a_damaged_note_of_a_command_is_a_sentence(study, tmp_path, command):
+    folder = tmp_path / "out" / "runs" / "dense-seed1"
+    folder.mkdir(parents=True)
+    (folder / "command.txt").write_text(command, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ConfigurationError, match="command.txt is no command line"):
+        runner.run_study(read_study(study), tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "x" * 300, "a\0b"])
+def test_a_folder_that_cannot_be_written_is_a_sentence(study, tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigurationError, match="cannot be written .*; give another --out"):
+        runner.run_study(read_study(study), tmp_path / out, workers=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "gpus, visible, workers, expected",
+    [
+        (2, "", None, ["0", "1"]),
+        (2, "5,7", 3, ["5", "7", "5"]),
+        (1, "GPU-8932f937", None, ["GPU-8932f937"]),
+    ],
+)
+def test_runs_go_to_the_gpus_that_are_visible(gpus, visible, workers, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in runner.devices(workers)] == expected
+
+
+def test_cores_are_shared_evenly_and_every_run_has_a_thread(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for workers, count, threads in ((None, 8, "1"), (3, 3, "2"), (20, 20, "1")):
+        assert runner.devices(workers) == [{"OMP_NUM_THREADS": threads}] * count

@@ -1,0 +1,203 @@
+"""The study's file: what it becomes, and what is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
+
+GOOD = {
+    "title": "t",
+    "data": "bin",
+    "flags": {"task": "translation", "max-update": 10},
+    "routers": {"dense": {"router": "dense"}, "switch": {"router": "switch"}, "ours": {"router": "sparsemixer", "lr": 0.1}},
+    "num-experts": [4, 8],
+    "seeds": [1, 2],
+    "baseline": "switch",
+}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """write(**changes) -> the path of a study file, GOOD but for the changes; None takes a key out."""
+    (tmp_path / "bin").mkdir()
+
+    def write(**changes) -> Path:
+        content = {**GOOD, **{key.replace("_", "-"): value for key, value in changes.items()}}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_the_grid_has_every_router_experts_and_seed_and_one_dense_model_a_seed(spec):
+    names = [run.name for run in read_study(spec()).runs()]
+    assert names[:5] == ["dense-seed1", "switch-e4-seed1", "switch-e8-seed1", "ours-e4-seed1", "ours-e8-seed1"]
+    assert len(names) == len(set(names)) == 10
+
+
+def test_a_routers_flags_win_over_the_common_ones(spec):
+    runs = {run.name: run for run in read_study(spec(flags={"lr": 1.0})).runs()}
+    assert runs["ours-e4-seed1"].flags == {"lr": 0.1, "router": "sparsemixer"}
+    assert runs["switch-e4-seed1"].flags == {"lr": 1.0, "router": "switch"}
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        (dict(seed=[1]), "unknown key seed"),
+        (dict(seeds=None), "lacks the key seeds"),
+        (dict(seeds=[0]), "positive integers"),
+        (dict(seeds=[True]), "seeds: [True]; give a list of positive integers"),
+        (dict(seeds=[1.5]), "positive integers"),
+        (dict(seeds=[2**32]), "positive integers"),
+        (dict(flags={"router": "swich"}), "flags: --router swich is unknown"),
+        (dict(routers={"switch": {"router": "swich"}}), "routers: switch: "),
+        (dict(routers={"switch": {"router": True}}), "routers: switch: "),
+        (dict(flags={"see": 7}), "flags: see, which is short for seed"),
+        (dict(flags={"save": "x"}), "which is short for save-dir"),
+        (dict(flags={"seed=7": True}), "flags: seed=7, which is no name of a flag"),
+        (dict(flags={"--lr": 1}), "flags: --lr, which is no name of a flag"),
+        (dict(flags={"lr": "--seed"}), "lr: --seed, which would be read as a flag"),
+        (dict(flags={"lr": ["0.1", "--seed", "7"]}), "which would be read as a flag"),
+        (dict(flags={"source-lang": "-s"}), "which would be read as a flag"),
+        (dict(flags={"lr": float("nan")}), "lr: nan; give a number"),
+        (dict(flags={"lr": {"a": 1}}), "give a value, or a list of values"),
+        (dict(flags={"lr": [[1]]}), "give a value, or a list of values"),
+        (dict(flags={"lr": "a\0b"}), "flags: lr"),
+        (dict(flags={False: 1}), "False, a key that is no text"),
+        (dict(routers={"switch": {}, 3: {}}), "routers: 3, a key that is no text"),
+        (dict(routers={"switch": {}, "..": {}}), "routers: .., which cannot name a folder"),
+        (dict(routers={"switch": {}, "x" * 500: {}}), "which cannot name a folder"),
+        (dict(routers={"switch": {}, "switch-e4": {"router": "dense"}}), "two runs that would be called switch-e4-seed1"),
+        (dict(data="x" * 5000), "no folder"),
+        (dict(data=["bin"]), "data: ['bin']; give a path"),
+        (dict(baseline="x" * 5000), "which is none of its routers"),
+        (dict(test={"metric": "perplexity", "flags": {"path": "x.pt"}}), "test: flags: path, which the study sets itself"),
+        (dict(num_experts=4), "positive integers"),
+        (dict(baseline="glam"), "baseline: glam"),
+        (dict(data="nowhere"), "no folder"),
+        (dict(flags={"disable-validation": True}), "flags: disable-validation"),
+        (dict(flags={"no-save": True}), "flags: no-save"),
+        (dict(flags={"save-dir": "x"}), "save-dir, which the study sets itself"),
+        (dict(routers={}), "names no routers"),
+        (dict(routers=["switch"]), "routers: ['switch']; give keys with values"),
+        (dict(routers={"switch": ["lr"]}), "routers: switch: ['lr']; give keys with values"),
+        (dict(routers={"a/b": {}, "switch": {}}), "routers: a/b, which cannot name a folder"),
+        (dict(seeds=[1, 2, 1]), "seeds: [1, 2, 1]; give each number once"),
+        (dict(test="bleu"), "test: bleu; give keys with values"),
+        (dict(test={"metric": "perplexity", "flag": {}}), "test: flag, an unknown key; known are metric, reference, flags"),
+        (dict(test={"metric": "perplexity", "flags": "beam"}), "test: flags: beam; give keys with values"),
+        (dict(test={"metric": "rouge"}), "metric: rouge; choose from bleu, perplexity"),
+        (dict(test={"metric": "bleu"}), "reference"),
+        (dict(test={"metric": "bleu", "reference": "none.de"}), "no file"),
+    ],
+)
+def test_a_bad_study_ends_in_one_sentence_that_names_the_file(spec, changes, complaint):
+    path = spec(**changes)
+    with pytest.raises(ConfigurationError) as error:
+        read_study(path)
+    assert complaint in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_reference_is_read_before_anything_is_trained(spec, tmp_path):
+    path = spec(test={"metric": "bleu", "reference": "test.de"})
+    for content, complaint in (
+        (b"gut\nK\xe4tzin\n", "test.de, line 2 is not UTF-8"),
+        (b"", "reference: test.de, which is empty"),
+    ):
+        (tmp_path / "test.de").write_bytes(content)
+        with pytest.raises(ConfigurationError, match=complaint):
+            read_study(path)
+
+
+def test_text_that_is_no_yaml_and_a_missing_file_are_refused(tmp_path):
+    path = tmp_path / "s.yaml"
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_study(path)
+    path.write_text("a: [")
+    with pytest.raises(ConfigurationError, match="no YAML"):
+        read_study(path)
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
+MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(20))
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("seeds: [1]\ntitle: t\nseeds: [2]\n", "has the key seeds twice, in line 3 again"),
+        ("routers:\n  a: {router: switch}\n  a: {router: base}\n", "has the key a twice, in line 3 again"),
+        (BOMB, "stands for more than 20,000 values"),
+        (MERGE_BOMB, "stands for more than 20,000 values"),
+        ("a: &a [*a]\n", "levels deep"),
+        ("[" * 3000 + "]" * 3000, "levels deep"),
+        ("{a: " * 60 + "1" + "}" * 60, "levels deep"),
+        ("#" * (1 << 20) + "\n", "has more than 1,048,576 bytes"),
+        ("!!python/object/apply:os.system ['true']\n", "is no YAML"),
+        ("title: 2026-99-99\n", "holds a value that cannot be read"),
+        ("a: 1\n---\nb: 2\n", "is no YAML"),
+        ("\0", "is no YAML"),
+        ("", "is no mapping"),
+    ],
+)
+def test_yaml_that_is_more_than_it_looks_is_refused(tmp_path, text, complaint):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as error:
+        read_study(path)
+    assert complaint in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "x" * 300, "y" * 5000, ".", "a\0b"):
+        with pytest.raises(ConfigurationError, match="the study .* cannot be read"):
+            read_study(tmp_path / name)
+
+
+def test_keys_may_be_merged(spec):
+    path = spec()
+    text = path.read_text().replace(
+        "routers:\n", "routers:\n  base: &base {router: switch, lr: 0.5}\n  hot: {<<: *base, lr: 1.0}\n"
+    )
+    path.write_text(text)
+    assert read_study(path).routers["hot"] == {"router": "switch", "lr": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        (dict(flags={"task": "translation", "ma-update": 10}), "has flags: ma-update, and fairseq-train has no such flag"),
+        (dict(flags={"task": "translation", "max-upd": 10}), "has flags: max-upd, and fairseq-train has no such flag"),
+        (dict(routers={"switch": {"router": "switch", "capacity": 1.0}}), "has routers: switch: capacity, and fairseq-train"),
+        (dict(flags={"optimizer": "sgd", "adam-betas": "(0.9, 0.98)"}), "has flags: adam-betas, and fairseq-train"),
+        (dict(flags={"arch": "transformer_moe_tyni"}), "invalid choice: 'transformer_moe_tyni'"),
+        (dict(test={"metric": "perplexity", "flags": {"bem": 5}}), "has test: flags: bem, and fairseq-eval-lm"),
+        (dict(test={"metric": "perplexity", "flags": {"context": 5}}), "has test: flags: context, and fairseq-eval-lm"),
+        (dict(flags={"task": "language_modeling", "tokens-per-sample": 512, "optimizer": "adam", "adam-betas": "(0.9,0.98)",
+                     "lr-scheduler": "inverse_sqrt", "warmup-updates": 5, "criterion": "moe_label_smoothed_cross_entropy",
+                     "label-smoothing": 0.1, "moe-balance-loss-weight": 0.01, "capacity-factor": 2.0}), None),
+    ],
+)  # fmt: skip
+def test_flags_are_whole_names_that_the_program_has(spec, changes, complaint):
+    path = spec(**changes)
+    study = read_study(path)
+    if complaint is None:
+        return check_flags(path, study)
+    with pytest.raises(ConfigurationError) as error:
+        check_flags(path, study)
+    assert complaint in str(error.value) and str(path) in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_no_value_of_a_flag_is_evaluated(spec, tmp_path):
+    value = f"[open('{tmp_path}/ran', 'w')]"
+    path = spec(flags={"lr": value, "adam-betas": value, "optimizer": "adam", "update-freq": value})
+    check_flags(path, read_study(path))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,151 @@
+"""A whole study whose trainings are played by a script: it is killed, resumed, and reported."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.study import runner
+from fairseq_sparsemixer.tools.study.results import _baseline, gather
+from fairseq_sparsemixer.tools.study.spec import read_study
+
+SPEC = {
+    "title": "played",
+    "data": "bin",
+    "flags": {"task": "translation", "max-update": 20},
+    "routers": {"dense": {"router": "dense"}, "switch": {"router": "switch"}, "sparsemixer": {"router": "sparsemixer"}},
+    "num-experts": [2],
+    "seeds": [1, 2],
+    "baseline": "switch",
+    "test": {"metric": "bleu", "reference": "test.de"},
+}
+REFERENCE = ["ein Hund läuft durch den grünen Park", "zwei Kinder spielen am Strand mit einem Ball"] * 10
+# fairseq-train: three validations, the loss falling twice as fast for sparsemixer; fairseq-generate: the better the model, the
+# more of the reference. `fail` in the folder of data makes Switch's second seed fail.
+PLAYER = """
+import json, os, sys
+program, data, *flags = sys.argv[1:]
+value = lambda name: flags[flags.index("--" + name) + 1] if "--" + name in flags else None
+if program == "train":
+    router, seed = value("router"), value("seed")
+    if router == "switch" and seed == "2" and os.path.exists(os.path.join(data, "fail")):
+        sys.exit(1)
+    speed = {"dense": 0.5, "switch": 1, "sparsemixer": 2}[router]
+    with open(value("log-file"), "a") as log:
+        for done in (5, 10, 15, 20):
+            loss = 8 - 0.1 * speed * done + 0.01 * int(seed)
+            for entry in (
+                {"loss": loss, "num_updates": done, "wps": 100, "wpb": 200},
+                {"valid_loss": loss, "valid_num_updates": done},
+            ):
+                log.write("t | INFO | x | " + json.dumps({name: str(figure) for name, figure in entry.items()}) + "\\n")
+    if router != "dense":
+        with open(value("moe-load-file"), "w") as file:
+            for done in (10, 20):
+                print(json.dumps({"num_updates": done, "layers": ["a"], "load": [[3, 1]]}), file=file)
+else:
+    good = {"dense": 6, "switch": 10, "sparsemixer": 20}
+    kept = next(count for router, count in good.items() if router in value("path"))
+    for number, line in enumerate(open(os.path.join(data, "..", "test.de"), encoding="utf-8").read().splitlines()):
+        print(f"D-{number}\\t-0.5\\t{line if number < kept else 'nichts'}")
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Path:
+    """The path of a study whose fairseq is PLAYER."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "test.de").write_text("\n".join(REFERENCE) + "\n", encoding="utf-8")
+    (tmp_path / "player.py").write_text(PLAYER)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(SPEC, sort_keys=False))
+    play = [sys.executable, str(tmp_path / "player.py")]
+    monkeypatch.setattr(runner, "executable", lambda command: [*play, command[0].split("-")[1], *command[1:]])
+    return path
+
+
+def test_a_study_reports_means_deviations_and_speed_up_over_the_baseline(study, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["study", str(study), "--out", str(out), "--workers", "2", "--json", str(tmp_path / "r.json")]) == 0
+    groups = {group["group"]: group for group in json.loads((tmp_path / "r.json").read_text())["groups"]}
+    assert list(groups) == ["dense", "switch-e2", "sparsemixer-e2"]
+    assert groups["switch-e2"]["valid_loss"]["mean"] == pytest.approx(6.015)
+    assert groups["switch-e2"]["valid_loss"]["deviation"] == pytest.approx(0.01 / 2**0.5)
+    # twice as fast: at the baseline's final loss, 6.015, after half of its updates and time
+    assert groups["sparsemixer-e2"]["to_baseline"] == {"updates": pytest.approx(0.5), "seconds": pytest.approx(0.5)}
+    assert groups["dense"]["to_baseline"] == {"updates": None, "seconds": None}
+    assert groups["sparsemixer-e2"]["test"]["mean"] == pytest.approx(100)
+    assert groups["sparsemixer-e2"]["bleu_p_value"] < 0.05
+    assert groups["sparsemixer-e2"]["load_max"]["mean"] == pytest.approx(1.5)
+    table = (out / "results.md").read_text()
+    assert f"torch {torch.__version__}" in table.splitlines()[-1]
+    assert "| sparsemixer | 2 | 2 | 4.015 ± 0.007 | 100.00 ± 0.00 |" in table and table in capsys.readouterr().out
+    for name in ("curves.png", "speedup.png", "load.png"):
+        assert (out / name).stat().st_size > 1000
+
+
+def test_a_dense_baseline_is_that_of_every_number_of_experts(study, tmp_path):
+    study.write_text(study.read_text().replace("baseline: switch", "baseline: dense"))
+    runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    assert main(["study", str(study), "--out", str(tmp_path / "out"), "--report-only"]) == 0
+    groups = {group["group"]: group for group in json.loads((tmp_path / "out" / "results.json").read_text())["groups"]}
+    assert groups["sparsemixer-e2"]["to_baseline"]["updates"] == pytest.approx(0.25)  # falls four times as fast
+    assert groups["switch-e2"]["to_baseline"]["updates"] == pytest.approx(0.5)
+    assert "bleu_p_value" in groups["switch-e2"] and "bleu_p_value" not in groups["dense"]
+
+
+def test_a_dense_model_is_set_against_the_baseline_with_the_fewest_experts(study, tmp_path):
+    study.write_text(study.read_text().replace("num-experts:\n- 2", "num-experts:\n- 4\n- 2"))
+    runner.run_study(read_study(study), tmp_path / "out", workers=2)
+    gathered = gather(read_study(study), tmp_path / "out")
+    groups = {group["group"]: group for group in gathered["groups"]}
+    assert list(groups) == ["dense", "switch-e4", "switch-e2", "sparsemixer-e4", "sparsemixer-e2"]
+    assert _baseline(read_study(study), gathered["groups"], groups["dense"]) is groups["switch-e2"]
+
+
+def test_a_run_that_failed_is_named_and_run_again_while_finished_ones_are_left_alone(study, tmp_path, capsys):
+    out, broken = tmp_path / "out", tmp_path / "bin" / "fail"
+    broken.touch()
+    assert main(["study", str(study), "--out", str(out), "--workers", "1"]) == 1
+    assert "switch-e2-seed2 failed in training" in capsys.readouterr().out
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+    assert len(finished) == 5
+    broken.unlink()
+    assert main(["study", str(study), "--out", str(out), "--workers", "1"]) == 0
+    assert len(list(out.glob("runs/*/result.json"))) == 6
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+
+
+def test_a_report_passes_over_half_a_result(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    (out / "runs/switch-e2-seed1/result.json").write_text('{"run": "swi')
+    assert main(["study", str(study), "--out", str(out), "--report-only"]) == 0
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
+
+
+def test_a_folder_begun_with_other_flags_is_refused(study, tmp_path):
+    begun = read_study(study)
+    runner.run_study(begun, tmp_path / "out", workers=1)
+    (tmp_path / "out/runs/switch-e2-seed1/result.json").unlink()
+    study.write_text(study.read_text().replace("max-update: 20", "max-update: 40"))
+    with pytest.raises(ConfigurationError, match="begun with other flags"):
+        runner.run_study(read_study(study), tmp_path / "out", workers=1)
+
+
+def test_a_dry_run_prints_the_command_of_every_run_and_starts_none(study, tmp_path, capsys):
+    assert main(["study", str(study), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all(re.match(r"fairseq-train \S+/bin --user-dir \S+", line) for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_nothing_ends_in_one_sentence(study, tmp_path):
+    with pytest.raises(ConfigurationError, match="no run of"):
+        main(["study", str(study), "--out", str(tmp_path / "out"), "--report-only"])

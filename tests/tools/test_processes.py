@@ -1,0 +1,154 @@
+"""Programs that ours start: they end with it, however it ends, and are kind to a machine with other work."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fairseq_sparsemixer.tools import machine, processes
+from fairseq_sparsemixer.tools.processes import child_environment, die_with_parent, stop
+
+# starts a child as the recipes do, in a thread, and prints its number
+PARENT = """
+import subprocess, sys, threading
+from fairseq_sparsemixer.tools.processes import die_with_parent
+
+def work():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], preexec_fn=die_with_parent())
+    print(child.pid, flush=True)
+    child.wait()
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+# `python -m recipes.NAME` with a program in the place of fairseq-train
+RECIPE = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from recipes.common.progress import run_program
+from recipes.common.session import run_as_program
+
+child = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+run_as_program(lambda: run_program([sys.executable, "-c", child], Path(sys.argv[1]), Console()))
+"""
+
+
+def is_gone(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.01)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+
+
+@linux
+def test_a_child_ends_with_a_parent_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert not is_gone(child)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: is_gone(child))
+
+
+@linux
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_recipe_does_not_leave_its_training_behind(tmp_path, number, status):
+    log = tmp_path / "console.log"
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # a background job ignores it
+    recipe = subprocess.Popen(
+        [sys.executable, "-c", RECIPE, str(log)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **ignoring
+    )
+
+    def children():
+        with open(f"/proc/{recipe.pid}/task/{recipe.pid}/children") as file:
+            return [int(word) for word in file.read().split()]
+
+    wait_until(lambda: recipe.poll() is not None or children())
+    (child,) = children()
+    recipe.send_signal(number)
+    assert recipe.wait(60) == status
+    wait_until(lambda: is_gone(child))
+    assert ("interrupted; the same command goes on" in recipe.stderr.read()) == (status == 130)
+
+
+def test_a_full_disk_ends_the_program_as_well(tmp_path):
+    from rich.console import Console
+
+    from recipes.common.progress import run_program
+
+    command = [sys.executable, "-c", "import time\nwhile True: print('x' * 9999, flush=True); time.sleep(0.01)"]
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    (tmp_path / "log").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        run_program(command, tmp_path / "log", Console(quiet=True))
+
+
+def test_other_threads_may_start_and_end_while_children_are_started():
+    def work():
+        for _ in range(5):
+            assert subprocess.Popen([sys.executable, "-S", "-c", ""], preexec_fn=die_with_parent()).wait() == 0
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_who_does_not_heed_a_polite_signal_is_killed():
+    code = (
+        "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print('ready', flush=True); time.sleep(1000)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    stop([process], patience=0.1, first=signal.SIGINT)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "usable_cores", lambda: 4)
+    monkeypatch.setattr(processes, "visible_cores", lambda: 4)
+    assert child_environment()["OMP_WAIT_POLICY"] == "PASSIVE" and "OMP_NUM_THREADS" not in child_environment()
+    assert child_environment(threads=3)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setattr(processes, "visible_cores", lambda: 64)  # of a machine of which a container has a part
+    assert child_environment()["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert child_environment(threads=3)["OMP_WAIT_POLICY"] == "ACTIVE" and child_environment(threads=3)["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("files, cores", [
+    ({"cpu.max": "200000 100000\n"}, 2),
+    ({"cpu.max": "50000 100000\n"}, 1),
+    ({"cpu.max": "max 100000\n"}, 8),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ({"cpu.max": "9900000 100000\n"}, 8),
+    ({}, 8),
+])  # fmt: skip
+def test_a_containers_quota_counts_as_cores(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "visible_cores", lambda: 8)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert machine.usable_cores(tmp_path) == cores
