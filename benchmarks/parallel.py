@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import measuring
 from fairseq_sparsemixer.moe.gradients import reduce_expert_gradients
-from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import Clock, form_expert_group
 
 MEBIBYTE = 2**20
@@ -103,7 +103,7 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
     clock, ranks = Clock(), None
     if group_size > 1:
         ranks = form_expert_group(group_size, clock=clock)
-        spread_experts(model, ranks)
+        shard_experts(model, ranks)
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     tokens = torch.randn(options.tokens // world_size, options.model_dim, requires_grad=True)  # as inside a model

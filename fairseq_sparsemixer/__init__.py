@@ -5,6 +5,7 @@ meets fairseq; with criterions), tools (studies, fidelity, plots, inspection) an
 """
 
 import sys
+import warnings
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -61,14 +62,16 @@ class _WaitForFairseq(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            execute(module)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
+                execute(module)
             register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if "fairseq" in sys.modules:  # as under --user-dir
+if sys.modules.get("fairseq") is not None:  # as under --user-dir
     register()
 else:
     sys.meta_path.insert(0, _WaitForFairseq())

@@ -1,4 +1,4 @@
-"""Show versions and devices, what works here and what will not, and what to do about it.
+"""Show versions and devices, what works here and what will not, what to do about it, and what is changed in fairseq.
 
 The exit status is 1 when something is broken; what is merely limited leaves it at 0.
 
@@ -9,10 +9,12 @@ examples:
 
 import argparse
 from dataclasses import asdict
+from typing import Dict, List
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from fairseq_sparsemixer.cli.json_file import write_json
 
@@ -30,7 +32,23 @@ def run(options: argparse.Namespace) -> int:
     table = Table("", "state", "found", "remedy", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for finding in findings:
         table.add_row(finding.subject, finding.state, finding.found, finding.remedy)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    patches = applied_patches()
+    if patches:
+        changed = Table(Column("changed in fairseq and below", overflow="fold"), "otherwise", "until", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for patch in patches:
+            changed.add_row(escape(patch["target"]), patch["why"], patch["until"])
+        console.print(changed)
     if options.json:
-        write_json(options.json, {"findings": [asdict(finding) for finding in findings]})
+        write_json(options.json, {"findings": [asdict(finding) for finding in findings], "patches": patches})
     return int(any(finding.state == BROKEN for finding in findings))
+
+
+def applied_patches() -> List[Dict[str, str]]:
+    """target, why and until of every patch; empty where no fairseq can be imported."""
+    try:
+        from fairseq_sparsemixer.plugin.patches import PATCHES
+    except (ImportError, OSError, AttributeError):  # a finding above says why
+        return []
+    return [{"target": patch.target, "why": patch.why, "until": patch.until} for patch in PATCHES]

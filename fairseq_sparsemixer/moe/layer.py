@@ -103,7 +103,7 @@ def moe_layers(model: nn.Module) -> List[MoELayer]:
     return [layer for layer in model.modules() if isinstance(layer, MoELayer)]
 
 
-def spread_experts(model: nn.Module, ranks: ExpertGroup) -> None:
+def shard_experts(model: nn.Module, ranks: ExpertGroup) -> None:
     """Spread the experts of every layer of `model`, before it is wrapped for data parallelism; see MoELayer.spread.
 
     Raises ValueError for a layer whose experts cannot be shared out evenly.

@@ -1,9 +1,6 @@
 """What meets fairseq: models, checkpoints, the trainer, and every change to fairseq itself (patches.py)."""
 
-import warnings
-
 from fairseq_sparsemixer.plugin.root_logger import root_logger_untouched
 
-with root_logger_untouched(), warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
+with root_logger_untouched():
     import fairseq  # noqa: F401  registers everything (see the package's __init__) before a module here is half loaded

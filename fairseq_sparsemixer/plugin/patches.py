@@ -62,8 +62,8 @@ PATCHES = (
         lost_ranks.install,
     ),
     Patch(
-        "torch.distributed.init_process_group, while fairseq makes its groups with --collective-timeout",
-        "fairseq passes no time-out to it",
+        "torch.distributed.init_process_group and fairseq's _global_group, while fairseq starts with --collective-timeout",
+        "fairseq passes no time-out to them",
         "fairseq passes a time-out to torch",
         None,
     ),

@@ -25,7 +25,7 @@ from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criter
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe import gradients
 from fairseq_sparsemixer.moe.gates import forget_loads, update_selection_biases
-from fairseq_sparsemixer.moe.layer import moe_layers, spread_experts
+from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
 from fairseq_sparsemixer.moe.parallel import Clock, ExpertGroup, expert_parallel_size, form_expert_group
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
@@ -166,7 +166,7 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     refuse_incompatible(cfg, size)
     refuse_unequal_forwards(cfg, task, KEEP_ALL)
     ranks = form_expert_group(size, timeout, Clock() if getattr(cfg.model, "record_a2a_perf_stats", False) else None)
-    spread_experts(model, ranks)
+    shard_experts(model, ranks)
     logger.info("experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, ranks.num_replicas)
     return ranks
 

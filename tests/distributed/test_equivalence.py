@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_sparsemixer.moe.gates.sparsemixer import SamplingNoise
 from fairseq_sparsemixer.moe.gradients import add_expert_norm, reduce_expert_gradients
-from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import form_expert_group
 
 M, H, S, UPDATES, BALANCE = 8, 12, 40, 5, 0.1
@@ -130,7 +130,7 @@ def train_on_rank(case: Case) -> Dict[str, Any]:
     ranks = None
     if case.group_size > 1:
         ranks = form_expert_group(case.group_size)
-        spread_experts(model, ranks)
+        shard_experts(model, ranks)
     if case.scope == "global":
         model.moe.gate.balance_group = dist.new_group()
     wrapped = DistributedDataParallel(model) if case.backend == "pytorch_ddp" else model

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer.moe.gates import Routing
-from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import form_expert_group
 
 M, H, S, E = 8, 12, 16, 8
@@ -56,7 +56,7 @@ def compare(router: str):
         torch.manual_seed(20 + dist.get_rank())
         x = torch.randn(4, S // 4, M, requires_grad=True)  # fairscale wants a multiple of its local experts first
         if ours:
-            spread_experts(layer, ranks)
+            shard_experts(layer, ranks)
             run = layer
         else:
             first = dist.get_rank() * local

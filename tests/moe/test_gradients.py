@@ -6,14 +6,14 @@ from torch import distributed as dist
 from torch import nn
 
 from fairseq_sparsemixer.moe.gradients import add_expert_norm, reduce_expert_gradients, share_overflow
-from fairseq_sparsemixer.moe.layer import build_moe_layer, spread_experts
+from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import form_expert_group
 
 
 def spread_model(group_size: int):
     model = nn.Sequential(nn.Linear(4, 4), build_moe_layer("switch", 4, 6, 4))
     ranks = form_expert_group(group_size)
-    spread_experts(model, ranks)
+    shard_experts(model, ranks)
     return model, ranks
 
 

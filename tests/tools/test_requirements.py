@@ -14,7 +14,7 @@ from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools import requirements
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = {"yaml": "PyYAML"}  # where it is not called as the package is
 
 
@@ -47,7 +47,7 @@ def test_a_command_without_its_package_names_the_extra(monkeypatch, package, ext
     def missing(options):
         raise ModuleNotFoundError(f"No module named '{package}.deeper'", name=f"{package}.deeper")
 
-    module = cli.import_module(f"fairseq_sparsemixer.cli.{cli.COMMANDS[command[0]]}")
+    module = cli.import_module(f"fairseq_sparsemixer.cli.{cli.COMMANDS[command[0]].module}")
     monkeypatch.setattr(module, "run", missing)
     sentence = re.escape(f'{command[0]} needs {package}, which is not installed; pip install "fairseq-sparsemixer[{extra}]"')
     with pytest.raises(ConfigurationError, match=sentence):

@@ -13,7 +13,7 @@ from typing import Any, Dict
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
 SIZES = (
     "--encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-ffn-embed-dim 8 --decoder-ffn-embed-dim 8 --share-all-embeddings"
