@@ -58,13 +58,14 @@ class _WaitForFairseq(MetaPathFinder):
         spec = PathFinder.find_spec(name, path, target) if name == "fairseq" else None
         if spec is None or spec.loader is None:
             return None
-        sys.meta_path.remove(self)
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # fairscale, as fairseq loads it, spells torch.cuda.amp's old names
+                warnings.simplefilter("ignore", FutureWarning)  # fairscale spells torch.cuda.amp's old names
                 execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -108,7 +108,7 @@ print("registered")
 
 @pytest.mark.parametrize("first", [
     "import fairseq_sparsemixer; fairseq_sparsemixer.register(); fairseq_sparsemixer.register()",
-    "import fairseq_sparsemixer, fairseq",
+    "import fairseq_sparsemixer, importlib.util; importlib.util.find_spec('fairseq'); import fairseq",
     "from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint",
 ])  # fmt: skip
 def test_everything_is_registered_in_whatever_order(first):

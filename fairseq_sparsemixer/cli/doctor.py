@@ -36,7 +36,13 @@ def run(options: argparse.Namespace) -> int:
     console.print(table)
     patches = applied_patches()
     if patches:
-        changed = Table(Column("changed in fairseq and below", overflow="fold"), "otherwise", "until", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        changed = Table(
+            Column("changed in fairseq and below", overflow="fold"),
+            "otherwise",
+            "until",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         for patch in patches:
             changed.add_row(escape(patch["target"]), patch["why"], patch["until"])
         console.print(changed)

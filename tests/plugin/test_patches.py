@@ -14,9 +14,8 @@ from fairseq_sparsemixer.plugin import patches
 
 PACKAGE = Path(fairseq_sparsemixer.__file__).parent
 # what is assigned to a module or class of another library: `checkpoint_utils.PathManager = ...`
-ASSIGNED = re.compile(
-    r"^\s+((?:fairseq_cli\.train|checkpoint_utils|utils|options|module|numpy|dist|SequenceGenerator|NanDetector)\.[\w.]+(?:, \w+\.\w+)*) = "
-)
+LIBRARIES = r"fairseq_cli\.train|checkpoint_utils|utils|options|module|numpy|dist|SequenceGenerator|NanDetector"
+ASSIGNED = re.compile(rf"^\s+((?:{LIBRARIES})\.[\w.]+(?:, \w+\.\w+)*) = ")
 
 
 def test_every_patch_says_what_why_and_until_when():
