@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import measuring
 from fairseq_sparsemixer.moe.gradients import reduce_expert_gradients
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
-from fairseq_sparsemixer.moe.parallel import Clock, form_expert_group
+from fairseq_sparsemixer.moe.parallel import CollectiveTimer, form_expert_group
 
 MEBIBYTE = 2**20
 
@@ -100,9 +100,9 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
             for _ in range(options.layers)
         )
     )
-    clock, ranks = Clock(), None
+    timer, ranks = CollectiveTimer(), None
     if group_size > 1:
-        ranks = form_expert_group(group_size, clock=clock)
+        ranks = form_expert_group(group_size, timer=timer)
         shard_experts(model, ranks)
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -117,7 +117,7 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
             reduce_expert_gradients(model, ranks)
         optimizer.step()
         times.append(1000 * (time.perf_counter() - start))
-        waits.append(clock.read().cpu)
+        waits.append(timer.read().cpu)
     top_k = model[0].gate.top_k
     experts = [parameter for layer in model for parameter in layer.experts.parameters()]
     queue.put({

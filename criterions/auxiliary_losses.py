@@ -10,7 +10,7 @@ average the auxiliary losses by sample size, whatever the number of batches.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
@@ -19,7 +19,7 @@ from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, broken_rule
 
 logger = logging.getLogger(__name__)
@@ -39,16 +39,6 @@ class AuxiliaryLossConfig(FairseqDataclass):
         default=None, metadata={"help": "append the tokens of each expert in training to this file, as JSON lines"}
     )
     moe_load_interval: int = field(default=100, metadata={"help": "updates between two lines of --moe-load-file"})
-
-
-def moe_layers(model: nn.Module) -> List[Tuple[str, MoELayer]]:
-    """(name, layer) of the model's MoE layers; the name is that of the transformer layer around it."""
-    suffix = ".fc1.moe"
-    return [
-        (name[: -len(suffix)] if name.endswith(suffix) else name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, MoELayer)
-    ]
 
 
 class AuxiliaryLosses:
@@ -77,7 +67,7 @@ class AuxiliaryLosses:
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
         """See FairseqCriterion.forward: (loss with the auxiliary losses, sample size, logging output without)."""
-        layers = moe_layers(model)
+        layers = named_moe_layers(model)
         for _, layer in layers:
             layer.routing = None  # a layer skipped by LayerDrop must not report its last batch again
         loss, sample_size, logging_output = super().forward(model, sample, reduce)

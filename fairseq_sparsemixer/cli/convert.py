@@ -12,6 +12,7 @@ example:
 import argparse
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.names import count_layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     with one_sentence_for(options.source):
         done = convert(theirs)
     save_atomically(done.state, options.target)
-    experts, layers = done.options, sum(name.endswith(".experts.weight_in") for name in done.state["model"])
+    experts, layers = done.options, count_layers(done.state["model"])
     print(f"{layers} layers of {experts.num_experts} experts, router {experts.router}: {options.target}")
     print(f"optimizer state left out: {done.left_out}" if done.left_out else "optimizer state moved")
     print(

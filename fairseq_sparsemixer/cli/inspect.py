@@ -62,11 +62,11 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
     """Tokens of each expert at inference by layer, over the first sentences; targets given, where there are some."""
     import torch
 
-    from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
+    from fairseq_sparsemixer.moe.layer import named_moe_layers
     from fairseq_sparsemixer.tools.fidelity.trained import load_model
 
     model, _, task = load_model(options.checkpoint, options.data_bin)
-    layers = moe_layers(model)
+    layers = named_moe_layers(model)
     load = {name: torch.zeros(layer.gate.num_experts) for name, layer in layers}
     with torch.no_grad():
         for inputs in islice(model_inputs(options, model, task), min(options.sentences, sys.maxsize)):

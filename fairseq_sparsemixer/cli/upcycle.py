@@ -15,6 +15,7 @@ from dataclasses import fields
 from fairseq_sparsemixer.cli.flags import add_flags
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.names import count_layers
 from fairseq_sparsemixer.options import MoEOptions
 
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         sparse = upcycle(dense, moe, options.noise, options.seed)
     save_atomically(sparse, options.target)
     counts = [sum(value.numel() for value in state["model"].values()) for state in (dense, sparse)]
-    layers = sum(name.endswith(".experts.weight_in") for name in sparse["model"])
+    layers = count_layers(sparse["model"])
     print(f"{layers} layers of {moe.num_experts} experts, {counts[0]:,} -> {counts[1]:,} numbers: {options.target}")
     if options.json:
         write_json(options.json, {"layers": layers, "num_experts": moe.num_experts, "dense": counts[0], "sparse": counts[1]})

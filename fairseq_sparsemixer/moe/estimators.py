@@ -110,5 +110,5 @@ ESTIMATORS: Dict[str, Estimator] = {
 def get_estimator(name: str, first_order_argmax: bool = True) -> Estimator:
     """The estimator of that name, with or without the arg-max rule. Raises ValueError, listing the names, for any other."""
     if name not in ESTIMATORS:
-        raise ValueError(f"--gradient-estimator {name} is unknown; choose from {', '.join(ESTIMATORS)}")
+        raise ValueError(f"gradient_estimator={name} is unknown; choose from {', '.join(ESTIMATORS)}")
     return replace(ESTIMATORS[name], first_order_argmax=first_order_argmax)

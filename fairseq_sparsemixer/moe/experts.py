@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, can_group, feed_forward_by_expert, feed_forward_grouped
-from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
 
 
 def geglu(inner: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class Experts(nn.Module):
         self.gated = activation in GATED_ACTIVATIONS
         self.activation = resolve_activation(activation)
         if not 0 <= dropout <= 1:
-            raise ValueError(f"--activation-dropout {dropout} must lie in [0, 1]; 0 switches it off")
+            raise ValueError(f"dropout={dropout} must lie in [0, 1]; 0 switches it off")
         self.dropout = dropout
-        self.gradient_memory = GradientMemory()
+        self.gradient_memory = GradBufferPool()
         inner = 2 * hidden_dim if self.gated else hidden_dim
         self.weight_in = nn.Parameter(torch.empty(num_experts, model_dim, inner))  # [E, M, H]
         self.bias_in = nn.Parameter(torch.empty(num_experts, inner))
@@ -93,7 +93,7 @@ class Experts(nn.Module):
         device = rows.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
-    def keep(self, first: int, count: int) -> None:
+    def shard(self, first: int, count: int) -> None:
         """Keep `count` experts from `first` on; the others live on other ranks. Full checkpoints load into the share kept."""
         self.first_expert = first
         for name, parameter in list(self.named_parameters()):
@@ -119,5 +119,5 @@ def resolve_activation(activation: Union[str, Activation]) -> Activation:
         return activation
     known = {**ACTIVATIONS, **GATED_ACTIVATIONS}
     if activation not in known:
-        raise ValueError(f"--expert-activation {activation} is unknown; choose from {', '.join(known)}")
+        raise ValueError(f"activation={activation} is unknown; choose from {', '.join(known)}")
     return known[activation]

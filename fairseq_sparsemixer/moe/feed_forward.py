@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -64,7 +64,7 @@ def feed_forward_by_expert(
     counts: Sequence[int],
     activation: Activation,
     dropout: float = 0.0,
-    memory: Optional[GradientMemory] = None,
+    memory: Optional[GradBufferPool] = None,
 ) -> Tensor:
     """rows [N, M] grouped by expert, counts [E] summing to N -> [N, M].
 
@@ -72,7 +72,7 @@ def feed_forward_by_expert(
     Gradients of the weights are put into `memory`, when given.
     """
     if torch.is_grad_enabled():
-        return _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradientMemory())
+        return _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradBufferPool())
     return _run_by_expert(rows, weights, counts, activation, dropout, keep=None)
 
 
@@ -85,7 +85,7 @@ class _ByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor,
-                counts: Sequence[int], activation: Activation, dropout: float, memory: GradientMemory) -> Tensor:  # fmt: skip
+                counts: Sequence[int], activation: Activation, dropout: float, memory: GradBufferPool) -> Tensor:  # fmt: skip
         weights, keep = Weights(weight_in, bias_in, weight_out, bias_out), []
         out = _run_by_expert(rows, weights, counts, activation, dropout, keep)
         ctx.save_for_backward(rows, weight_in, weight_out, *(tensor for hidden in keep for tensor in hidden))

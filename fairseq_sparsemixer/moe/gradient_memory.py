@@ -14,7 +14,7 @@ from torch import Tensor
 WORTH_KEEPING = 1 << 20  # bytes: from 32 MB on glibc never keeps a block, below only where nothing free lies behind it
 
 
-class GradientMemory:
+class GradBufferPool:
     """One block for each name, handed out again as soon as no tensor uses it any more. CPU only: GPUs have an allocator."""
 
     def __init__(self) -> None:
@@ -33,8 +33,8 @@ class GradientMemory:
         # torch holds a reference to the block for as long as any tensor shares the storage made from it
         return sys.getrefcount(self._blocks[name]) > 2  # the dictionary's, and the call's own
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> "GradientMemory":
-        return GradientMemory()
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "GradBufferPool":
+        return GradBufferPool()
 
     def __reduce__(self):
-        return GradientMemory, ()
+        return GradBufferPool, ()

@@ -14,19 +14,19 @@ from torch import distributed as dist
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
-def reduce_expert_gradients(model: nn.Module, ranks: ExpertGroup) -> None:
+def reduce_expert_gradients(model: nn.Module, expert_group: ExpertGroup) -> None:
     """Sum over replicas, divided by W. A missing gradient counts as zero: every rank takes part in every sum."""
     for parameter in _experts(model.parameters()):
         if not parameter.requires_grad:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(ranks.world_size)
-        if ranks.num_replicas > 1:
-            dist.all_reduce(parameter.grad, group=ranks.replicas)
+        parameter.grad.div_(expert_group.world_size)
+        if expert_group.num_replicas > 1:
+            dist.all_reduce(parameter.grad, group=expert_group.replicas)
 
 
-def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], ranks: ExpertGroup) -> Tensor:
+def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], expert_group: ExpertGroup) -> Tensor:
     """The 2-norm of all gradients, equal on all ranks, from that of the parameters every rank has.
 
     `parameters` are this rank's, its experts among them: each expert of the group counts once.
@@ -34,17 +34,17 @@ def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], ranks: Exp
     grads = [parameter.grad for parameter in _experts(parameters) if parameter.grad is not None]
     squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
     square = torch.stack(squares).sum() if squares else norm.new_zeros(())
-    dist.all_reduce(square, group=ranks.group)
+    dist.all_reduce(square, group=expert_group.group)
     return torch.sqrt(norm.square() + square.to(norm.device))
 
 
-def share_overflow(model: nn.Module, ranks: ExpertGroup) -> None:
+def share_overflow(model: nn.Module, expert_group: ExpertGroup) -> None:
     """Make an infinite or undefined expert gradient of one rank visible to all: torch's GradScaler looks only at its own."""
     finite = [parameter.grad.isfinite().all() for parameter in _experts(model.parameters()) if parameter.grad is not None]
     if not finite:  # on no rank: all experts are frozen
         return
     overflow = (~torch.stack(finite).all()).float()
-    dist.all_reduce(overflow, group=ranks.group)
+    dist.all_reduce(overflow, group=expert_group.group)
     witness = next(p.grad for p in model.parameters() if p.grad is not None)
     witness.add_(torch.where(overflow > 0, torch.inf, 0.0).to(witness.dtype))
 

@@ -1,16 +1,16 @@
 """The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine."""
 
 import warnings
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Routing, build_gate
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.names import transformer_layer
 
 with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old names
     warnings.simplefilter("ignore", FutureWarning)
@@ -31,7 +31,7 @@ class MoELayer(MOELayer):
         self.gate = gate
         self.experts = experts
         self.shared_experts = shared_experts
-        self.ranks: Optional[ExpertGroup] = None  # the ranks that share the experts; see spread
+        self.expert_group: Optional[ExpertGroup] = None  # the ranks that share the experts; see shard_experts
         self.routing: Optional[Routing] = None
         self.idle = False
 
@@ -43,7 +43,7 @@ class MoELayer(MOELayer):
     @property
     def num_local_experts(self) -> int:
         """The experts that live on this rank."""
-        return self.gate.num_experts // (1 if self.ranks is None else self.ranks.size)
+        return self.gate.num_experts // (1 if self.expert_group is None else self.expert_group.size)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Tensor:
         """x [..., M], padding_mask [...] (True = padding), token_ids [...] if known -> [..., M], zero at padding.
@@ -61,36 +61,36 @@ class MoELayer(MOELayer):
         if self.idle:
             padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
         known = {} if token_ids is None else {"token_ids": token_ids.reshape(-1)}
-        self.routing = self.gate(tokens, padding_mask, **known)
-        output = self.dispatch(tokens)
+        routing = self.gate(tokens, padding_mask, **known)
+        self.routing = routing
+        output = self.dispatch(tokens, routing)
         if self.shared_experts is not None:
             always = self.shared_experts(tokens, [tokens.size(0)])
             output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))
         return output.reshape(x.shape)
 
-    def dispatch(self, tokens: Tensor) -> Tensor:
-        """tokens [S, M] through the experts that self.routing gives them, wherever they are."""
-        if self.ranks is None:
-            return dispatch_locally(tokens, self.routing, self.experts, self.experts.takes_device_counts(tokens))
-        with_capacity = self.routing.dropped is not None
-        dispatch = dispatch_equal_split if with_capacity else dispatch_all_to_all
-        return dispatch(tokens, self.routing, self.experts, self.ranks)
+    def dispatch(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """tokens [S, M] through the experts that the routing gives them, wherever they are -> [S, M]."""
+        if self.expert_group is None:
+            return dispatch_locally(tokens, routing, self.experts, self.experts.takes_device_counts(tokens))
+        dispatch = dispatch_all_to_all if routing.dropped is None else dispatch_equal_split
+        return dispatch(tokens, routing, self.experts, self.expert_group)
 
-    def spread(self, ranks: ExpertGroup) -> None:
+    def shard_experts(self, expert_group: ExpertGroup) -> None:
         """Keep this rank's share of the experts; forward then is a collective of the group.
 
         The parameters kept are marked `expert`, by which fairseq and fairscale leave them out of gradient reduction.
         """
-        self.ranks = ranks
-        self.experts.keep(ranks.index * self.num_local_experts, self.num_local_experts)
+        self.expert_group = expert_group
+        self.experts.shard(expert_group.index * self.num_local_experts, self.num_local_experts)
         for parameter in self.experts.parameters():
             parameter.expert = True
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks each module first
-        raise ConfigurationError(
-            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or"
-            " --router dense"
+        raise NotImplementedError(
+            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or one"
+            " without experts"
         )
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -103,15 +103,20 @@ def moe_layers(model: nn.Module) -> List[MoELayer]:
     return [layer for layer in model.modules() if isinstance(layer, MoELayer)]
 
 
-def shard_experts(model: nn.Module, ranks: ExpertGroup) -> None:
-    """Spread the experts of every layer of `model`, before it is wrapped for data parallelism; see MoELayer.spread.
+def named_moe_layers(model: nn.Module) -> List[Tuple[str, MoELayer]]:
+    """(name, layer) of the same; the name is that of the transformer layer around it."""
+    return [(transformer_layer(name), layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer)]
+
+
+def shard_experts(model: nn.Module, expert_group: ExpertGroup) -> None:
+    """Shard the experts of every layer of `model`, before it is wrapped for data parallelism; see MoELayer.shard_experts.
 
     Raises ValueError for a layer whose experts cannot be shared out evenly.
     """
     for layer in moe_layers(model):
-        if layer.gate.num_experts % ranks.size:
-            raise ValueError(f"{layer.gate.num_experts} experts cannot be split over {ranks.size} ranks")
-        layer.spread(ranks)
+        if layer.gate.num_experts % expert_group.size:
+            raise ValueError(f"{layer.gate.num_experts} experts cannot be split over {expert_group.size} ranks")
+        layer.shard_experts(expert_group)
     # torch's DistributedDataParallel reads this list: experts differ by rank
     model._ddp_params_and_buffers_to_ignore = [
         name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")
@@ -135,7 +140,7 @@ def build_moe_layer(
     Raises ValueError, naming the option, for values that make no layer.
     """
     if num_shared_experts < 0:
-        raise ValueError(f"--num-shared-experts {num_shared_experts} must not be negative")
+        raise ValueError(f"num_shared_experts={num_shared_experts} must not be negative")
     gate = build_gate(router, model_dim, num_experts, **gate_options)
     experts = Experts(num_experts, model_dim, hidden_dim, activation, dropout)
     shared = Experts(1, model_dim, num_shared_experts * hidden_dim, activation, dropout) if num_shared_experts else None

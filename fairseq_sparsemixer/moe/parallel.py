@@ -23,7 +23,7 @@ class Elapsed(NamedTuple):
     cuda: float
 
 
-class Clock:
+class CollectiveTimer:
     """The time that all-to-alls take, forward and backward, since the last reading."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class ExpertGroup:
 
     size: G. index: this rank's place in its group. group: the G ranks that hold the experts once. replicas: the W / G
     ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
-    clock: measures the all-to-alls; None leaves them unmeasured.
+    timer: measures the all-to-alls; None leaves them unmeasured.
     """
 
     size: int
@@ -78,7 +78,7 @@ class ExpertGroup:
     replicas: Any
     world_size: int
     first_group: bool
-    clock: Optional[Clock] = None
+    timer: Optional[CollectiveTimer] = None
 
     @property
     def num_replicas(self) -> int:
@@ -90,11 +90,11 @@ class ExpertGroup:
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[None]:
-        """The block's time on the clock, where there is one."""
-        if self.clock is None:
+        """The block's time on the timer, where there is one."""
+        if self.timer is None:
             yield
         else:
-            with self.clock.measure(device):
+            with self.timer.measure(device):
                 yield
 
 
@@ -106,22 +106,22 @@ def expert_parallel_size(requested: Optional[int], world_size: int, num_experts:
     if requested is None:
         return math.gcd(world_size, num_experts)
     if requested < 1:
-        raise ValueError(f"--expert-parallel-size {requested} must be at least 1")
+        raise ValueError(f"expert_parallel_size={requested} must be at least 1")
     if num_experts % requested:
         divisors = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0 and world_size % n == 0)
         raise ValueError(
-            f"--num-experts {num_experts} cannot be split over --expert-parallel-size {requested};"
+            f"num_experts={num_experts} cannot be split over expert_parallel_size={requested};"
             f" with {world_size} ranks, use one of {divisors}"
         )
     if world_size % requested:
         raise ValueError(
-            f"--expert-parallel-size {requested} does not divide the {world_size} ranks;"
+            f"expert_parallel_size={requested} does not divide the {world_size} ranks;"
             f" use a divisor of {math.gcd(world_size, num_experts)}"
         )
     return requested
 
 
-def form_expert_group(size: int, timeout: Optional[timedelta] = None, clock: Optional[Clock] = None) -> ExpertGroup:
+def form_expert_group(size: int, timeout: Optional[timedelta] = None, timer: Optional[CollectiveTimer] = None) -> ExpertGroup:
     """Make the process groups; every rank of the default group must call it, with the same size G.
 
     timeout: how long a collective waits for the other ranks; None is torch's default for the backend.
@@ -136,7 +136,7 @@ def form_expert_group(size: int, timeout: Optional[timedelta] = None, clock: Opt
         replicas=_own_group(replicas, rank, timeout),
         world_size=world_size,
         first_group=rank < size,
-        clock=clock,
+        timer=timer,
     )
 
 
@@ -153,19 +153,19 @@ class AllToAllRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, send: Sequence[int], receive: Sequence[int], ranks: ExpertGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.ranks = list(send), list(receive), ranks
-        return _exchange(rows, ctx.send, ctx.receive, ranks)
+    def forward(ctx, rows: Tensor, send: Sequence[int], receive: Sequence[int], expert_group: ExpertGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.expert_group = list(send), list(receive), expert_group
+        return _exchange(rows, ctx.send, ctx.receive, expert_group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _exchange(grad, ctx.receive, ctx.send, ctx.ranks), None, None, None
+        return _exchange(grad, ctx.receive, ctx.send, ctx.expert_group), None, None, None
 
 
-def _exchange(rows: Tensor, send: List[int], receive: List[int], ranks: ExpertGroup) -> Tensor:
+def _exchange(rows: Tensor, send: List[int], receive: List[int], expert_group: ExpertGroup) -> Tensor:
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    with ranks.measured(rows.device):
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=ranks.group)
+    with expert_group.measured(rows.device):
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=expert_group.group)
     return received
 
 

@@ -21,9 +21,10 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import gathering, shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
-from fairseq_sparsemixer.plugin.checkpoints.layout import EXPERTS, LAYOUT, combine_experts, layout_of, own_rows, suffix
+from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, combine_experts, layout_of, own_rows, suffix
 from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 class CheckpointingTrainer(Trainer):
     """fairseq's Trainer, whose checkpoints hold the experts of all ranks or, sharded, say which they hold."""
 
-    ranks: Optional[ExpertGroup] = None  # where the experts are; None: every rank holds all of them
+    expert_group: Optional[ExpertGroup] = None  # where the experts are; None: every rank holds all of them
     has_experts = False
     sharded = False
     in_train_step = False  # the other ranks are elsewhere then: a collective would wait for them in vain
@@ -45,19 +46,19 @@ class CheckpointingTrainer(Trainer):
         if not self.cfg.checkpoint.no_save and not self.tpu:
             self._by_master(lock_existing, self.cfg.checkpoint.save_dir)
         if self.sharded:
-            self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self.ranks.size)
+            self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self.expert_group.size)
 
     def consolidate_optimizer(self) -> None:
         """Called by fairseq on every rank before some of them save: the time for collectives."""
         super().consolidate_optimizer()
-        if self.ranks is None or self.in_train_step:
+        if self.expert_group is None or self.in_train_step:
             self._save = None
         elif self.sharded:
-            self._save = shards.agree_on_number(self.ranks, secrets.randbits(62), self.device)
+            self._save = shards.agree_on_number(self.expert_group, secrets.randbits(62), self.device)
         else:
             with_optimizer = not self.cfg.checkpoint.no_save_optimizer_state
             self._gathered = gathering.gather_experts(
-                list(self._expert_weights().values()), self.optimizer.optimizer if with_optimizer else None, self.ranks
+                list(self._expert_weights().values()), self.optimizer.optimizer if with_optimizer else None, self.expert_group
             )
 
     def state_dict(self) -> Dict[str, Any]:
@@ -67,19 +68,21 @@ class CheckpointingTrainer(Trainer):
             gathering.fill_in(state, list(self._expert_weights()), self._gathered)
             self._gathered = None
         if self.has_experts:
-            place = {"size": self.ranks.size, "index": self.ranks.index} if self.sharded else {"size": 1, "index": 0}
+            place = (
+                {"size": self.expert_group.size, "index": self.expert_group.index} if self.sharded else {"size": 1, "index": 0}
+            )
             state[LAYOUT] = {**place, "save": self._save, "optimizer": self._expert_indices()}
         return state
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
         """See Trainer. No crash.pt when experts are spread: one rank has only its own."""
-        if self.ranks is None or self.in_train_step and self.sharded:
+        if self.expert_group is None or self.in_train_step and self.sharded:
             return super().save_checkpoint(filename, extra_state)
         if self.sharded:
             # no rank gives up its old file before all have their new one: see shards
             os.makedirs(self.cfg.checkpoint.save_dir, exist_ok=True)
             written = super().save_checkpoint(filename + STAGED, extra_state)
-            dist.barrier(group=self.ranks.group)
+            dist.barrier(group=self.expert_group.group)
             os.replace(filename + STAGED, filename)
             return written and os.path.abspath(filename)
         if self._gathered is None:
@@ -128,9 +131,9 @@ class CheckpointingTrainer(Trainer):
 
     def _own_shard(self, filename: str) -> str:
         """The file to read in a run with --sharded-checkpoints: its shard, or else one of the whole model."""
-        whole = filename.replace(suffix(self.ranks.index) + ".pt", ".pt")
-        self._by_master(shards.mend, whole, self.ranks.size)
-        shard = shards.shard_path(whole, self.ranks.index)
+        whole = filename.replace(suffix(self.expert_group.index) + ".pt", ".pt")
+        self._by_master(shards.mend, whole, self.expert_group.size)
+        shard = shards.shard_path(whole, self.expert_group.index)
         return whole if os.path.exists(whole) and not os.path.exists(shard) else shard
 
     def _require_on_all_ranks(self, filename: str) -> None:
@@ -170,12 +173,12 @@ class CheckpointingTrainer(Trainer):
         """What this rank needs of a checkpoint that fairseq has read."""
         if not self.has_experts:
             return state
-        layout, size = layout_of(state), 1 if self.ranks is None else self.ranks.size
+        layout, size = layout_of(state), 1 if self.expert_group is None else self.expert_group.size
         if layout["size"] > 1:
             shards.require_size(filename, layout["size"], size)
         model = state["model"]  # loads whole or in part: see Experts
-        if self.ranks is not None and layout["size"] == 1:
-            state = combine_experts([state], own_rows(size, self.ranks.index), self._expert_indices())
+        if self.expert_group is not None and layout["size"] == 1:
+            state = combine_experts([state], own_rows(size, self.expert_group.index), self._expert_indices())
         kept = {key: apply_to_sample(torch.clone, value) for key, value in state.items() if key not in ("model", "cfg", "args")}
         state = {**state, **kept, "model": model}  # what lives on must not depend on the file
         resume_between_same_batches(state, self.data_parallel_world_size)
@@ -184,12 +187,12 @@ class CheckpointingTrainer(Trainer):
     @property
     def checkpoint_suffix(self) -> str:
         """See Trainer; `-rank-N` with --sharded-checkpoints, N the rank's place in its group."""
-        return super().checkpoint_suffix + (suffix(self.ranks.index) if self.sharded else "")
+        return super().checkpoint_suffix + (suffix(self.expert_group.index) if self.sharded else "")
 
     @property
     def should_save_checkpoint_on_current_rank(self) -> bool:
         """See Trainer; with --sharded-checkpoints, every rank of the first group."""
-        return self.ranks.first_group if self.sharded else super().should_save_checkpoint_on_current_rank
+        return self.expert_group.first_group if self.sharded else super().should_save_checkpoint_on_current_rank
 
     def _expert_weights(self) -> Dict[str, Dict[str, Tensor]]:
         """This rank's experts by name, in the model and in its copies (see layout)."""

@@ -24,9 +24,10 @@ from torch import distributed as dist
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe import gradients
-from fairseq_sparsemixer.moe.gates import forget_loads, update_selection_biases
+from fairseq_sparsemixer.moe.gates import reset_loads, update_selection_biases
 from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
-from fairseq_sparsemixer.moe.parallel import Clock, ExpertGroup, expert_parallel_size, form_expert_group
+from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size, form_expert_group
+from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
@@ -46,20 +47,20 @@ class MoETrainer(CheckpointingTrainer):
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
         refuse_missing_tpu(cfg)
         self.moe_layers = moe_layers(model)
-        self.ranks = None
+        self.expert_group = None
         if self.moe_layers:
             refuse_training_apart()
             timeout = timeout_of(cfg)
             with explaining_lost_ranks(cfg):
                 set_timeout(timeout)
-                self.ranks = share_out_experts(cfg, task, model, timeout)
+                self.expert_group = share_out_experts(cfg, task, model, timeout)
                 balanced_globally = set_balance_scope(cfg, task, model, timeout)
-            if balanced_globally or self.ranks:
+            if balanced_globally or self.expert_group:
                 self.never_generate = OWN_TOKENS if balanced_globally else KEEP_ALL
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
-        self.sharded = self.ranks is not None and getattr(cfg.model, "sharded_checkpoints", False)
+        self.sharded = self.expert_group is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
             super().__init__(cfg, task, model, criterion, quantizer)
@@ -79,11 +80,11 @@ class MoETrainer(CheckpointingTrainer):
         self.in_train_step = True
         try:
             with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
-                output = super().train_step(samples, raise_oom or self.ranks is not None)
+                output = super().train_step(samples, raise_oom or self.expert_group is not None)
         finally:
             self.in_train_step = False
-        if self.ranks is not None and self.ranks.clock is not None:
-            elapsed = self.ranks.clock.read()
+        if self.expert_group is not None and self.expert_group.timer is not None:
+            elapsed = self.expert_group.timer.read()
             metrics.log_scalar("all_to_all_cpu_time_ms", elapsed.cpu, round=2)
             metrics.log_scalar("all_to_all_cuda_time_ms", elapsed.cuda, round=2)
         return output
@@ -91,19 +92,19 @@ class MoETrainer(CheckpointingTrainer):
     def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False):
         """See Trainer and train_step."""
         with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
-            return super().valid_step(sample, raise_oom or self.ranks is not None)
+            return super().valid_step(sample, raise_oom or self.expert_group is not None)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
         """See Trainer, which calls this once an update, when all gradients but the experts' are reduced and scaled.
 
         Scaling and summing commute, so this is the time for the experts' sums, and for one norm of all gradients.
         """
-        if self.ranks is None:
+        if self.expert_group is None:
             return super().clip_grad_norm(clip_norm)
-        gradients.reduce_expert_gradients(self.get_model(), self.ranks)
+        gradients.reduce_expert_gradients(self.get_model(), self.expert_group)
         if self.cfg.common.amp:
-            gradients.share_overflow(self.get_model(), self.ranks)
-        join = partial(gradients.add_expert_norm, parameters=list(self.optimizer.params), ranks=self.ranks)
+            gradients.share_overflow(self.get_model(), self.expert_group)
+        join = partial(gradients.add_expert_norm, parameters=list(self.optimizer.params), expert_group=self.expert_group)
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False):
@@ -132,7 +133,7 @@ class MoETrainer(CheckpointingTrainer):
     def zero_grad(self) -> None:
         """See Trainer: before each step, and after one that failed. Loads go with gradients."""
         super().zero_grad()
-        forget_loads(self.get_model())
+        reset_loads(self.get_model())
 
     def consolidate_optimizer(self) -> None:
         """See CheckpointingTrainer."""
@@ -157,18 +158,20 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     layers = moe_layers(model)
-    try:
+    with in_flags():
         size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, layers[0].gate.num_experts)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
     if size == 1:
         return None
     refuse_incompatible(cfg, size)
     refuse_unequal_forwards(cfg, task, KEEP_ALL)
-    ranks = form_expert_group(size, timeout, Clock() if getattr(cfg.model, "record_a2a_perf_stats", False) else None)
-    shard_experts(model, ranks)
-    logger.info("experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, ranks.num_replicas)
-    return ranks
+    expert_group = form_expert_group(
+        size, timeout, CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
+    )
+    shard_experts(model, expert_group)
+    logger.info(
+        "experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, expert_group.num_replicas
+    )
+    return expert_group
 
 
 def refuse_training_apart() -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, build_gate
+from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, LAST_WEIGHT, PROJECTION, transformer_layer
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of
 from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults
-from fairseq_sparsemixer.plugin.models.config import MoEOptions, router_options
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
+from fairseq_sparsemixer.plugin.models.router_options import router_options
 
-FIRST_WEIGHT, EXPERTS, PROJECTION = ".experts.weight_in", ".experts.", ".gate.projection.weight"
 PARTS = ("generator", "encoder", "decoder")
 # Tables, of which a token takes a row, and the projections of adaptive inputs but the first band's: a word is in one band.
 NO_MATRIX = re.compile(
@@ -84,7 +85,7 @@ def inspect_checkpoint(path: str) -> CheckpointReport:
     options = model_options(state)
     router = getattr(options, "router", DENSE) if layers else DENSE
     top_k = experts_for_a_token(options, layers)
-    total, active = parameter_counts(weights, top_k)
+    total, active = count_weights(weights, top_k)
     return CheckpointReport(
         router=router,
         top_k=top_k,
@@ -112,10 +113,10 @@ def layer_report(weights: Dict[str, Tensor], first_weight: str) -> LayerReport:
     num_experts, model_dim, _ = weights[first_weight].shape
     projection = weights.get(prefix + PROJECTION)
     return LayerReport(
-        name=prefix[: -len(".fc1.moe")] if prefix.endswith(".fc1.moe") else prefix,
+        name=transformer_layer(prefix),
         num_experts=num_experts,
         model_dim=model_dim,
-        hidden_dim=weights[prefix + ".experts.weight_out"].size(1),
+        hidden_dim=weights[prefix + LAST_WEIGHT].size(1),
         parameters=sum(value.numel() for value in experts),
         router_similarity=None if projection is None else mean_cosine(projection.float()),
         expert_similarity=mean_cosine(torch.cat(experts, 1)),
@@ -145,7 +146,7 @@ def experts_for_a_token(options: Any, layers: List[LayerReport]) -> float:
     return build_gate(options.router, 1, layers[0].num_experts, **router_options(options)).experts_per_token
 
 
-def parameter_counts(weights: Dict[str, Tensor], top_k: float) -> Tuple[int, int]:
+def count_weights(weights: Dict[str, Tensor], top_k: float) -> Tuple[int, int]:
     """(total, active) of distinct tensors."""
     return sum(value.numel() for value in weights.values()), round(_met(weights, top_k))
 
@@ -159,7 +160,7 @@ def part_reports(model: Dict[str, Tensor], router: str, top_k: float) -> Dict[st
         if tensors:
             title = "discriminator" if part == "encoder" and found["generator"] else part
             flops = 2 * _met(matrices(tensors, router, classifies), top_k)
-            reports[title] = PartReport(*parameter_counts(distinct_tensors(tensors), top_k), round(flops))
+            reports[title] = PartReport(*count_weights(distinct_tensors(tensors), top_k), round(flops))
     return reports
 
 

@@ -12,8 +12,8 @@ from typing import List, Optional
 
 from rich.console import Console
 
-from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, gate_class
+from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.tools.runs import read_run
 from recipes.common.cldr import make_cldr
 from recipes.common.session import check_numbers, file_errors_said, keep_apart, run_as_program
@@ -41,12 +41,10 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
     options = parser.parse_args(arguments)
     check_numbers(options, {"updates": 1, "pairs": LEAST_PAIRS, "seed": 0})
-    try:
+    with in_flags():
         for router in options.routers:
             if router != DENSE:
                 gate_class(router)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
     return options
 
 

@@ -9,11 +9,12 @@ from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.criterions.composite_loss import CompositeLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq_sparsemixer.criterions import MoECrossEntropyCriterion
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers, warn_of_plain_criterion
+from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from torch import nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 
 
 def build(task, **flags):
@@ -34,7 +35,7 @@ def test_the_loss_is_fairseqs_plus_the_weighted_losses_of_the_layers_times_sampl
     criterion = build(translation_task, moe_balance_loss_weight=0.3, moe_z_loss_weight=0.2)
     loss, sample_size, log = criterion(model, sample)
     plain, plain_size, plain_log = CrossEntropyCriterion(translation_task, False)(model, sample)
-    layers = [layer for _, layer in moe_layers(model)]
+    layers = [layer for _, layer in named_moe_layers(model)]
     expected = sum(0.3 * layer.routing.aux_losses["balance"] + 0.2 * layer.routing.aux_losses["router_z"] for layer in layers)
     assert sample_size == plain_size
     torch.testing.assert_close(loss, plain + sample_size * expected)
@@ -86,7 +87,7 @@ def test_halves_weigh_by_their_sample_size(model, translation_task, translation_
     tokens = [half["ntokens"] for half in halves]
     for half, count in zip(halves, tokens):
         model(**half["net_input"])
-        balance = sum(layer.routing.aux_losses["balance"] for _, layer in moe_layers(model))
+        balance = sum(layer.routing.aux_losses["balance"] for _, layer in named_moe_layers(model))
         (balance * count / sum(tokens)).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -111,7 +112,7 @@ def test_a_layer_that_layerdrop_skips_adds_nothing(build_translation_model, tran
     criterion, sample = build(translation_task, moe_balance_loss_weight=1.0), translation_batch(3, 6)
     criterion(model.eval(), sample)  # all layers run
     _, _, log = criterion(model.train(), sample)
-    (_, skipped), (_, ran) = moe_layers(model)
+    (_, skipped), (_, ran) = named_moe_layers(model)
     assert skipped.routing is None and ran.routing is not None
     assert log["moe/tokens"].tolist() == [0, sample["ntokens"]] and log["moe/aux/balance"][0] == 0
 
@@ -145,8 +146,8 @@ def test_a_loss_of_weight_zero_may_overflow(model, translation_task, translation
 
 
 def test_layers_are_named_after_the_transformer_layers_around_them(model):
-    assert [name for name, _ in moe_layers(model)] == ["encoder.layers.0", "decoder.layers.0"]
-    assert [name for name, _ in moe_layers(nn.Sequential(model))] == ["0.encoder.layers.0", "0.decoder.layers.0"]
+    assert [name for name, _ in named_moe_layers(model)] == ["encoder.layers.0", "decoder.layers.0"]
+    assert [name for name, _ in named_moe_layers(nn.Sequential(model))] == ["0.encoder.layers.0", "0.decoder.layers.0"]
 
 
 @pytest.mark.parametrize("flags, message", [

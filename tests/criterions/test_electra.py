@@ -6,10 +6,10 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq.logging import metrics
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.electra import ElectraCriterion, ElectraCriterionConfig
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import electra_moe
 from fairseq_sparsemixer.plugin.models.electra_moe import ElectraMoEModel
 
@@ -33,7 +33,7 @@ def test_the_loss_is_that_of_the_paper(model, masked_lm_task, masked_lm_batch):
     source, target, pad = sample["net_input"]["src_tokens"], sample["target"], masked_lm_task.dictionary.pad()
     torch.manual_seed(5)
     loss, tokens, log = criterion_of(masked_lm_task, moe_balance_loss_weight=0.5)(model, sample)
-    balance = sum(layer.routing.aux_losses["balance"] for _, layer in moe_layers(model)).item()
+    balance = sum(layer.routing.aux_losses["balance"] for _, layer in named_moe_layers(model)).item()
     torch.manual_seed(5)
     output = model(**sample["net_input"], target=target)
     mlm, rtd, row = 0.0, 0.0, 0

@@ -1,6 +1,7 @@
 """The routers' figures against counts by hand, and the sums they are made of over shards of a batch."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -62,22 +63,19 @@ def test_shards_of_a_batch_give_the_figures_of_the_whole():
 
 
 def test_what_is_not_real_is_not_counted():
-    padded = routing([0, 1, 1])
-    padded.padding_mask = torch.tensor([False, False, True])
+    padded = replace(routing([0, 1, 1]), padding_mask=torch.tensor([False, False, True]))
     assert figures([log_of([padded], 2)]) == figures([log_of([routing([0, 1])], 2)])
 
 
 def test_the_second_choice_has_figures_of_its_own():
-    first = routing([0, 1, 2, 3])
-    first.expert_index = torch.tensor([[0, 4], [1, 4], [2, 4], [3, 4]])
+    first = replace(routing([0, 1, 2, 3]), expert_index=torch.tensor([[0, 4], [1, 4], [2, 4], [3, 4]]))
     found = figures([log_of([first], 4)])
     assert (found["expert1_balance_top"], found["expert2_balance_top"]) == (25, 100)
     assert (found["unused_expert1_count"], found["unused_expert2_count"]) == (1, 4)
 
 
 def test_an_empty_batch_logs_zeros_and_no_nan():
-    empty = routing([0])
-    empty.padding_mask = torch.tensor([True])
+    empty = replace(routing([0]), padding_mask=torch.tensor([True]))
     found = figures([log_of([empty], 0)])
     assert all(math.isfinite(value) for value in found.values())
 

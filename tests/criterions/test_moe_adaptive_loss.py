@@ -4,10 +4,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_adaptive_loss import MoEAdaptiveLoss, MoEAdaptiveLossConfig
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import transformer_lm_moe
 from fairseq_sparsemixer.plugin.models.transformer_lm_moe import TransformerLanguageModelMoE, TransformerLanguageModelMoEConfig
 
@@ -40,14 +40,14 @@ def test_the_loss_of_wiki103_is_the_negative_log_likelihood_plus_the_auxiliary_l
     log_probabilities = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
     real = sample["target"] != language_modeling_task.dictionary.pad()
     nll = -log_probabilities[real].gather(1, sample["target"][real].unsqueeze(1)).sum()
-    balance = sum(layer.routing.aux_losses["balance"] for _, layer in moe_layers(model))
+    balance = sum(layer.routing.aux_losses["balance"] for _, layer in named_moe_layers(model))
     assert sample_size == 13
     torch.testing.assert_close(log["loss"].squeeze(), nll.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.squeeze(), nll + 13 * 0.5 * balance, rtol=1e-5, atol=1e-5)
     embeddings, softmax = model.decoder.embed_tokens.embeddings, model.decoder.adaptive_softmax
     assert softmax.head.word_proj.weight is embeddings[0][0].weight  # tied
     loss.backward()
-    assert all(layer.experts.weight_in.grad.abs().sum() > 0 for _, layer in moe_layers(model))
+    assert all(layer.experts.weight_in.grad.abs().sum() > 0 for _, layer in named_moe_layers(model))
 
 
 def test_the_adaptive_loss_says_what_it_needs(language_modeling_task, language_modeling_batch):

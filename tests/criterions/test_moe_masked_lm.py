@@ -3,9 +3,9 @@
 from argparse import Namespace
 
 import torch
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_masked_lm import MoEMaskedLmConfig, MoEMaskedLmLoss
 
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import roberta_moe
 from fairseq_sparsemixer.plugin.models.roberta_moe import RobertaMoEModel
 
@@ -16,7 +16,7 @@ def test_the_loss_is_the_cross_entropy_of_masked_tokens_plus_the_auxiliary_losse
     model, sample = RobertaMoEModel.build_model(args, masked_lm_task).eval(), masked_lm_batch(9, 4)
     cfg = MoEMaskedLmConfig(tpu=False, moe_balance_loss_weight=0.5, moe_z_loss_weight=0.25)
     loss, sample_size, log = MoEMaskedLmLoss.build_criterion(cfg, masked_lm_task)(model, sample)
-    ((_, layer),) = moe_layers(model)
+    ((_, layer),) = named_moe_layers(model)
     masked = sample["target"] != masked_lm_task.dictionary.pad()
     log_probabilities = model(sample["net_input"]["src_tokens"])[0].double().log_softmax(-1)
     expected = -log_probabilities[masked].gather(1, sample["target"][masked].unsqueeze(1)).sum()

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.data import Dictionary
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_sentence_prediction import MoESentencePredictionConfig, MoESentencePredictionCriterion
 
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import roberta_moe
 from fairseq_sparsemixer.plugin.models.roberta_moe import RobertaMoEModel
 
@@ -28,7 +28,7 @@ def test_the_loss_is_the_cross_entropy_of_the_labels_plus_the_auxiliary_losses(m
     model.register_classification_head("sentence_classification_head", num_classes=2)
     sample = {**masked_lm_batch(9, 4, 2), "target": torch.tensor([[1], [0], [1]])}
     loss, sample_size, log = criterion_of(masked_lm_task.dictionary, moe_balance_loss_weight=0.5)(model.eval(), sample)
-    ((_, layer),) = moe_layers(model)
+    ((_, layer),) = named_moe_layers(model)
     logits, _ = model(sample["net_input"]["src_tokens"], classification_head_name="sentence_classification_head")
     expected = -logits.double().log_softmax(-1).gather(1, sample["target"]).sum()
     assert sample_size == 3 and layer.routing.statistics()["tokens"] == 9 + 4 + 2

@@ -61,10 +61,10 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
         except SystemExit as end:
             return {"exit": str(end)}
     (trainer,) = trainers
-    assert trainer.ranks is None or trainer.data_parallel_world_size > 1
-    result.update(norms=norms, losses=losses, idle=idle, parameters=parameters(trainer.get_model(), trainer.ranks))
+    assert trainer.expert_group is None or trainer.data_parallel_world_size > 1
+    result.update(norms=norms, losses=losses, idle=idle, parameters=parameters(trainer.get_model(), trainer.expert_group))
     if trainer.cfg.ema.store_ema:
-        result["ema"] = parameters(trainer.ema.get_model(), trainer.ranks)
+        result["ema"] = parameters(trainer.ema.get_model(), trainer.expert_group)
     return result
 
 

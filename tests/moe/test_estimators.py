@@ -117,5 +117,5 @@ def test_the_nodes_are_exact_in_float64():
 
 
 def test_an_unknown_estimator_names_the_known_ones():
-    with pytest.raises(ValueError, match="--gradient-estimator simpson is unknown; choose from switch, euler, midpoint"):
+    with pytest.raises(ValueError, match="gradient_estimator=simpson is unknown; choose from switch, euler, midpoint"):
         get_estimator("simpson")

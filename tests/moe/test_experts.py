@@ -93,7 +93,7 @@ def test_dropout_acts_on_the_hidden_layer_in_training_only():
 
 def test_a_share_of_the_experts_loads_its_rows_of_a_full_checkpoint():
     whole, share = Experts(4, 3, 5), Experts(4, 3, 5)
-    share.keep(2, 2)
+    share.shard(2, 2)
     share.load_state_dict(whole.state_dict())
     rows = torch.randn(6, 3)
     torch.testing.assert_close(share(rows, [1, 5]), whole(rows, [0, 0, 1, 5]))
@@ -108,7 +108,7 @@ def test_every_expert_starts_within_the_bound_of_a_linear_layer():
 
 
 def test_an_unknown_activation_lists_the_known_ones():
-    with pytest.raises(ValueError, match="--expert-activation tanhh is unknown; choose from relu, gelu, silu, geglu, swiglu"):
+    with pytest.raises(ValueError, match="activation=tanhh is unknown; choose from relu, gelu, silu, geglu, swiglu"):
         Experts(2, 3, 4, activation="tanhh")
 
 

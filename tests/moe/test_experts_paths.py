@@ -144,7 +144,7 @@ def test_without_gradients_the_same_output_is_computed():
 def test_an_activation_with_parameters_and_a_dropout_out_of_range_are_refused():
     with pytest.raises(ValueError, match="has parameters, which experts do not train"):
         Experts(2, 3, 4, activation=torch.nn.PReLU())
-    with pytest.raises(ValueError, match=r"--activation-dropout 1.5 must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"dropout=1.5 must lie in \[0, 1\]"):
         Experts(2, 3, 4, dropout=1.5)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fairseq_sparsemixer.moe import gradient_memory
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def every_size_is_kept(monkeypatch):
 
 
 def test_memory_is_handed_out_again_only_when_nobody_uses_it():
-    memory, parameter = GradientMemory(), torch.zeros(3, 4)
+    memory, parameter = GradBufferPool(), torch.zeros(3, 4)
     first = memory.like("in", parameter)
     address = first.data_ptr()
     part = first[1]

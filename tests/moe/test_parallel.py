@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_sparsemixer.moe.gates import GATES, build_gate
-from fairseq_sparsemixer.moe.parallel import Clock, ExpertGroup, expert_parallel_size
+from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
@@ -21,16 +21,16 @@ def test_a_request_must_divide_both(requested, world_size, num_experts):
     if world_size % requested == 0 and num_experts % requested == 0:
         assert expert_parallel_size(requested, world_size, num_experts) == requested
     else:
-        with pytest.raises(ValueError, match=f"--expert-parallel-size {requested}"):
+        with pytest.raises(ValueError, match=f"expert_parallel_size={requested}"):
             expert_parallel_size(requested, world_size, num_experts)
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ((3, 6, 4), "--num-experts 4 cannot be split over --expert-parallel-size 3; with 6 ranks, use one of 1, 2"),
-        ((4, 6, 8), "--expert-parallel-size 4 does not divide the 6 ranks; use a divisor of 2"),
-        ((0, 2, 4), "--expert-parallel-size 0 must be at least 1"),
+        ((3, 6, 4), "num_experts=4 cannot be split over expert_parallel_size=3; with 6 ranks, use one of 1, 2"),
+        ((4, 6, 8), "expert_parallel_size=4 does not divide the 6 ranks; use a divisor of 2"),
+        ((0, 2, 4), "expert_parallel_size=0 must be at least 1"),
     ],
 )
 def test_the_remedy_is_named(arguments, sentence):
@@ -65,8 +65,8 @@ class Uncopyable:
 def test_a_clock_starts_again_when_read():
     import torch
 
-    clock = Clock()
-    with clock.measure(torch.device("cpu")):
+    timer = CollectiveTimer()
+    with timer.measure(torch.device("cpu")):
         pass
-    assert clock.read().cpu > 0
-    assert clock.read() == (0.0, 0)
+    assert timer.read().cpu > 0
+    assert timer.read() == (0.0, 0)

@@ -29,5 +29,5 @@ def test_shared_experts_are_added_unweighted_to_every_real_token(activation):
 
 
 def test_a_negative_number_is_refused():
-    with pytest.raises(ValueError, match="--num-shared-experts -1 must not be negative"):
+    with pytest.raises(ValueError, match="num_shared_experts=-1 must not be negative"):
         build_moe_layer("switch", 6, 8, 4, num_shared_experts=-1)

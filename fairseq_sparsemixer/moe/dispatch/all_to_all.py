@@ -1,6 +1,6 @@
-"""Experts live on several ranks: tokens travel to them and back. Dropless: ranks may send any number of rows, also none.
+"""Experts live on several ranks: tokens plan to them and back. Dropless: ranks may send any number of rows, also none.
 
-Ranks G, local experts L = E / G. Rows travel sorted by expert, so that those of one rank are contiguous; they arrive
+Ranks G, local experts L = E / G. Rows plan sorted by expert, so that those of one rank are contiguous; they arrive
 sorted by (sender, local expert), and are put in the order of the local experts for the computation.
 """
 
@@ -17,7 +17,7 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import AllToAllRows, ExpertGroup
 
 
-class Travel(NamedTuple):
+class ExchangePlan(NamedTuple):
     """send, receive: rows to and from each rank [G]. order: [N] received rows by local expert. counts: rows of each [L]."""
 
     send: List[int]
@@ -27,17 +27,17 @@ class Travel(NamedTuple):
 
 
 @torch.no_grad()
-def plan_travel(counts: Tensor, ranks: ExpertGroup) -> Travel:
+def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> ExchangePlan:
     """Tell every rank how many rows it will get for each of its experts, from counts [E], the rows this rank has.
 
     One host synchronisation, to read the sizes.
     """
-    outgoing = counts.view(ranks.size, -1)  # [G, L]
+    outgoing = counts.view(expert_group.size, -1)  # [G, L]
     incoming = torch.empty_like(outgoing)
-    with ranks.measured(counts.device):
-        dist.all_to_all_single(incoming, outgoing, group=ranks.group)
+    with expert_group.measured(counts.device):
+        dist.all_to_all_single(incoming, outgoing, group=expert_group.group)
     send, receive = torch.stack([outgoing, incoming]).cpu()
-    return Travel(
+    return ExchangePlan(
         send=send.sum(1).tolist(),
         receive=receive.sum(1).tolist(),
         order=_by_local_expert(incoming, int(receive.sum())),
@@ -51,18 +51,18 @@ def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
     return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
 
 
-def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFunction, ranks: ExpertGroup) -> Tensor:
+def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup) -> Tensor:
     """As dispatch_locally, with experts spread over the ranks of a group; every rank of it must call this.
 
     tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's share of the experts.
     """
     k = routing.expert_index.size(1)
     pairs, counts = order_pairs(routing)
-    travel = plan_travel(counts, ranks)
-    pairs = pairs[: sum(travel.send)]
-    arrived = AllToAllRows.apply(gather(tokens, pairs, k), travel.send, travel.receive, ranks)
-    outputs = experts(_permute(arrived, travel.order), travel.counts)
-    home = AllToAllRows.apply(_permute(outputs, invert(travel.order)), travel.receive, travel.send, ranks)
+    plan = plan_exchange(counts, expert_group)
+    pairs = pairs[: sum(plan.send)]
+    arrived = AllToAllRows.apply(gather(tokens, pairs, k), plan.send, plan.receive, expert_group)
+    outputs = experts(_permute(arrived, plan.order), plan.counts)
+    home = AllToAllRows.apply(_permute(outputs, invert(plan.order)), plan.receive, plan.send, expert_group)
     return combine(home, routing, pairs, tokens.size(0))
 
 

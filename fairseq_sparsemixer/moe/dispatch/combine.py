@@ -5,14 +5,14 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.dispatch.sorting import spread
+from fairseq_sparsemixer.moe.dispatch.sorting import scatter_rows
 from fairseq_sparsemixer.moe.gates.routing import Routing
 
 
 def combine(rows: Tensor, routing: Routing, pairs: Tensor, num_tokens: int) -> Tensor:
     """rows [N, M], the experts' outputs for pairs [N] -> [S, M]: each token's sum of combine_weight * output_scale * row."""
     weight = routing.combine_weight.reshape(-1).index_select(0, pairs)  # [N]
-    return spread(_Scale.apply(rows, weight, routing.output_scale), pairs, num_tokens, routing.expert_index.size(1))
+    return scatter_rows(_Scale.apply(rows, weight, routing.output_scale), pairs, num_tokens, routing.expert_index.size(1))
 
 
 class _Scale(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Experts on several ranks behind a capacity, GShard's way: every rank sends the same number of rows for every expert.
 
-Ranks G, local experts L = E / G, capacity C. Rows that a rank does not have are zeros, and travel all the same: with a
+Ranks G, local experts L = E / G, capacity C. Rows that a rank does not have are zeros, and plan all the same: with a
 loose capacity, all_to_all.py sends less. The exchange is fairscale's.
 """
 
@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.moe.dispatch.combine import combine
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
-from fairseq_sparsemixer.moe.dispatch.sorting import gather, order_pairs, spread
+from fairseq_sparsemixer.moe.dispatch.sorting import gather, order_pairs, scatter_rows
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
@@ -22,46 +22,46 @@ with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old n
 
 
 class _MeasuredAllToAll(torch.autograd.Function):
-    """fairscale's all-to-all of rows [E * C, M], on the clock of the ranks."""
+    """fairscale's all-to-all of rows [E * C, M], on the group's timer."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, ranks: ExpertGroup) -> Tensor:
-        ctx.ranks = ranks
-        with ranks.measured(rows.device):
-            return _AllToAll.forward(ctx, ranks.group, rows)
+    def forward(ctx, rows: Tensor, expert_group: ExpertGroup) -> Tensor:
+        ctx.expert_group = expert_group
+        with expert_group.measured(rows.device):
+            return _AllToAll.forward(ctx, expert_group.group, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        with ctx.ranks.measured(grad.device):
+        with ctx.expert_group.measured(grad.device):
             return _AllToAll.backward(ctx, grad)[1], None
 
 
-def dispatch_equal_split(tokens: Tensor, routing: Routing, experts: ExpertsFunction, ranks: ExpertGroup) -> Tensor:
+def dispatch_equal_split(tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup) -> Tensor:
     """As dispatch_all_to_all, in blocks of C rows an expert; every rank of the group must call this.
 
     C is the largest number of rows that any rank of the group has for any expert after dropping: the gates drop by the
     token counts of their own rank, and those differ. One host synchronisation, to read the sizes.
     """
     k, num_experts, model_dim = routing.expert_index.size(1), routing.num_experts, tokens.size(1)
-    local = num_experts // ranks.size
+    local = num_experts // expert_group.size
     pairs, counts = order_pairs(routing)
-    capacity, routed = _agree_on_capacity(counts, ranks)
+    capacity, routed = _agree_on_capacity(counts, expert_group)
     pairs = pairs[:routed]
     slots = _slots(counts, capacity, routed)
-    blocks = spread(gather(tokens, pairs, k), slots, num_experts * capacity, 1)  # [E * C, M], zeros where there is no row
-    arrived = _MeasuredAllToAll.apply(blocks, ranks).view(ranks.size, local, capacity, model_dim)
-    outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), [ranks.size * capacity] * local)
-    outputs = outputs.view(local, ranks.size, capacity, model_dim).transpose(0, 1)  # [G, L, C, M]
-    home = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), ranks), slots, 1)  # [N, M]
+    blocks = scatter_rows(gather(tokens, pairs, k), slots, num_experts * capacity, 1)  # [E * C, M], zeros where there is no row
+    arrived = _MeasuredAllToAll.apply(blocks, expert_group).view(expert_group.size, local, capacity, model_dim)
+    outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), [expert_group.size * capacity] * local)
+    outputs = outputs.view(local, expert_group.size, capacity, model_dim).transpose(0, 1)  # [G, L, C, M]
+    home = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), expert_group), slots, 1)  # [N, M]
     return combine(home, routing, pairs, tokens.size(0))
 
 
 @torch.no_grad()
-def _agree_on_capacity(counts: Tensor, ranks: ExpertGroup):
+def _agree_on_capacity(counts: Tensor, expert_group: ExpertGroup):
     """C over the group, at least 1, and the number of rows on this rank."""
     capacity = counts.max().clamp(min=1)
-    with ranks.measured(counts.device):
-        dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=ranks.group)
+    with expert_group.measured(counts.device):
+        dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=expert_group.group)
     return torch.stack([capacity, counts.sum()]).tolist()
 
 

@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (pairs,) = ctx.saved_tensors
-        return spread(grad, pairs, ctx.num_tokens, ctx.k), None, None
+        return scatter_rows(grad, pairs, ctx.num_tokens, ctx.k), None, None
 
 
 def gather(tokens: Tensor, pairs: Tensor, k: int) -> Tensor:
@@ -60,7 +60,7 @@ def gather(tokens: Tensor, pairs: Tensor, k: int) -> Tensor:
     return _Gather.apply(tokens, pairs, k)
 
 
-def spread(rows: Tensor, pairs: Tensor, num_tokens: int, k: int) -> Tensor:
+def scatter_rows(rows: Tensor, pairs: Tensor, num_tokens: int, k: int) -> Tensor:
     """rows [N, M] of pairs [N] -> [S, M]: each token gets the sum of its pairs' rows, zero where it has none."""
     everywhere = pairs.size(0) == num_tokens * k  # no slot is left to be zero
     slots = (rows.new_empty if everywhere else rows.new_zeros)(num_tokens * k, rows.size(1)).index_copy_(0, pairs, rows)

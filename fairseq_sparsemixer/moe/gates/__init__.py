@@ -1,6 +1,6 @@
 """Routers: each file holds a pure function from logits to a Routing, and the thin module that owns its projection."""
 
-from fairseq_sparsemixer.moe.gates.bias import forget_loads, update_selection_biases
+from fairseq_sparsemixer.moe.gates.bias import reset_loads, update_selection_biases
 from fairseq_sparsemixer.moe.gates.fairscale import FairscaleGate
 from fairseq_sparsemixer.moe.gates.gate import Gate
 from fairseq_sparsemixer.moe.gates.registry import DENSE, GATES, build_gate, gate_class, gate_options, register_gate, routers_with
@@ -17,7 +17,7 @@ __all__ = [
     "Gate",
     "Routing",
     "build_gate",
-    "forget_loads",
+    "reset_loads",
     "gate_class",
     "gate_options",
     "register_gate",

@@ -17,7 +17,6 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding
 from fairseq_sparsemixer.moe.gates.losses import router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -94,11 +93,11 @@ def works(module: str) -> bool:
 
 
 def find_assignment() -> Assignment:
-    """The solver at hand. Raises ConfigurationError when there is none."""
+    """The solver at hand. Raises ValueError when there is none."""
     auction, exact = works("fairseq.libbase"), works("scipy.optimize")
     if not auction and not exact:
-        raise ConfigurationError(
-            "--router base needs a solver of the linear assignment: install scipy (pip install scipy),"
+        raise ValueError(
+            "router=base needs a solver of the linear assignment: install scipy (pip install scipy),"
             " or a fairseq built with its C++ extensions (fairseq.libbase)"
         )
     return assign_by_size if auction and exact else assign_by_auction if auction else assign_by_scipy
@@ -133,7 +132,7 @@ def base_routing(logits: Tensor, padding_mask: Optional[Tensor] = None, assign: 
 class BaseGate(Gate):
     """The gate of BASE layers; its projection is the experts' embeddings, orthogonal at first as in fairseq's BaseLayer.
 
-    Raises ConfigurationError when neither fairseq's libbase nor scipy is there.
+    Raises ValueError when neither fairseq's libbase nor scipy is there.
     """
 
     def __init__(self, model_dim: int, num_experts: int):

@@ -47,7 +47,7 @@ class SelectionBias(nn.Module):
         super().__init__()
         if not 0 <= rate < math.inf:
             raise ValueError(
-                f"--moe-bias-update-rate {rate} must be at least 0 and finite; DeepSeek-V3 uses 0.001, and 0 switches it off"
+                f"bias_update_rate={rate} must be at least 0 and finite; DeepSeek-V3 uses 0.001, and 0 switches it off"
             )
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
@@ -93,7 +93,7 @@ def update_selection_biases(model: nn.Module) -> None:
         balancer.step(load)
 
 
-def forget_loads(model: nn.Module) -> None:
+def reset_loads(model: nn.Module) -> None:
     """With the gradients of a step that failed, drop its loads."""
     for module in model.modules():
         if isinstance(module, SelectionBias):

@@ -21,7 +21,7 @@ def require_capacity_factor(capacity_factor: Optional[float]) -> Optional[float]
     if capacity_factor is None or capacity_factor == math.inf:
         return None
     if not capacity_factor > 0:
-        raise ValueError(f"--capacity-factor {capacity_factor} must be positive; 1.25 is usual, and inf drops nothing")
+        raise ValueError(f"capacity_factor={capacity_factor} must be positive; 1.25 is usual, and inf drops nothing")
     return capacity_factor
 
 

@@ -1,6 +1,7 @@
 """The base of every gate: it owns the projection to logits, and leaves the decision to `decide`."""
 
 import math
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -39,7 +40,7 @@ class Gate(nn.Module):
     ):
         super().__init__()
         if num_experts < 1:
-            raise ValueError(f"--num-experts {num_experts} must be at least 1")
+            raise ValueError(f"num_experts={num_experts} must be at least 1")
         self.model_dim = model_dim
         self.num_experts = num_experts
         self.capacity_factor = require_capacity_factor(capacity_factor)
@@ -81,7 +82,7 @@ class Gate(nn.Module):
         if self.training and self.capacity_factor is not None:
             routing = self.limit(routing)
         if self.training and self.balancer is not None:
-            routing.combine_weight = self.balancer.watch(routing)
+            routing = replace(routing, combine_weight=self.balancer.watch(routing))
         return routing
 
     def limit(self, routing: Routing) -> Routing:
@@ -109,14 +110,14 @@ def require_jitter(jitter_eps: float, most: float = math.inf) -> float:
     """The jitter itself. Raises ValueError unless it lies between 0 and `most`."""
     if not 0 <= jitter_eps <= most:
         bounds = "be at least 0" if most == math.inf else f"lie between 0 and {most:g}"
-        raise ValueError(f"--jitter-eps {jitter_eps} must {bounds}; the papers use 0.1")
+        raise ValueError(f"jitter_eps={jitter_eps} must {bounds}; the papers use 0.1")
     return jitter_eps
 
 
 def require_top_k(top_k: int, num_experts: int) -> int:
     """The number of experts a token itself. Raises ValueError when there are not that many."""
     if not 1 <= top_k <= num_experts:
-        raise ValueError(f"--moe-top-k {top_k} must lie between 1 and --num-experts {num_experts}")
+        raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
     return top_k
 
 

@@ -62,7 +62,7 @@ class GShardGate(Gate):
     def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = 1.0, bias_update_rate: float = 0.0):
         super().__init__(model_dim, num_experts, capacity_factor, bias_update_rate)
         if num_experts < 2:
-            raise ValueError(f"--router gshard gives each token two experts; --num-experts {num_experts} must be at least 2")
+            raise ValueError(f"router=gshard gives each token two experts; num_experts={num_experts} must be at least 2")
 
     def draw_noise(self, logits: Tensor) -> Optional[Tensor]:
         """The Gumbel noise [S, E] of one forward pass; None at inference."""

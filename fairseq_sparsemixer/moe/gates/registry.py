@@ -25,7 +25,7 @@ def register_gate(name: str):
 def gate_class(name: str) -> Type[Gate]:
     """The gate of that name. Raises ValueError, listing the known names, for any other."""
     if name not in GATES:
-        raise ValueError(f"--router {name} is unknown; choose from {', '.join([DENSE, *sorted(GATES)])}")
+        raise ValueError(f"router={name} is unknown; choose from {', '.join([DENSE, *sorted(GATES)])}")
     return GATES[name]
 
 

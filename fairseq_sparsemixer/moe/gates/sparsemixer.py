@@ -1,5 +1,6 @@
 """SparseMixer (Liu, Gao, Chen, 2023; arXiv 2310.00811): one sampled expert, and the router gradient Switch drops."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -133,5 +134,4 @@ class SparseMixerGate(Gate):
             self.balance_group,
             self.selection_bias,
         )
-        routing.output_scale = self.omega
-        return routing
+        return replace(routing, output_scale=self.omega)

@@ -25,9 +25,10 @@ from fairseq.tasks.translation import TranslationConfig
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, EXPERTS, LAYOUT
+from fairseq_sparsemixer.names import EXPERTS
+from fairseq_sparsemixer.options import MoEOptions
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT
 from fairseq_sparsemixer.plugin.checkpoints.optimizer_state import Unmapped, map_optimizer_state
-from fairseq_sparsemixer.plugin.models.config import MoEOptions
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel
 

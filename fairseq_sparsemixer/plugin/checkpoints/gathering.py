@@ -18,31 +18,33 @@ class Gathered(NamedTuple):
 
 
 def gather_experts(
-    models: List[Dict[str, Tensor]], optimizer: Optional[torch.optim.Optimizer], ranks: ExpertGroup
+    models: List[Dict[str, Tensor]], optimizer: Optional[torch.optim.Optimizer], expert_group: ExpertGroup
 ) -> Optional[Gathered]:
     """From each rank's share of the experts, by name; a collective of all ranks. None outside the group of rank 0."""
-    if not ranks.first_group:
+    if not expert_group.first_group:
         return None  # replicas: the first group has every expert
     return Gathered(
-        [{name: _gather(share.detach(), ranks) for name, share in model.items()} for model in models],
-        {} if optimizer is None else _gather_optimizer(optimizer, ranks),
+        [{name: _gather(share.detach(), expert_group) for name, share in model.items()} for model in models],
+        {} if optimizer is None else _gather_optimizer(optimizer, expert_group),
     )
 
 
-def _gather_optimizer(optimizer: torch.optim.Optimizer, ranks: ExpertGroup) -> Dict[int, Dict[str, Tensor]]:
+def _gather_optimizer(optimizer: torch.optim.Optimizer, expert_group: ExpertGroup) -> Dict[int, Dict[str, Tensor]]:
     gathered: Dict[int, Dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
         if hasattr(parameter, "expert"):
             state = optimizer.state.get(parameter, {})
-            gathered[index] = {name: _gather(value, ranks) for name, value in sorted(state.items()) if counts_experts(value)}
+            gathered[index] = {
+                name: _gather(value, expert_group) for name, value in sorted(state.items()) if counts_experts(value)
+            }
     return gathered
 
 
-def _gather(share: Tensor, ranks: ExpertGroup) -> Optional[Tensor]:
+def _gather(share: Tensor, expert_group: ExpertGroup) -> Optional[Tensor]:
     """share [E / G, ...] of each rank -> [E, ...] on the CPU of rank 0, None elsewhere."""
-    parts = [torch.empty_like(share) for _ in range(ranks.size)] if ranks.index == 0 else None
-    dist.gather(share.contiguous(), parts, dst=0, group=ranks.group)
+    parts = [torch.empty_like(share) for _ in range(expert_group.size)] if expert_group.index == 0 else None
+    dist.gather(share.contiguous(), parts, dst=0, group=expert_group.group)
     return torch.cat([part.cpu() for part in parts]) if parts else None
 
 

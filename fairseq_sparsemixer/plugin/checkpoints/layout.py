@@ -14,8 +14,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.names import EXPERTS
+
 LAYOUT = "expert_parallel"
-EXPERTS = ".experts."  # in the name of every parameter of an expert
 COPIES_OF_MODEL = ("ema", "ema_fp32_params")  # in extra_state, by the names of the model's parameters
 
 Combine = Callable[[List[Tensor]], Tensor]

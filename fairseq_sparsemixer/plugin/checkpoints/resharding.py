@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish, unfinished_beside
+from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import shards
-from fairseq_sparsemixer.plugin.checkpoints.layout import EXPERTS, LAYOUT, Combine, combine_experts, layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, Combine, combine_experts, layout_of, shard_path
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, try_again
 

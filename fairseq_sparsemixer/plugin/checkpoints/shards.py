@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 STAGED_SHARD = re.compile(rf"(checkpoint.*){suffix(0)[:-1]}\d+\.pt{re.escape(STAGED)}")
 
 
-def agree_on_number(ranks: ExpertGroup, number: int, device: torch.device) -> Optional[int]:
+def agree_on_number(expert_group: ExpertGroup, number: int, device: torch.device) -> Optional[int]:
     """The number that rank 0 proposes, on all ranks of its group; None on others."""
-    if not ranks.first_group:
+    if not expert_group.first_group:
         return None
     shared = torch.tensor(number, device=device)
-    dist.broadcast(shared, src=0, group=ranks.group)
+    dist.broadcast(shared, src=0, group=expert_group.group)
     return int(shared)
 
 

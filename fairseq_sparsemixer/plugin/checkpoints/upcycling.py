@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, build_gate
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, EXPERTS
-from fairseq_sparsemixer.plugin.models.config import MoEOptions, check_options, router_options
+from fairseq_sparsemixer.names import EXPERTS, GATE, LAYER
+from fairseq_sparsemixer.options import MoEOptions
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL
+from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
 from fairseq_sparsemixer.plugin.models.moe_block import MoEDecoderLayer, MoEEncoderLayer
+from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
 WITH_EXPERTS = {"transformer": "transformer_moe", "transformer_moe": "transformer_moe", "transformer_lm": "transformer_lm_moe"}
@@ -123,8 +126,8 @@ def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed
                 dense = {part: result.pop(f"{layer}.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
                 moved = _experts(dense, options.num_experts, noise)
                 _compensate(moved, indifferent)
-                result.update({f"{layer}.fc1.moe.experts.{part}": value for part, value in moved.items()})
-                result.update({f"{layer}.fc1.moe.gate.{part}": value for part, value in indifferent.gate.state_dict().items()})
+                result.update({f"{layer}{LAYER}{EXPERTS}{part}": value for part, value in moved.items()})
+                result.update({f"{layer}.fc1{GATE}{part}": value for part, value in indifferent.gate.state_dict().items()})
     return result
 
 

@@ -1,6 +1,6 @@
 """fairseq models with Mixture-of-Experts layers. Each overrides fairseq's smallest hook; no forward is copied."""
 
-from fairseq_sparsemixer.plugin.models.config import MoEOptions
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.models.electra_moe import ElectraMoEModel
 from fairseq_sparsemixer.plugin.models.parameters import parameter_counts
 from fairseq_sparsemixer.plugin.models.roberta_moe import RobertaMoEModel

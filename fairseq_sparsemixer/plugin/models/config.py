@@ -1,12 +1,12 @@
 """What must hold among the flags of a Mixture-of-Experts model before anything is built."""
 
-from dataclasses import fields
-from typing import Any, Dict, List
+from typing import Any, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
-from fairseq_sparsemixer.moe.gates import DENSE, gate_class, gate_options, routers_with
-from fairseq_sparsemixer.options import MoEOptions
+from fairseq_sparsemixer.moe.gates import DENSE, build_gate, gate_class
+from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
 
 
@@ -23,14 +23,10 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
     check_noise(cfg)
     if getattr(cfg, "scale_fc", False):
         raise ConfigurationError("--scale-fc normalises inside layers that are experts here; leave it out, or use --router dense")
-    try:
-        gate_class(cfg.router)
-        options = router_options(cfg)
-        gate_class(cfg.router)(1, cfg.num_experts, **options)  # a gate checks its own options
+    with in_flags():
+        build_gate(cfg.router, 1, cfg.num_experts, **router_options(cfg))  # a gate checks its own options
         if cfg.expert_activation is not None:
             resolve_activation(cfg.expert_activation)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
     if autoregressive and not gate_class(cfg.router).causal and not cfg.force_expert_choice:
         raise ConfigurationError(
             f"--router {cfg.router} lets a token's experts depend on tokens after it, which an autoregressive decoder must"
@@ -95,48 +91,3 @@ def refuse(sentence: str) -> None:
     """Raise ConfigurationError, unless the sentence is empty."""
     if sentence:
         raise ConfigurationError(sentence)
-
-
-FLAG_OF_OPTION = {"top_k": "moe_top_k", "bias_update_rate": "moe_bias_update_rate"}  # where a flag has a longer name
-
-
-def router_options(cfg: Any) -> Dict[str, Any]:
-    """The options of cfg.router among the flags; a flag left at its default keeps the router's default.
-
-    Raises ValueError where a flag was given that this router cannot honour, listing the routers that can.
-    """
-    if cfg.moe_top_k is not None and not 1 <= cfg.moe_top_k <= cfg.num_experts:
-        raise ValueError(f"--moe-top-k {cfg.moe_top_k} must lie between 1 and --num-experts {cfg.num_experts}")
-    accepted = gate_options(cfg.router)
-    defaults = {option.name: option.default for option in fields(MoEOptions)}
-    chosen = {}
-    for option in (
-        "top_k",
-        "jitter_eps",
-        "gradient_estimator",
-        "estimator_at_argmax",
-        "capacity_factor",
-        "bias_update_rate",
-        "router_bias",
-    ):
-        flag = FLAG_OF_OPTION.get(option, option)
-        value = getattr(cfg, flag)
-        if option in accepted:
-            if value is not None:
-                chosen[option] = value
-        elif value != defaults[flag] and not (option == "top_k" and value == gate_class(cfg.router).top_k):
-            raise ValueError(_refusal(flag, value, cfg.router, option))
-    return chosen
-
-
-def _refusal(flag: str, value: Any, router: str, option: str) -> str:
-    why = {
-        "top_k": f"which gives each token {gate_class(router).top_k}",
-        "gradient_estimator": "which does not sample experts",
-        "estimator_at_argmax": "which does not sample experts",
-        "bias_update_rate": "whose selection takes no bias",
-        "capacity_factor": "which drops nothing",
-        "router_bias": "whose logits take no bias",
-    }.get(option, "which has no use for it")
-    others = ", ".join(routers_with(option))
-    return f"--{flag.replace('_', '-')} {value} does not go with --router {router}, {why}; the routers that take it: {others}"

@@ -8,10 +8,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.plugin.checkpoints.layout import EXPERTS
-
-GATE_PREFIX = ".moe.gate."
-SHARED_EXPERTS = ".moe.shared_experts."
+from fairseq_sparsemixer.names import EXPERTS, GATE, SHARED_EXPERTS
 
 
 def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
@@ -67,7 +64,7 @@ FLAG_OF_PARAMETER = {  # of a gate, where a flag of its own decides whether it i
 
 def _check_gates(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
     """Routers differ in what they learn beside the projection: SparseMixer has its omega."""
-    for name in sorted({n for n in expected if GATE_PREFIX in n} ^ {n for n in found if GATE_PREFIX in n}):
+    for name in sorted({n for n in expected if GATE in n} ^ {n for n in found if GATE in n}):
         holder, other = ("flags", "checkpoint") if name in expected else ("checkpoint", "flags")
         flags = next((flag for end, flag in FLAG_OF_PARAMETER.items() if name.endswith(end)), "the --router")
         raise ConfigurationError(

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.moe.layer import MoELayer, build_moe_layer
-from fairseq_sparsemixer.plugin.models.config import layers_to_keep, router_options
+from fairseq_sparsemixer.plugin.models.config import layers_to_keep
 from fairseq_sparsemixer.plugin.models.fast_path import NoFastPath
+from fairseq_sparsemixer.plugin.models.router_options import router_options
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import DENSE
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.models.architectures import fill, fill_defaults, register_architecture
-from fairseq_sparsemixer.plugin.models.config import MoEOptions, check_options
+from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.hydra import check_option_names
 from fairseq_sparsemixer.plugin.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.plugin.models.moe_block import RemembersUpdates

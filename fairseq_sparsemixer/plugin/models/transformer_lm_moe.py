@@ -7,8 +7,9 @@ from fairseq.models import register_model, transformer_lm
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from fairseq_sparsemixer.moe.gates import DENSE
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.models.architectures import register_architecture
-from fairseq_sparsemixer.plugin.models.config import MoEOptions, check_options
+from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.plugin.models.moe_block import RemembersUpdates
 from fairseq_sparsemixer.plugin.models.transformer_moe import MoEDecoder, TransformerMoEConfig

@@ -19,8 +19,9 @@ from fairseq.models.transformer import (
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults, register_architecture
-from fairseq_sparsemixer.plugin.models.config import MoEOptions, check_options
+from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.fast_path import DenseEncoderLayer
 from fairseq_sparsemixer.plugin.models.hydra import check_option_names
 from fairseq_sparsemixer.plugin.models.loading import ChecksCheckpoints

@@ -14,12 +14,11 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from fairseq import checkpoint_utils, utils
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import Gate, Routing
-from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
 from fairseq_sparsemixer.tools.generation import read_sentences as lines_of
@@ -126,7 +125,7 @@ def translates(model: nn.Module) -> bool:
 
 def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple[str, MoELayer]:
     """(name, MoE layer). Raises ConfigurationError when there is none of that name, or it gives a token several experts."""
-    layers = dict(moe_layers(model))
+    layers = dict(named_moe_layers(model))
     if not layers:
         raise ConfigurationError(f"--checkpoint {checkpoint} has no MoE layer; give one trained with a --router other than dense")
     name = layer or next(iter(layers))
@@ -166,7 +165,7 @@ def set_scene(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample: Dic
     outputs = every_expert(moe, inputs)
     chosen = outputs[torch.arange(len(inputs)), moe.routing.expert_index.squeeze(1)]  # one expert a token
     routed = moe.routing.combine_weight * chosen
-    others = [(other.gate, other.routing) for _, other in moe_layers(model) if other is not moe]
+    others = [(other.gate, other.routing) for _, other in named_moe_layers(model) if other is not moe]
     return Scene(sample, inputs, outputs, outcome, outcome - routed, others)
 
 

@@ -24,6 +24,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, gate_class
+from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.tools.generation import read_sentences
 from fairseq_sparsemixer.tools.study.yaml_file import BadYaml, read_yaml
 
@@ -229,9 +230,10 @@ def _flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
 def _check_router(path: Path, key: str, router: Any) -> None:
     try:
         if router != DENSE:
-            gate_class(str(router))
-    except ValueError as error:
-        raise ConfigurationError(f"the study {_shown(path)} has {key}: {getattr(error, 'message', error)}") from None
+            with in_flags():
+                gate_class(str(router))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the study {_shown(path)} has {key}: {error.message}") from None
 
 
 def _integers(path: Path, key: str, values: Any) -> List[int]:

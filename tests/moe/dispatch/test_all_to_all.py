@@ -11,7 +11,7 @@ from torch import distributed as dist
 from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Routing
-from fairseq_sparsemixer.moe.parallel import Clock, form_expert_group
+from fairseq_sparsemixer.moe.parallel import CollectiveTimer, form_expert_group
 
 M, H = 6, 10
 DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split}
@@ -80,15 +80,15 @@ def compute(dispatch, case: Case, experts: Experts, rank: int) -> List[Tensor]:
 
 
 def on_rank(cases: List[Case]):
-    ranks = form_expert_group(2, clock=Clock())
+    ranks = form_expert_group(2, timer=CollectiveTimer())
     results = {}
     for case in cases:
         for name, dispatch in DISPATCHERS.items():
             experts, local = experts_of(case), case.num_experts // 2
-            experts.keep(ranks.index * local, local)
+            experts.shard(ranks.index * local, local)
             together = lambda tokens, routing, experts: dispatch(tokens, routing, experts, ranks)  # noqa: B023, E731
             results[case.name, name] = compute(together, case, experts, ranks.index)
-    assert ranks.clock.read().cpu > 0
+    assert ranks.timer.read().cpu > 0
     return results
 
 
@@ -123,7 +123,7 @@ def count_rows(case: Case):
 
     dist.all_to_all_single = counting
     experts = experts_of(case)
-    experts.keep(ranks.index * 2, 2)
+    experts.shard(ranks.index * 2, 2)
     tokens, routing, _ = make(case, ranks.index)
     dispatch_all_to_all(tokens, routing, experts, ranks)
     return sent[0], int((~routing.padding_mask).sum())

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_sparsemixer.moe.dispatch.sorting import gather, sort_pairs, spread
+from fairseq_sparsemixer.moe.dispatch.sorting import gather, scatter_rows, sort_pairs
 from fairseq_sparsemixer.moe.gates import Routing
 
 
@@ -49,7 +49,7 @@ def test_gather_gives_each_pair_its_token_and_spread_adds_a_tokens_pairs():
     pairs = torch.tensor([7, 0, 2, 5, 1])  # of 4 tokens with k = 2; pairs 3, 4, 6 are not routed
     rows = gather(tokens, pairs, 2)
     torch.testing.assert_close(rows, tokens[[3, 0, 1, 2, 0]])
-    back = spread(rows, pairs, 4, 2)
+    back = scatter_rows(rows, pairs, 4, 2)
     torch.testing.assert_close(back, tokens * torch.tensor([[2.0], [1.0], [1.0], [1.0]]))
 
 
@@ -58,5 +58,5 @@ def test_gather_and_spread_have_the_gradients_of_finite_differences():
     rows = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     pairs = torch.tensor([5, 0, 1, 3])
     assert torch.autograd.gradcheck(lambda t: gather(t, pairs, 2), (tokens,))
-    assert torch.autograd.gradcheck(lambda r: spread(r, pairs, 3, 2), (rows,))
+    assert torch.autograd.gradcheck(lambda r: scatter_rows(r, pairs, 3, 2), (rows,))
     assert torch.autograd.gradcheck(lambda t: gather(t, pairs[2:] // 2, 1), (tokens,))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fairseq_sparsemixer import build_gate
-from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import base_layers
 from fairseq_sparsemixer.moe.gates.base_layers import (
     assign_by_auction,
@@ -142,7 +141,7 @@ def test_whichever_solver_is_there_is_used(monkeypatch, there, solver):
 
 def test_without_any_solver_one_sentence_tells_what_to_install(monkeypatch):
     monkeypatch.setattr(base_layers, "works", lambda module: False)
-    with pytest.raises(ConfigurationError, match="--router base needs a solver .* install scipy"):
+    with pytest.raises(ValueError, match="router=base needs a solver .* install scipy"):
         find_assignment()
 
 

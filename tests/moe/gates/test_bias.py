@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
-from fairseq_sparsemixer.moe.gates import forget_loads, routers_with, update_selection_biases
+from fairseq_sparsemixer.moe.gates import reset_loads, routers_with, update_selection_biases
 from fairseq_sparsemixer.moe.gates.bias import SelectionBias
 from fairseq_sparsemixer.moe.gates.sparsemixer import mask_unlikely
 
@@ -108,7 +108,7 @@ def test_padding_is_not_counted_and_dropped_tokens_are():
 def test_a_failed_step_is_forgotten():
     layer, x = skewed_layer()
     run(layer, x)
-    forget_loads(layer)
+    reset_loads(layer)
     update_selection_biases(layer)
     assert layer.gate.selection_bias.tolist() == [0, 0, 0, 0]
 
@@ -126,12 +126,12 @@ def test_the_bias_is_saved_and_stays_float32_in_half_precision():
 
 def test_rate_zero_is_no_bias_and_a_negative_rate_is_refused():
     assert build_gate("switch", 4, 4).selection_bias is None
-    with pytest.raises(ValueError, match="--moe-bias-update-rate -1 must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="bias_update_rate=-1 must be at least 0 and finite"):
         SelectionBias(4, -1)
     for rate in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"--moe-bias-update-rate {rate} must be at least 0 and finite"):
+        with pytest.raises(ValueError, match=f"bias_update_rate={rate} must be at least 0 and finite"):
             build_gate("switch", 4, 4, bias_update_rate=rate)
-    with pytest.raises(ValueError, match="--moe-bias-update-rate -1 must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="bias_update_rate=-1 must be at least 0 and finite"):
         build_gate("switch", 4, 4, bias_update_rate=-1)
 
 

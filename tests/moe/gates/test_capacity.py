@@ -62,7 +62,7 @@ def test_rounding_makes_no_room():
 def test_infinity_drops_nothing_and_other_factors_must_be_positive():
     assert require_capacity_factor(math.inf) is None and require_capacity_factor(None) is None
     for bad in (0, -1, math.nan):
-        with pytest.raises(ValueError, match="--capacity-factor .* must be positive"):
+        with pytest.raises(ValueError, match="capacity_factor=.* must be positive"):
             require_capacity_factor(bad)
 
 

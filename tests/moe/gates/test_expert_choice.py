@@ -61,5 +61,5 @@ def test_it_is_declared_unfit_for_decoders():
 
 @pytest.mark.parametrize("factor", [0, -1.0])
 def test_capacity_factor_must_be_positive(factor):
-    with pytest.raises(ValueError, match="--capacity-factor .* must be positive"):
+    with pytest.raises(ValueError, match="capacity_factor=.* must be positive"):
         build_gate("expert_choice", 6, 2, capacity_factor=factor)

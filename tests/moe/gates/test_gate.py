@@ -39,23 +39,23 @@ def test_a_bias_of_the_router_starts_at_zero_and_is_added_to_the_logits_in_float
 
 @pytest.mark.parametrize("num_experts", [0, -1])
 def test_there_must_be_an_expert(num_experts):
-    with pytest.raises(ValueError, match=f"--num-experts {num_experts} must be at least 1"):
+    with pytest.raises(ValueError, match=f"num_experts={num_experts} must be at least 1"):
         Gate(16, num_experts)
 
 
 def test_jitter_must_lie_within_its_bounds():
     assert (require_jitter(0), require_jitter(float("inf")), require_jitter(1, most=1)) == (0, float("inf"), 1)
     for wrong in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match=f"--jitter-eps {wrong} must be at least 0"):
+        with pytest.raises(ValueError, match=f"jitter_eps={wrong} must be at least 0"):
             require_jitter(wrong)
-    with pytest.raises(ValueError, match="--jitter-eps 1.5 must lie between 0 and 1; the papers use 0.1"):
+    with pytest.raises(ValueError, match="jitter_eps=1.5 must lie between 0 and 1; the papers use 0.1"):
         require_jitter(1.5, most=1)
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_top_k_must_not_exceed_the_experts(top_k):
     assert require_top_k(4, 4) == 4
-    with pytest.raises(ValueError, match=f"--moe-top-k {top_k} must lie between 1 and --num-experts 4"):
+    with pytest.raises(ValueError, match=f"top_k={top_k} must lie between 1 and num_experts=4"):
         require_top_k(top_k, 4)
 
 

@@ -55,5 +55,5 @@ def test_gradient_of_the_weights_is_exact():
 
 
 def test_there_must_be_two_experts():
-    with pytest.raises(ValueError, match="--num-experts 1 must be at least 2"):
+    with pytest.raises(ValueError, match="num_experts=1 must be at least 2"):
         build_gate("gshard", 6, 1)

@@ -8,7 +8,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate
 
 
 def test_an_unknown_router_lists_the_known_ones():
-    with pytest.raises(ValueError, match="--router swich is unknown; choose from dense, .*sparsemixer, .*switch"):
+    with pytest.raises(ValueError, match="router=swich is unknown; choose from dense, .*sparsemixer, .*switch"):
         build_gate("swich", model_dim=4, num_experts=2)
 
 

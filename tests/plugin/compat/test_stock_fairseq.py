@@ -17,8 +17,8 @@ from fairseq.models import build_model
 
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.upcycling import upcycle
-from fairseq_sparsemixer.plugin.models.config import MoEOptions
 from fairseq_sparsemixer.plugin.models.fast_path import NAME_OF_COPY
 
 HERE = Path(__file__).parent

@@ -1,6 +1,7 @@
 """What must hold among the flags."""
 
 import math
+import re
 from argparse import Namespace
 from dataclasses import fields
 from typing import Optional
@@ -8,7 +9,11 @@ from typing import Optional
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.plugin.models.config import NUMBERS, MoEOptions, check_options, router_options
+from fairseq_sparsemixer.moe.gates import GATES, Gate, build_gate, register_gate
+from fairseq_sparsemixer.moe.gates.switch import switch_routing
+from fairseq_sparsemixer.options import MoEOptions, in_flags
+from fairseq_sparsemixer.plugin.models.config import NUMBERS, check_options
+from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
 
@@ -103,3 +108,56 @@ def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
         "top_k": 2, "jitter_eps": 0.1, "estimator_at_argmax": False, "bias_update_rate": 0.0,
         "router_bias": False,
     }  # fmt: skip
+
+
+@pytest.fixture
+def router_of_ones_own():
+    """A registered router with two options of its own."""
+
+    class Tempered(Gate):
+        def __init__(self, model_dim, num_experts, temperature=1.0, greedy=False, **balancing):
+            super().__init__(model_dim, num_experts, **balancing)
+            if not temperature > 0:
+                raise ValueError(f"temperature={temperature} must be positive")
+            self.temperature, self.greedy = temperature, greedy
+
+        def decide(self, logits, padding_mask=None):
+            return switch_routing(logits / self.temperature, padding_mask)
+
+    register_gate("tempered")(Tempered)
+    yield "tempered"
+    del GATES["tempered"]
+
+
+def test_options_of_a_router_of_ones_own_reach_it(router_of_ones_own, build_translation_model):
+    model = build_translation_model(router=router_of_ones_own, router_option="temperature=0.5, greedy=true")
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    assert gates and all((gate.temperature, gate.greedy) == (0.5, True) for gate in gates)
+
+
+@pytest.mark.parametrize("given, sentence", [
+    ("warmth=1", "--router-option warmth=1 does not go with --router tempered; it takes temperature, greedy"),
+    ("temperature", "--router-option temperature must be NAME=VALUE"),
+    ("temperature=", "--router-option temperature= must be NAME=VALUE"),
+    ("temperature=1,temperature=2", "--router-option temperature=1,temperature=2 gives temperature twice"),
+    ("capacity_factor=2", "--router-option capacity_factor=2 has a flag of its own; give --capacity-factor 2"),
+    ("temperature=-1", "temperature=-1 must be positive"),
+])  # fmt: skip
+def test_router_options_that_make_no_router(router_of_ones_own, given, sentence):
+    with pytest.raises(ConfigurationError, match=re.escape(sentence)):
+        check_options(MoEOptions(router=router_of_ones_own, router_option=given))
+
+
+def test_a_router_without_further_options_says_so():
+    with pytest.raises(
+        ConfigurationError, match="temperature=1 does not go with --router switch; it takes none beside its flags"
+    ):
+        check_options(MoEOptions(router="switch", router_option="temperature=1"))
+
+
+def test_the_core_speaks_of_parameters_and_the_plugin_of_flags():
+    with pytest.raises(ValueError, match="^num_experts=0 must be at least 1$"):
+        build_gate("gshard", 4, 0)
+    with pytest.raises(ConfigurationError) as error, in_flags():
+        build_gate("sparsemixer_v2", 4, 2, top_k=3)
+    assert error.value.message == "--moe-top-k 3 must lie between 1 and --num-experts 2"

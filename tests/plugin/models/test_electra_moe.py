@@ -5,10 +5,10 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq.models import build_model
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import electra_moe
 from fairseq_sparsemixer.plugin.models.electra_moe import ElectraMoEModel, corrupt
 
@@ -39,7 +39,7 @@ def test_generator_and_discriminator_share_their_embeddings(build, dictionary):
 
 
 def test_only_the_discriminator_has_experts(build):
-    assert [name for name, _ in moe_layers(build())] == ["encoder.sentence_encoder.layers.0"]
+    assert [name for name, _ in named_moe_layers(build())] == ["encoder.sentence_encoder.layers.0"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_padding_is_never_routed_and_changes_no_score(build, masked_lm_batch):
     model = build().eval()
     sample = masked_lm_batch(9, 4)
     output = model(**sample["net_input"], target=sample["target"])
-    assert [layer.routing.statistics()["tokens"] for _, layer in moe_layers(model)] == [9 + 4]
+    assert [layer.routing.statistics()["tokens"] for _, layer in named_moe_layers(model)] == [9 + 4]
     assert output.generator_logits.size(0) == sample["target"].ne(1).sum() and output.scores.shape == (2, 9)
     tokens = sample["net_input"]["src_tokens"]
     torch.testing.assert_close(model(tokens)[0][1:, :4], model(tokens[1:, :4])[0], rtol=1e-5, atol=1e-6)
@@ -116,6 +116,6 @@ def test_a_generator_size_that_makes_no_model_ends_in_one_sentence(build, size):
 
 def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
     model = build_model(OmegaConf.create({"_name": "electra_moe_tiny", "num_experts": 2}), masked_lm_task)
-    assert [layer.gate.num_experts for _, layer in moe_layers(model)] == [2]
+    assert [layer.gate.num_experts for _, layer in named_moe_layers(model)] == [2]
     with pytest.raises(ConfigurationError, match="did you mean num_experts"):
         build_model(OmegaConf.create({"_name": "electra_moe_tiny", "num_expert": 2}), masked_lm_task)

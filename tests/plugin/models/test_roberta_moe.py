@@ -6,10 +6,10 @@ import pytest
 import torch
 from fairseq.models import build_model
 from fairseq.models.roberta.model import RobertaModel
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import roberta_moe
 from fairseq_sparsemixer.plugin.models.roberta_moe import RobertaMoEModel
 
@@ -26,7 +26,10 @@ def build(task, **flags):
 
 def test_every_second_layer_routes_from_the_first_on(masked_lm_task):
     model = build(masked_lm_task, encoder_layers=3)
-    assert [name for name, _ in moe_layers(model)] == ["encoder.sentence_encoder.layers.0", "encoder.sentence_encoder.layers.2"]
+    assert [name for name, _ in named_moe_layers(model)] == [
+        "encoder.sentence_encoder.layers.0",
+        "encoder.sentence_encoder.layers.2",
+    ]
 
 
 def test_router_dense_is_the_plain_model(masked_lm_task, masked_lm_batch):
@@ -41,13 +44,13 @@ def test_padding_is_never_routed_and_changes_no_token(masked_lm_task, masked_lm_
     model = build(masked_lm_task).eval()
     tokens = masked_lm_batch(9, 4)["net_input"]["src_tokens"]
     together, _ = model(tokens)
-    assert [layer.routing.statistics()["tokens"] for _, layer in moe_layers(model)] == [9 + 4]
+    assert [layer.routing.statistics()["tokens"] for _, layer in named_moe_layers(model)] == [9 + 4]
     torch.testing.assert_close(together[1:, :4], model(tokens[1:, :4])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_experts_start_as_berts_layers_do(masked_lm_task):
     """Normal with standard deviation 0.02, biases zero (arXiv 1810.04805, section A.2, as fairseq's RoBERTa)."""
-    ((_, layer),) = moe_layers(build(masked_lm_task))
+    ((_, layer),) = named_moe_layers(build(masked_lm_task))
     experts = layer.experts
     for weight in (experts.weight_in, experts.weight_out, layer.gate.projection.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -79,7 +82,7 @@ def test_another_maximal_length_in_the_checkpoint_ends_in_one_sentence(masked_lm
 
 def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
     model = build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_experts": 2}), masked_lm_task)
-    assert [layer.gate.num_experts for _, layer in moe_layers(model)] == [2]
+    assert [layer.gate.num_experts for _, layer in named_moe_layers(model)] == [2]
     assert not hasattr(model.args, "mha_reg_scale_factor")  # as fairseq's criterion asks
     with pytest.raises(ConfigurationError, match="did you mean num_experts"):
         build_model(OmegaConf.create({"_name": "roberta_moe_tiny", "num_expert": 2}), masked_lm_task)

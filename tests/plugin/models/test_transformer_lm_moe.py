@@ -8,10 +8,10 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel
-from fairseq_sparsemixer.criterions.auxiliary_losses import moe_layers
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterion, MoECrossEntropyCriterionConfig
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
 from fairseq_sparsemixer.plugin.models import transformer_lm_moe
 from fairseq_sparsemixer.plugin.models.transformer_lm_moe import TransformerLanguageModelMoE, TransformerLanguageModelMoEConfig
 
@@ -32,7 +32,7 @@ def build(task, architecture=transformer_lm_moe.tiny, **flags):
 
 def test_every_second_layer_routes_from_the_first_on(language_modeling_task, language_modeling_batch):
     model = build(language_modeling_task)
-    assert [name for name, _ in moe_layers(model)] == ["decoder.layers.0", "decoder.layers.2"]
+    assert [name for name, _ in named_moe_layers(model)] == ["decoder.layers.0", "decoder.layers.2"]
     logits, _ = model(language_modeling_batch(5, 3)["net_input"]["src_tokens"])
     assert logits.shape == (2, 5, len(language_modeling_task.dictionary))
 
@@ -59,7 +59,7 @@ def test_padding_is_never_routed_and_changes_no_token(language_modeling_task, la
     model = build(language_modeling_task).eval()
     tokens = language_modeling_batch(9, 4)["net_input"]["src_tokens"]
     together, _ = model(tokens)
-    for _, layer in moe_layers(model):
+    for _, layer in named_moe_layers(model):
         assert layer.routing.statistics()["tokens"] == 9 + 4
     alone, _ = model(tokens[1:, :4])
     torch.testing.assert_close(together[1:, :4], alone, rtol=1e-5, atol=1e-6)
@@ -93,7 +93,7 @@ def test_gpt_sizes_are_those_of_the_papers():
 def test_expert_dropout_is_the_experts_own(language_modeling_task):
     for flags, expected in ((dict(activation_dropout=0.2), 0.2), (dict(activation_dropout=0.2, expert_dropout=0.4), 0.4)):
         model = build(language_modeling_task, **flags)
-        assert [layer.experts.dropout for _, layer in moe_layers(model)] == [expected, expected]
+        assert [layer.experts.dropout for _, layer in named_moe_layers(model)] == [expected, expected]
         assert model.decoder.layers[1].activation_dropout_module.p == 0.2
 
 

@@ -1,0 +1,69 @@
+"""Flags to a router's options."""
+
+from typing import Any, Dict
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates import gate_class, gate_options, routers_with
+from fairseq_sparsemixer.options import FIELDS, FLAGS, in_flags
+
+WORDS = {"true": True, "false": False, "none": None}
+
+
+def router_options(cfg: Any) -> Dict[str, Any]:
+    """The options of cfg.router among the flags; a flag left at its default keeps the router's default.
+
+    Raises ConfigurationError where a flag was given that this router cannot honour, listing the routers that can.
+    """
+    with in_flags():
+        accepted = gate_options(cfg.router)
+    if cfg.moe_top_k is not None and not 1 <= cfg.moe_top_k <= cfg.num_experts:
+        raise ConfigurationError(f"--moe-top-k {cfg.moe_top_k} must lie between 1 and --num-experts {cfg.num_experts}")
+    chosen = {}
+    for option, field in FIELDS.items():
+        value = getattr(cfg, field.name)
+        if option in accepted:
+            if value is not None:
+                chosen[option] = value
+        elif value != field.default and not (option == "top_k" and value == gate_class(cfg.router).top_k):
+            raise ConfigurationError(_refusal(option, value, cfg.router))
+    return {**chosen, **_further_options(cfg)}
+
+
+def _refusal(option: str, value: Any, router: str) -> str:
+    why = FIELDS[option].metadata.get("refusal", "which has no use for it")
+    if option == "top_k":
+        why = f"which gives each token {gate_class(router).top_k}"
+    others = ", ".join(routers_with(option))
+    return f"{FLAGS[option]} {value} does not go with --router {router}, {why}; the routers that take it: {others}"
+
+
+def _further_options(cfg: Any) -> Dict[str, Any]:
+    """What --router-option gives: name and value of each. Raises ConfigurationError for what the router does not take."""
+    given: Dict[str, Any] = {}
+    text = getattr(cfg, "router_option", None)
+    for pair in text.split(",") if text else []:
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not (name and equals and value):
+            raise ConfigurationError(f"--router-option {text} must be NAME=VALUE, or several of them with commas between")
+        if name in FIELDS:
+            raise ConfigurationError(f"--router-option {name}={value} has a flag of its own; give {FLAGS[name]} {value}")
+        own = [option for option in gate_options(cfg.router) if option not in FIELDS]
+        if name not in own:
+            takes = f"it takes {', '.join(own)}" if own else "it takes none beside its flags"
+            raise ConfigurationError(f"--router-option {name}={value} does not go with --router {cfg.router}; {takes}")
+        if name in given:
+            raise ConfigurationError(f"--router-option {text} gives {name} twice; give it once")
+        given[name] = _value(value)
+    return given
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or none where it is one, else the text itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
