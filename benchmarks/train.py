@@ -6,7 +6,6 @@ The text is random words; --data takes a folder that fairseq-preprocess made ins
 
 import argparse
 import random
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -22,6 +21,7 @@ from torch.profiler import profile, record_function
 import fairseq_sparsemixer
 from benchmarks import measuring
 from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.tools.programs import run
 from fairseq_sparsemixer.tools.runs import TRAIN_LOG, read_run
 
 STAGES = ("gate", "auxiliary loss", "dispatch", "experts", "combine")
@@ -36,7 +36,7 @@ def write_random_text(folder: Path, sentences: int, words: int) -> Path:
     data = folder / "data"
     command = ["-m", "fairseq_cli.preprocess", "--source-lang", "a", "--target-lang", "b", "--trainpref", folder / "text"]
     command += ["--validpref", folder / "text", "--joined-dictionary", "--destdir", data]
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    run([sys.executable, *map(str, command)], folder / "preprocess.txt")
     return data
 
 
@@ -51,7 +51,7 @@ def train(data: Path, router: str, options: argparse.Namespace, folder: Path) ->
     command += ["--criterion", "moe_label_smoothed_cross_entropy", "--optimizer", "adam", "--lr", "1e-4"]
     command += ["--max-tokens", options.tokens, "--max-update", options.updates, "--log-interval", 1, "--log-format", "json"]
     command += ["--log-file", log, "--no-save", "--disable-validation"] + ([] if torch.cuda.is_available() else ["--cpu"])
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    run([str(part) for part in command], log.with_name("output.txt"))
     return read_run(log.parent).words_per_second
 
 
@@ -109,11 +109,11 @@ def _name_stages(stack: ExitStack, layers: List[MoELayer]) -> None:
 
 
 def _named(stage: str, function: Callable) -> Callable:
-    def run(*args, **kwargs):
+    def recorded(*args, **kwargs):
         with record_function(stage):
             return function(*args, **kwargs)
 
-    return run
+    return recorded
 
 
 def shares_of_model(options: argparse.Namespace) -> Dict[str, float]:

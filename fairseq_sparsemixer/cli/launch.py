@@ -13,13 +13,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer.ranges import YEAR
 from fairseq_sparsemixer.tools.machine import usable_cores
-from fairseq_sparsemixer.tools.processes import INTERRUPTED, child_environment, die_with_parent, interrupted_by_sigterm, stop
+from fairseq_sparsemixer.tools.programs import (
+    INTERRUPTED,
+    child_environment,
+    first_failure,
+    interrupted_by_sigterm,
+    running_together,
+)
 
 MOST = 1024  # ranks on one machine
 HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distributed_training
@@ -52,22 +57,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_ranks(command: List[str], world_size: int, meeting: str, grace: float) -> int:
-    """Start `command` as each rank of world_size, to meet at the URL `meeting`; see run and wait_for."""
+    """Start `command` as each rank of world_size, to meet at the URL `meeting`; see run."""
     cores = usable_cores() // world_size
     environment = {"GLOO_SOCKET_IFNAME": loopback(), **child_environment(threads=cores)}  # each would take all cores otherwise
-    ranks: List[subprocess.Popen] = []
+    commands = [rank_command(command, rank, world_size, meeting) for rank in range(world_size)]
     try:
-        with interrupted_by_sigterm():
-            for rank in range(world_size):
-                words = rank_command(command, rank, world_size, meeting)
-                ranks.append(subprocess.Popen(words, env=environment, preexec_fn=die_with_parent()))
-            return wait_for(ranks, grace)
+        with interrupted_by_sigterm(), running_together(commands, environment) as ranks:
+            return status_of(ranks, first_failure(ranks, grace))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OSError as error:
-        sys.exit(f"fairseq-sparsemixer: {command[0]} is no command here ({error.strerror}); is it installed in this environment?")
-    finally:
-        stop(ranks)
 
 
 def loopback() -> str:
@@ -109,23 +107,11 @@ def rank_settings(rank: int, world_size: int, meeting: str) -> Dict[str, Any]:
     }
 
 
-def wait_for(ranks: List[subprocess.Popen], grace: float) -> int:
-    """Wait until all ranks have ended, or `grace` seconds after the first failure: the exit status of that one, else 0."""
-    failed: Tuple[int, float] = (0, 0.0)
-    while any(rank.poll() is None for rank in ranks):
-        if not failed[0]:
-            failed = first_failure(ranks), time.monotonic()
-        elif time.monotonic() > failed[1] + grace:
-            break
-        time.sleep(0.05)
-    return failed[0] or first_failure(ranks)
-
-
-def first_failure(ranks: List[subprocess.Popen]) -> int:
-    """Report a rank that has failed, and give its exit status as a shell would; 0 when there is none."""
-    for number, rank in enumerate(ranks):
-        if rank.poll():
-            how = f"signal {-rank.returncode}" if rank.returncode < 0 else f"exit status {rank.returncode}"
-            print(f"fairseq-sparsemixer: rank {number} ended with {how}", file=sys.stderr)
-            return rank.returncode if rank.returncode > 0 else 128 - rank.returncode
-    return 0
+def status_of(ranks: Sequence[subprocess.Popen], failed: Optional[int]) -> int:
+    """Report the rank that has failed, and give its exit status as a shell would; 0 where failed is None."""
+    if failed is None:
+        return 0
+    status = ranks[failed].returncode
+    how = f"signal {-status}" if status < 0 else f"exit status {status}"
+    print(f"fairseq-sparsemixer: rank {failed} ended with {how}", file=sys.stderr)
+    return status if status > 0 else 128 - status

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from fairseq_sparsemixer.cli.json_file import require_json, write_json
     from fairseq_sparsemixer.errors import ConfigurationError
     from fairseq_sparsemixer.files import write_whole
-    from fairseq_sparsemixer.tools.processes import INTERRUPTED, interrupted_by_sigterm
+    from fairseq_sparsemixer.tools.programs import INTERRUPTED, interrupted_by_sigterm
     from fairseq_sparsemixer.tools.study import plots, report, results
     from fairseq_sparsemixer.tools.study.commands import train_command
     from fairseq_sparsemixer.tools.study.runner import progress_display, run_folder, run_study

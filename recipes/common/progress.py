@@ -2,19 +2,16 @@
 
 import os
 import shlex
-import signal
-import subprocess
 import sys
 from collections import deque
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, List, NamedTuple, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.tools.processes import child_environment, die_with_parent, stop
+from fairseq_sparsemixer.tools.programs import ProgramFailed, follow
 
 LAST_LINES = 15  # of a failed program's output to show
 WIDTH = 110  # of a printed command
@@ -60,36 +57,18 @@ def run_program(command: List[str], log: Path, console: Console, meter: Optional
     """
     console.print(format_command(command), style="cyan", soft_wrap=True, highlight=False, markup=False)
     tail: deque = deque(maxlen=LAST_LINES)
-    with log.open("a", encoding="utf-8") as file, _Display(meter, console) as display:
-        with _started(command) as process:
-            for line in process.stdout:
-                file.write(line)
-                tail.append(line)
-                display.read(line)
-            status = process.wait()
-    if status:
+
+    def read(line: str) -> None:
+        tail.append(line)
+        display.read(line)
+
+    try:
+        with _Display(meter, console) as display:
+            follow(command, log, read)
+    except ProgramFailed as error:
         console.print("".join(tail), markup=False, highlight=False)
-        raise ConfigurationError(f"{Path(command[0]).name} failed with status {status}; its whole output is in {log}")
-
-
-@contextmanager
-def _started(command: List[str]) -> Iterator[subprocess.Popen]:
-    """A program whose output is in a pipe. Whatever happens here, an interruption or a full disk, ends it as well."""
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-            env=child_environment(), preexec_fn=die_with_parent(),
-        )  # fmt: skip
-    except FileNotFoundError:
         name = Path(command[0]).name
-        raise ConfigurationError(
-            f"{command[0]} is not there; install {name} into this environment, as `make install` does"
-        ) from None
-    try:
-        yield process
-    finally:
-        stop([process], first=signal.SIGINT)  # at which fairseq-preprocess ends its workers, too
-        process.stdout.close()
+        raise ConfigurationError(f"{name} failed with status {error.status}; its whole output is in {log}") from None
 
 
 class _Display:

@@ -15,7 +15,7 @@ from rich.console import Console
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.moe.gates import DENSE, GATES
-from fairseq_sparsemixer.tools.processes import INTERRUPTED, interrupted_by_sigterm
+from fairseq_sparsemixer.tools.programs import INTERRUPTED, interrupted_by_sigterm
 from recipes.common.progress import Meter, format_command, run_program
 from recipes.common.steps import fingerprint, finished, run_step, state_of
 

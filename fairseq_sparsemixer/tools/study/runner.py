@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.tools import programs
 from fairseq_sparsemixer.tools.machine import describe_machine, usable_cores
-from fairseq_sparsemixer.tools.processes import child_environment, die_with_parent, stop, why_failed
+from fairseq_sparsemixer.tools.programs import ProgramFailed, child_environment
 from fairseq_sparsemixer.tools.runs import TRAIN_LOG
 from fairseq_sparsemixer.tools.study.commands import COMMAND, RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.tools.study.scores import score
@@ -83,6 +83,8 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
             failure = _train_and_score(study, run, run_folder(out, run), {**child_environment(), **place}, progress, stopping)
         except Stopped:
             return None
+        except ConfigurationError as error:
+            failure = f"{run.name} failed: {error.message}"
         except OSError as error:
             failure = f"{run.name} failed: {run_folder(out, run)} cannot be written ({error.strerror or error})"
         finally:
@@ -166,17 +168,20 @@ def _train_and_score(
         if is_finished(folder):  # by whoever had the lock
             return None
         begun = time.time()
-        call = partial(_call, environment=environment, lock=lock, stopping=stopping)
-        reason = call(train_command(study, run, folder), output, "ab", watch=_watch(study, run, folder, progress))
-        if reason is not None:
-            return f"{run.name} failed in training: {reason} (see {output})"
+        # the programs hold the lock as well: where they outlive this process, the next study waits for them
+        call = partial(programs.run, environment=environment, interval=REFRESH, keep=[lock.fileno()])
+        watch = _watch(study, run, folder, progress, stopping)
+        try:
+            call(executable(train_command(study, run, folder)), output, "ab", watch=watch)
+        except ProgramFailed as failure:
+            return f"{run.name} failed in training: {failure.reason} (see {output})"
         result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
         if study.test is not None:
-            reason = call(test_command(study, folder), scored, "wb")
-            if reason is not None:
-                return f"{run.name} failed in its test: {reason} (see {scored})"
             try:
+                call(executable(test_command(study, folder)), scored, "wb", watch=partial(_end_if, stopping))
                 result["test"] = score(study.test, scored)
+            except ProgramFailed as failure:
+                return f"{run.name} failed in its test: {failure.reason} (see {scored})"
             except ConfigurationError as error:
                 return f"{run.name} failed in its test: {error.message}"
         result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
@@ -198,51 +203,21 @@ def _take(lock: IO, run: Run, progress: Optional[Progress], stopping: Event) -> 
     raise Stopped
 
 
-def _call(
-    command: List[str],
-    output: Path,
-    mode: str,
-    environment: Dict[str, str],
-    lock: IO,
-    stopping: Event,
-    watch: Optional[Callable[[], None]] = None,
-) -> Optional[str]:
-    """Run a command, its output in a file: None when it succeeded, else why not. Raises Stopped when the study is being ended."""
-    with output.open(mode) as file:
-        start = file.seek(0, os.SEEK_END)
-        process = subprocess.Popen(  # this thread waits for it: its end would be that of the process, too
-            executable(command), env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
-            preexec_fn=die_with_parent(),
-        )  # fmt: skip
-    try:
-        while not _ended_within(process, REFRESH):
-            if stopping.is_set():
-                raise Stopped
-            if watch is not None:
-                watch()
-    finally:
-        stop([process])  # the checkpoint of its last save stays
+def _end_if(stopping: Event) -> None:
+    """Raise Stopped when the study is being ended: the checkpoint of a training's last save stays."""
     if stopping.is_set():  # Ctrl-C reaches the programs, too
         raise Stopped
-    return None if process.returncode == 0 else why_failed(process.returncode, output, start)
 
 
-def _ended_within(process: subprocess.Popen, seconds: float) -> bool:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _watch(study: Study, run: Run, folder: Path, progress: Optional[Progress]) -> Optional[Callable[[], None]]:
-    """A function that moves the run's bar to the last update in its log."""
+def _watch(study: Study, run: Run, folder: Path, progress: Optional[Progress], stopping: Event) -> Callable[[], None]:
+    """A function that moves the run's bar to the last update in its log, and raises Stopped when the study is being ended."""
     if progress is None:
-        return None
+        return partial(_end_if, stopping)
     updates = run.flags.get("max-update")
     bar = progress.add_task(run.name, total=updates, loss="")
 
     def watch() -> None:
+        _end_if(stopping)
         log = folder / TRAIN_LOG
         if log.exists():
             with log.open("rb") as file:

@@ -9,13 +9,14 @@ import time
 
 import pytest
 
-from fairseq_sparsemixer.tools import machine, processes
-from fairseq_sparsemixer.tools.processes import child_environment, die_with_parent, stop
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools import machine, programs
+from fairseq_sparsemixer.tools.programs import ProgramFailed, child_environment, die_with_parent, follow, run, stop
 
 # starts a child as the recipes do, in a thread, and prints its number
 PARENT = """
 import subprocess, sys, threading
-from fairseq_sparsemixer.tools.processes import die_with_parent
+from fairseq_sparsemixer.tools.programs import die_with_parent
 
 def work():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], preexec_fn=die_with_parent())
@@ -101,6 +102,31 @@ def test_a_full_disk_ends_the_program_as_well(tmp_path):
         run_program(command, tmp_path / "log", Console(quiet=True))
 
 
+def test_a_failed_program_says_why_from_its_own_part_of_the_log(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("ValueError: of the attempt before\n")
+    with pytest.raises(ProgramFailed, match="^it printed nothing$"):
+        run([sys.executable, "-c", "raise SystemExit(3)"], log)
+    with pytest.raises(ProgramFailed, match="ValueError: new") as failure:
+        run([sys.executable, "-c", "raise ValueError('new')"], log)
+    assert failure.value.status == 1 and log.read_text().startswith("ValueError: of the attempt before\nTraceback")
+
+
+def test_what_watches_a_program_may_end_it(tmp_path):
+    def watch():
+        raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run([sys.executable, "-c", "import time; time.sleep(1000)"], tmp_path / "log", watch=watch, interval=0.01)
+    assert time.monotonic() - begun < 60
+
+
+def test_a_program_that_is_not_there_is_a_sentence(tmp_path):
+    with pytest.raises(ConfigurationError, match="no-such-program is no command here .No such file"):
+        follow(["no-such-program"], tmp_path / "log", print)
+
+
 def test_other_threads_may_start_and_end_while_children_are_started():
     def work():
         for _ in range(5):
@@ -126,11 +152,11 @@ def test_who_does_not_heed_a_polite_signal_is_killed():
 def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes, "usable_cores", lambda: 4)
-    monkeypatch.setattr(processes, "visible_cores", lambda: 4)
+    monkeypatch.setattr(programs, "usable_cores", lambda: 4)
+    monkeypatch.setattr(programs, "visible_cores", lambda: 4)
     assert child_environment()["OMP_WAIT_POLICY"] == "PASSIVE" and "OMP_NUM_THREADS" not in child_environment()
     assert child_environment(threads=3)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setattr(processes, "visible_cores", lambda: 64)  # of a machine of which a container has a part
+    monkeypatch.setattr(programs, "visible_cores", lambda: 64)  # of a machine of which a container has a part
     assert child_environment()["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
