@@ -88,10 +88,7 @@ class MoELayer(MOELayer):
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks each module first
-        raise NotImplementedError(
-            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or one"
-            " without experts"
-        )
+        raise NotImplementedError("torch.jit.script cannot compile an MoE layer, which runs as Python decides; use it as it is")
 
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along, nor its idleness

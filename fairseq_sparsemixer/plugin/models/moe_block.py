@@ -14,6 +14,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.moe.layer import MoELayer, build_moe_layer
 from fairseq_sparsemixer.plugin.models.config import layers_to_keep
@@ -63,6 +64,13 @@ class _FeedForward(_NoWeights, nn.Module):
         if self.token_ids is None:
             return self.moe(x, self.padding_mask)
         return self.moe(x, self.padding_mask, self.token_ids)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.jit.script asks each module, from the outermost on
+        raise ConfigurationError(
+            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or"
+            " --router dense"
+        )
 
     def make_generation_fast_(self, name: str, **kwargs) -> None:
         """Called by fairseq before generation: under --retain-dropout, the experts drop out where a dense layer would."""
