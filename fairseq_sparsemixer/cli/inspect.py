@@ -63,7 +63,7 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
     import torch
 
     from fairseq_sparsemixer.moe.layer import named_moe_layers
-    from fairseq_sparsemixer.tools.fidelity.trained import load_model
+    from fairseq_sparsemixer.tools.sentences import load_model
 
     model, _, task = load_model(options.checkpoint, options.data_bin)
     layers = named_moe_layers(model)
@@ -78,16 +78,16 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
 
 def model_inputs(options: argparse.Namespace, model: Any, task: Any) -> Iterator[Dict[str, Any]]:
     """What the model's forward takes, for one sentence after the other. Raises ConfigurationError for the wrong files."""
-    from fairseq_sparsemixer.tools.fidelity.trained import make_sample, read_sentences, translates
-    from fairseq_sparsemixer.tools.generation import read_sentences as read_text
+    from fairseq_sparsemixer.tools.generation import read_sentences
+    from fairseq_sparsemixer.tools.sentences import make_sample, read_pairs, translates
 
     if translates(model):
         if not options.target:
             raise ConfigurationError(f"{options.checkpoint} is a translation model; give --target FILE beside --text")
-        return (make_sample(task, *pair)["net_input"] for pair in read_sentences(options.text, options.target))
+        return (make_sample(task, *pair)["net_input"] for pair in read_pairs(options.text, options.target))
     if options.target:
         raise ConfigurationError(f"--target {options.target} is for translation models, and {options.checkpoint} is none")
-    lines = [line for line in read_text(Path(options.text)) if line.strip()]
+    lines = [line for line in read_sentences(Path(options.text)) if line.strip()]
     if not lines:
         raise ConfigurationError(f"--text {options.text} holds no sentence")
     return (text_input(model, task, line) for line in lines)

@@ -1,4 +1,16 @@
-"""The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine."""
+"""The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine.
+
+Arguments and results carry the data. What goes beside them, because a framework calls in between, is this:
+
+    set by                        attribute                               read by
+    MoELayer.forward              MoELayer.routing                        criterions, for auxiliary losses and metrics
+    trainer, before a dummy batch MoELayer.idle                           MoELayer.forward
+    trainer, at the start         MoELayer.expert_group                   MoELayer.dispatch
+    trainer, at the start         Gate.balance_group                      Gate.decide, for the balance loss
+    the backward pass             SelectionBias.load                      update_selection_biases, after the step
+    fairseq's layer (moe_block)   _FeedForward.padding_mask, token_ids    _FeedForward.forward: fairseq calls fc1 with x alone
+    --retain-dropout              Experts.drop_at_inference               Experts.forward
+"""
 
 import warnings
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union

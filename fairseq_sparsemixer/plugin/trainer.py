@@ -2,15 +2,13 @@
 
 fairseq builds its Trainer by name in fairseq_cli.train, so that is where `install` puts this subclass. It spreads the
 experts over ranks before the model reaches a device, and keeps their gradients on the scale of all others. What it
-writes and reads is in checkpoints/trainer.py.
+writes and reads is in checkpointing_trainer.py, and what it refuses in refusals.py.
 """
 
 import logging
-import os
 import sys
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any, Dict, List, Optional
 
@@ -31,16 +29,21 @@ from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
+from fairseq_sparsemixer.plugin.refusals import (
+    KEEP_ALL,
+    OWN_TOKENS,
+    refuse_incompatible,
+    refuse_missing_tpu,
+    refuse_training_apart,
+    refuse_writing_in_place,
+)
 from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards, refusing_generation
 
 logger = logging.getLogger(__name__)
 
-KEEP_ALL = "use --expert-parallel-size 1, which keeps all experts on every rank"  # remedies
-OWN_TOKENS = "use --balance-scope local, with --expert-parallel-size 1"
-
 
 class MoETrainer(CheckpointingTrainer):
-    """fairseq's Trainer for models with experts. `ranks` is None where every rank holds all of them."""
+    """fairseq's Trainer for models with experts. `expert_group` is None where every rank holds all of them."""
 
     never_generate: Optional[str] = None  # the remedy, where a rank that generates would leave the others waiting
 
@@ -174,23 +177,6 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     return expert_group
 
 
-def refuse_training_apart() -> None:
-    """Raise ConfigurationError where torchrun started several ranks, and fairseq, which counts the GPUs it sees, saw one."""
-    started = os.environ.get("WORLD_SIZE", "")
-    by_torchrun = started.isdigit() and all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    if by_torchrun and int(started) > 1 and not dist.is_initialized():
-        raise ConfigurationError(
-            f"torchrun started {started} ranks (WORLD_SIZE), and fairseq, which sees one GPU at most, would train each alone; add"
-            f" --distributed-world-size {started}, or on a CPU use fairseq-sparsemixer launch"
-        )
-
-
-def refuse_missing_tpu(cfg: Any) -> None:
-    """Raise ConfigurationError for --tpu where torch has none."""
-    if cfg.common.tpu and find_spec("torch_xla") is None:
-        raise ConfigurationError("--tpu needs torch_xla, which is not installed; leave it out, --bf16 works on any device")
-
-
 def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> bool:
     """With --balance-scope global, let the balance losses speak of the tokens of all ranks; whether it does so.
 
@@ -206,42 +192,6 @@ def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     for layer in moe_layers(model):
         layer.gate.balance_group = everyone
     return True
-
-
-def refuse_incompatible(cfg: Any, size: int) -> None:
-    """Raise ConfigurationError for options of fairseq that assume the same parameters on every rank."""
-    distributed, remedy = cfg.distributed_training, KEEP_ALL
-    if distributed.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
-        raise ConfigurationError(
-            f"--ddp-backend {distributed.ddp_backend} averages or shards all parameters over ranks, and experts spread over"
-            f" {size} ranks differ; use legacy_ddp or pytorch_ddp, or {remedy}"
-        )
-    if distributed.zero_sharding != "none":
-        raise ConfigurationError(
-            f"--zero-sharding {distributed.zero_sharding} hands every parameter's update to one rank, and experts spread over"
-            f" {size} ranks differ; {remedy}"
-        )
-    if cfg.optimization.use_bmuf:
-        raise ConfigurationError(f"--use-bmuf averages models over ranks, and experts differ by rank; {remedy}")
-    refuse_unshareable_state(cfg, remedy)
-
-
-def refuse_unshareable_state(cfg: Any, remedy: str) -> None:
-    """Raise ConfigurationError for optimizers that mix the numbers of a tensor, of which a rank has a part."""
-    optimizer = getattr(cfg.optimizer, "_name", None)
-    if optimizer in ("adafactor", "lamb", "composite"):
-        raise ConfigurationError(
-            f"--optimizer {optimizer} updates a tensor by statistics of all of it, and a rank has a part of the experts' tensors;"
-            f" use adam, or {remedy}"
-        )
-    if getattr(cfg.optimizer, "fp16_adam_stats", False):
-        raise ConfigurationError(f"--fp16-adam-stats scales its state by rank, and cannot be gathered; leave it out, or {remedy}")
-
-
-def refuse_writing_in_place(cfg: Any) -> None:
-    """Raise ConfigurationError for fairseq's asynchronous writer, which a kill leaves with half a checkpoint."""
-    if cfg.checkpoint.write_checkpoints_asynchronously:
-        raise ConfigurationError("--write-checkpoints-asynchronously leaves half a file when the run is killed; leave it out")
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:

@@ -8,13 +8,8 @@ import pytest
 from fairseq.trainer import Trainer
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.plugin.trainer import (
-    MoETrainer,
-    install,
-    refuse_incompatible,
-    refuse_training_apart,
-    set_balance_scope,
-)
+from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_training_apart
+from fairseq_sparsemixer.plugin.trainer import MoETrainer, install, set_balance_scope
 
 
 def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, **model):

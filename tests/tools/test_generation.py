@@ -3,8 +3,8 @@
 import pytest
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.tools.fidelity.trained import read_sentences as read_pairs
 from fairseq_sparsemixer.tools.generation import read_hypothesis, read_sentences
+from fairseq_sparsemixer.tools.sentences import read_pairs
 from fairseq_sparsemixer.tools.study.scores import read_hypotheses
 
 BREAKS = "one\u2028two\x85three\x0cfour"  # which str.splitlines takes for ends of lines

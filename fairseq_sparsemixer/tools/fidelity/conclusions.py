@@ -4,10 +4,10 @@ from typing import Dict, List
 
 from fairseq_sparsemixer.tools.fidelity.measure import Fidelity
 from fairseq_sparsemixer.tools.fidelity.methods import FULL
-from fairseq_sparsemixer.tools.fidelity.study import Study
+from fairseq_sparsemixer.tools.fidelity.study import FidelityStudy
 
 
-def conclusions(study: Study) -> List[str]:
+def conclusions(study: FidelityStudy) -> List[str]:
     """Sentences that the figures support, and no others."""
     by_label = {found.method.label: found for found in study.figures}
     return [
@@ -20,7 +20,7 @@ def conclusions(study: Study) -> List[str]:
     ]
 
 
-def _exact_gradient(study: Study) -> List[str]:
+def _exact_gradient(study: FidelityStudy) -> List[str]:
     choice, scale, full = study.exact.choice, study.exact.scale, study.exact.full
     cosine = (choice * scale).sum() / (choice.norm() * scale.norm())
     return [
@@ -29,7 +29,7 @@ def _exact_gradient(study: Study) -> List[str]:
     ]
 
 
-def _unbiased(study: Study) -> List[str]:
+def _unbiased(study: FidelityStudy) -> List[str]:
     sampled = "" if study.draws is None else f", as far as {study.draws:,} draws can tell"
     free = [found for found in study.figures if found.unbiased]
     sentences = []
@@ -43,7 +43,7 @@ def _unbiased(study: Study) -> List[str]:
     return sentences
 
 
-def _scale_term(study: Study, by_label: Dict[str, Fidelity]) -> List[str]:
+def _scale_term(study: FidelityStudy, by_label: Dict[str, Fidelity]) -> List[str]:
     sentences = []
     neither = "masks none and always runs" if study.problem.masked else "always runs"
     if "switch" in by_label:
@@ -67,7 +67,7 @@ def _scale_term(study: Study, by_label: Dict[str, Fidelity]) -> List[str]:
     return sentences
 
 
-def _argmax_rule(study: Study) -> List[str]:
+def _argmax_rule(study: FidelityStudy) -> List[str]:
     pairs = {}
     for found in study.figures:
         if found.method.argmax_rule is not None:
@@ -106,7 +106,7 @@ def _variance(by_label: Dict[str, Fidelity]) -> List[str]:
     return [text + "."]
 
 
-def _masking(study: Study) -> List[str]:
+def _masking(study: FidelityStudy) -> List[str]:
     masking = study.masking()
     if masking is None:
         return []

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
-from fairseq_sparsemixer.tools.fidelity.study import Study
+from fairseq_sparsemixer.tools.fidelity.study import FidelityStudy
 
 # Okabe and Ito's colours, told apart by colour-blind readers
 COLOURS = {
@@ -35,7 +35,7 @@ BELOW = {"fontsize": 7.5, "frameon": False, "loc": "upper center", "bbox_to_anch
 FLOOR = 1e-16  # errors below are drawn here: rounding of float64
 
 
-def plot_study(study: Study, path: str) -> None:
+def plot_study(study: FidelityStudy, path: str) -> None:
     """Write a PNG: bias against the number of draws (or of each method), variance against bias, and the orders.
 
     Raises ConfigurationError where it cannot be written.
@@ -75,7 +75,7 @@ def _style(method: Any) -> Dict[str, Any]:
     }
 
 
-def _plot_history(study: Study, axis: Any) -> None:
+def _plot_history(study: FidelityStudy, axis: Any) -> None:
     full = study.exact.full
     for found, moments in zip(study.figures, study.moments):
         bias = [((mean - full).norm() / full.norm()).item() for _, mean in moments.history]
@@ -89,7 +89,7 @@ def _plot_history(study: Study, axis: Any) -> None:
     axis.legend(ncol=4, **BELOW)
 
 
-def _plot_bias(study: Study, axis: Any) -> None:
+def _plot_bias(study: FidelityStudy, axis: Any) -> None:
     labels = [found.method.label for found in study.figures]
     for index, found in enumerate(study.figures):
         colour = COLOURS.get(found.method.name, OTHER)
@@ -105,7 +105,7 @@ def _plot_bias(study: Study, axis: Any) -> None:
     axis.legend(ncol=2, **BELOW)
 
 
-def _plot_variance(study: Study, axis: Any) -> None:
+def _plot_variance(study: FidelityStudy, axis: Any) -> None:
     drawn = [found for found in study.figures if found.variance > 0]
     for index, found in enumerate(drawn):
         style = _style(found.method)
@@ -119,7 +119,7 @@ def _plot_variance(study: Study, axis: Any) -> None:
     axis.set_title("variance", fontsize=9)
 
 
-def _plot_orders(study: Study, axis: Any) -> None:
+def _plot_orders(study: FidelityStudy, axis: Any) -> None:
     for found in study.orders:
         order = "exact" if found.order is None else f"order {found.order:.2f}"
         style = {**_style(found.method), "label": f"{found.method.label}: {order}"}

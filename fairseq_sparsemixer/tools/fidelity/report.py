@@ -8,12 +8,12 @@ from rich.table import Table
 
 from fairseq_sparsemixer.tools.fidelity.conclusions import conclusions
 from fairseq_sparsemixer.tools.fidelity.measure import Fidelity
-from fairseq_sparsemixer.tools.fidelity.study import Study
+from fairseq_sparsemixer.tools.fidelity.study import FidelityStudy
 
 HEADER = ("estimator", "aims at", "its bias", "to full", "cosine", "variance", "experts", "time")
 
 
-def print_study(study: Study, console: Console) -> None:
+def print_study(study: FidelityStudy, console: Console) -> None:
     """The table, the orders, and the conclusions."""
     how = "exact expectations" if study.draws is None else f"{study.draws:,} draws, seed {study.seed}"
     table = Table(*HEADER, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -38,7 +38,7 @@ def print_study(study: Study, console: Console) -> None:
         console.print(f"- {sentence}", highlight=False)
 
 
-def row(study: Study, found: Fidelity) -> Tuple[str, ...]:
+def row(study: FidelityStudy, found: Fidelity) -> Tuple[str, ...]:
     """The cells of HEADER."""
     time = study.times.get(found.method.label)
     return (

@@ -15,7 +15,7 @@ from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
 
 @dataclass(frozen=True)
-class Study:
+class FidelityStudy:
     """What `study` found. figures and moments: one a method. orders: empty where the order was not asked for.
 
     unmasked: the exact gradient without the mask; None where nothing is masked. times: relative to the switch router's.
@@ -92,11 +92,13 @@ class Study:
         return self.problem.logits.size(1) if method.experts is None else method.experts
 
 
-def study(problem: Problem, methods: List[Method], draws: Optional[int] = None, seed: int = 1, orders: bool = True) -> Study:
+def study(
+    problem: Problem, methods: List[Method], draws: Optional[int] = None, seed: int = 1, orders: bool = True
+) -> FidelityStudy:
     """Measure the methods on the problem: over `draws` draws, or in exact expectation for None."""
     exact = exact_gradient(problem)
     figures, moments = measure(problem, exact, methods, draws, seed)
-    return Study(
+    return FidelityStudy(
         problem=problem,
         exact=exact,
         figures=figures,

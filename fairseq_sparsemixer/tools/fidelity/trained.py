@@ -13,21 +13,20 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import Gate, Routing
 from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
-from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
-from fairseq_sparsemixer.tools.generation import read_sentences as lines_of
+from fairseq_sparsemixer.tools.sentences import load_model, make_sample, read_pairs, translates
 
 POSITIONS = 8192  # R T at once: bounds the memory of one pass through the model
 
 
 @dataclass(frozen=True)
-class Scene:
+class FrozenContext:
     """One sentence as the model sees it at inference.
 
     sample: a fairseq batch of this sentence alone. inputs, rest: [T, M], what goes into the layer, and what comes out
@@ -55,72 +54,34 @@ def trained_problem(
     """The first max_tokens tokens that the layer sees on the text.
 
     Args: checkpoint of a translation model with experts; text and target: files of sentences, split into subwords as the
-    model's training data was; layer as the `moe_layers` names it, the first one for None; data_bin where the dictionaries
+    model's training data was; layer as `named_moe_layers` names it, the first one for None; data_bin where the dictionaries
     are, the folder the checkpoint was trained on for None; jitter_eps: the router's own for None.
     Raises ConfigurationError for files that cannot be used.
     """
-    sentences = read_sentences(text, target)
+    sentences = read_pairs(text, target)
     model, criterion, task = load_model(checkpoint, data_bin)
     if not translates(model):
         raise ConfigurationError(f"{checkpoint} is no translation model; give a checkpoint of transformer_moe")
     name, moe = find_layer(model, layer, checkpoint)
-    scenes: List[Scene] = []
+    contexts: List[FrozenContext] = []
     tokens = 0
     for source_line, target_line in sentences:
-        scenes.append(set_scene(model, moe, criterion, make_sample(task, source_line, target_line)))
-        tokens += len(scenes[-1].inputs)
+        contexts.append(record_context(model, moe, criterion, make_sample(task, source_line, target_line)))
+        tokens += len(contexts[-1].inputs)
         if tokens >= max_tokens:
             break
-    inputs = torch.cat([scene.inputs for scene in scenes])[:max_tokens]
+    inputs = torch.cat([context.inputs for context in contexts])[:max_tokens]
     if jitter_eps is None and hasattr(moe.gate, "estimator"):
         jitter_eps = moe.gate.jitter_eps  # the routers that sample mask by it; others add noise
     return Problem(
         tokens=inputs,
         logits=moe.gate.logits(inputs).detach(),
-        outputs=torch.cat([scene.outputs for scene in scenes])[:max_tokens],
-        loss=DownstreamLoss(model, criterion, moe, scenes, len(inputs)),
+        outputs=torch.cat([context.outputs for context in contexts])[:max_tokens],
+        loss=DownstreamLoss(model, criterion, moe, contexts, len(inputs)),
         jitter_eps=jitter_eps,
         description=f"{name} of {Path(checkpoint).name} (router {moe.gate.router}, {moe.gate.num_experts} experts),"
-        f" {len(inputs)} tokens of {len(scenes)} sentence{'s' * (len(scenes) > 1)}",
+        f" {len(inputs)} tokens of {len(contexts)} sentence{'s' * (len(contexts) > 1)}",
     )
-
-
-def read_sentences(text: str, target: str) -> List[Tuple[str, str]]:
-    """Pairs of lines. Raises ConfigurationError for files that are missing, empty, no UTF-8, or of unequal length."""
-    sides = []
-    for flag, path in (("--text", text), ("--target", target)):
-        try:
-            sides.append(lines_of(Path(path)))
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{flag} {error.message}") from None
-    if len(sides[0]) != len(sides[1]):
-        lengths = f"--text {text} has {len(sides[0])} lines and --target {target} {len(sides[1])}"
-        raise ConfigurationError(f"{lengths}; they must be pairs")
-    pairs = [(source, translation) for source, translation in zip(*sides) if source.strip() and translation.strip()]
-    if not pairs:
-        raise ConfigurationError(f"--text {text} and --target {target} hold no sentence")
-    return pairs
-
-
-def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.Module, Any]:
-    """(model in float64 and eval mode, its training criterion, task). Raises ConfigurationError."""
-    overrides = {} if data_bin is None else {"data": str(data_bin)}
-    with one_sentence_for(checkpoint):
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), overrides)
-    try:
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides, state=state)
-    except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder by --data-bin"
-        ) from None
-    if "moe_load_file" in cfg.criterion:
-        cfg.criterion.moe_load_file = None
-    return models[0].double().eval().requires_grad_(False), task.build_criterion(cfg.criterion), task
-
-
-def translates(model: nn.Module) -> bool:
-    """Whether the model has a source and a target."""
-    return hasattr(model, "encoder") and hasattr(model, "decoder")
 
 
 def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple[str, MoELayer]:
@@ -139,22 +100,7 @@ def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple
     return name, layers[name]
 
 
-def make_sample(task: Any, source_line: str, target_line: str) -> Dict[str, Any]:
-    """A fairseq translation batch of one sentence."""
-    source = task.source_dictionary.encode_line(source_line, add_if_not_exist=False).long().unsqueeze(0)
-    target = task.target_dictionary.encode_line(target_line, add_if_not_exist=False).long().unsqueeze(0)
-    return {
-        "net_input": {
-            "src_tokens": source,
-            "src_lengths": torch.tensor([source.size(1)]),
-            "prev_output_tokens": target.roll(1, dims=1),  # end of sentence first
-        },
-        "target": target,
-        "ntokens": target.numel(),
-    }
-
-
-def set_scene(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample: Dict[str, Any]) -> Scene:
+def record_context(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample: Dict[str, Any]) -> FrozenContext:
     """Run the model once at inference, and note what the layer and every gate do."""
     seen: Dict[str, Tensor] = {}
     hook = moe.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs[0], outcome=output))
@@ -166,7 +112,7 @@ def set_scene(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample: Dic
     chosen = outputs[torch.arange(len(inputs)), moe.routing.expert_index.squeeze(1)]  # one expert a token
     routed = moe.routing.combine_weight * chosen
     others = [(other.gate, other.routing) for _, other in named_moe_layers(model) if other is not moe]
-    return Scene(sample, inputs, outputs, outcome, outcome - routed, others)
+    return FrozenContext(sample, inputs, outputs, outcome, outcome - routed, others)
 
 
 @torch.no_grad()
@@ -182,8 +128,8 @@ def every_expert(moe: MoELayer, inputs: Tensor) -> Tensor:
 class DownstreamLoss:
     """g_s for every token: y [..., S, M] -> [..., S]. Gradients are found on the way, so that memory stays bounded."""
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, moe: MoELayer, scenes: List[Scene], tokens: int):
-        self.model, self.criterion, self.moe, self.scenes, self.tokens = model, criterion, moe, scenes, tokens
+    def __init__(self, model: nn.Module, criterion: nn.Module, moe: MoELayer, contexts: List[FrozenContext], tokens: int):
+        self.model, self.criterion, self.moe, self.contexts, self.tokens = model, criterion, moe, contexts, tokens
 
     def __call__(self, y: Tensor) -> Tensor:
         return _Eager.apply(y.reshape(-1, self.tokens, y.size(-1)), self).view(y.shape[:-1])
@@ -191,21 +137,21 @@ class DownstreamLoss:
     def with_gradient(self, y: Tensor) -> Tuple[Tensor, Tensor]:
         """y [O, S, M] -> losses [O, S] and their gradients [O, S, M]."""
         losses, gradients, start = [], [], 0
-        for scene in self.scenes:
-            stop = min(start + len(scene.inputs), self.tokens)
+        for context in self.contexts:
+            stop = min(start + len(context.inputs), self.tokens)
             position = torch.arange(stop - start).expand(len(y), -1).reshape(-1)  # [R]
-            rows = y[:, start:stop].reshape(-1, y.size(-1)).split(max(POSITIONS // len(scene.inputs), 1))
-            pairs = [self._run(scene, part, where) for part, where in zip(rows, position.split(len(rows[0])))]
+            rows = y[:, start:stop].reshape(-1, y.size(-1)).split(max(POSITIONS // len(context.inputs), 1))
+            pairs = [self._run(context, part, where) for part, where in zip(rows, position.split(len(rows[0])))]
             losses.append(torch.cat([loss for loss, _ in pairs]).view(len(y), -1))
             gradients.append(torch.cat([gradient for _, gradient in pairs]).view(len(y), stop - start, -1))
             start = stop
         return torch.cat(losses, 1), torch.cat(gradients, 1)
 
-    def _run(self, scene: Scene, y: Tensor, position: Tensor) -> Tuple[Tensor, Tensor]:
+    def _run(self, context: FrozenContext, y: Tensor, position: Tensor) -> Tuple[Tensor, Tensor]:
         """y [R, M] put at position [R] of the sentence, one each -> losses [R], gradients [R, M]."""
         y = y.detach().requires_grad_()
-        with torch.enable_grad(), held(scene, self.moe, y, position), double_softmax():
-            loss, _, _ = self.criterion(self.model, repeat_sample(scene.sample, len(y)), reduce=False)
+        with torch.enable_grad(), frozen(context, self.moe, y, position), double_softmax():
+            loss, _, _ = self.criterion(self.model, repeat_sample(context.sample, len(y)), reduce=False)
             loss = loss.view(len(y), -1).sum(1)
             return loss.detach(), torch.autograd.grad(loss.sum(), y)[0]
 
@@ -230,18 +176,18 @@ def repeat_sample(sample: Dict[str, Any], count: int) -> Dict[str, Any]:
 
 
 @contextmanager
-def held(scene: Scene, moe: MoELayer, y: Tensor, position: Tensor) -> Iterator[None]:
-    """Inside, the layer gives the scene's outcome but for y [R, M] at position [R], and other gates the scene's routings."""
+def frozen(context: FrozenContext, moe: MoELayer, y: Tensor, position: Tensor) -> Iterator[None]:
+    """Inside, the layer gives the recorded outcome but for y [R, M] at position [R], and other gates the recorded routings."""
     count = len(y)
 
     def layer(x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:  # x [T, R, M]
-        output = scene.outcome.unsqueeze(1).repeat(1, count, 1)
-        output[position, torch.arange(count)] = y + scene.rest[position]
+        output = context.outcome.unsqueeze(1).repeat(1, count, 1)
+        output[position, torch.arange(count)] = y + context.rest[position]
         return output
 
     with ExitStack() as stack:
         stack.enter_context(swapped(moe, "forward", layer))
-        for gate, routing in scene.routings:
+        for gate, routing in context.routings:
             again = repeat_routing(routing, count)
             stack.enter_context(swapped(gate, "forward", lambda tokens, padding_mask=None, again=again: again))
         yield

@@ -7,7 +7,7 @@ import runs
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpointing_trainer import resume_between_same_batches
-from fairseq_sparsemixer.plugin.trainer import refuse_incompatible, refuse_writing_in_place
+from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_writing_in_place
 
 PLACES = [(2, 3, 1, 6), (1, 6, 2, 3), (4, 2, 2, 4), (1, 5, 2, 2), (2, 0, 1, 0), (2, 3, 2, 3)]
 

@@ -70,6 +70,7 @@ def test_reinforce_is_unbiased(label, jitter):
     assert error(label, synthetic_problem("cross-entropy", jitter_eps=jitter), "full") < 1e-10
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     method=st.sampled_from(METHODS),

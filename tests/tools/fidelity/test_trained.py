@@ -7,6 +7,7 @@ import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools import sentences
 from fairseq_sparsemixer.tools.fidelity import exact_gradient, trained
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
@@ -15,48 +16,48 @@ LAYER = "encoder.layers.0"
 
 @pytest.fixture
 def setting(build_translation_model, translation_task):
-    """(model, criterion, layer, scenes) of two sentences."""
+    """(model, criterion, layer, contexts) of two sentences."""
     model = build_translation_model(router="sparsemixer").double().eval().requires_grad_(False)
     criterion = LabelSmoothedCrossEntropyCriterion(translation_task, sentence_avg=False, label_smoothing=0.1)
     _, moe = trained.find_layer(model, LAYER, "model.pt")
-    samples = [trained.make_sample(translation_task, *pair) for pair in (("w1 w2 w3", "w4 w5"), ("w6", "w7 w8 w9"))]
-    return model, criterion, moe, [trained.set_scene(model, moe, criterion, sample) for sample in samples]
+    samples = [sentences.make_sample(translation_task, *pair) for pair in (("w1 w2 w3", "w4 w5"), ("w6", "w7 w8 w9"))]
+    return model, criterion, moe, [trained.record_context(model, moe, criterion, sample) for sample in samples]
 
 
-def plain_losses(model, criterion, scenes):
+def plain_losses(model, criterion, contexts):
     with trained.double_softmax():
-        return [criterion(model, scene.sample, reduce=True)[0] for scene in scenes]
+        return [criterion(model, context.sample, reduce=True)[0] for context in contexts]
 
 
 def test_at_the_models_own_output_every_token_has_its_sentences_loss(setting):
-    model, criterion, moe, scenes = setting
-    loss = trained.DownstreamLoss(model, criterion, moe, scenes, tokens=6)
-    losses = loss(torch.cat([scene.outcome for scene in scenes]).unsqueeze(0))[0]
-    first, second = plain_losses(model, criterion, scenes)
+    model, criterion, moe, contexts = setting
+    loss = trained.DownstreamLoss(model, criterion, moe, contexts, tokens=6)
+    losses = loss(torch.cat([context.outcome for context in contexts]).unsqueeze(0))[0]
+    first, second = plain_losses(model, criterion, contexts)
     torch.testing.assert_close(losses, torch.stack([first] * 4 + [second] * 2), rtol=1e-12, atol=0)
 
 
 def test_another_expert_for_one_token_gives_the_loss_of_a_gate_that_sends_it_there(setting):
-    model, criterion, moe, scenes = setting
-    scene, position = scenes[0], 2
+    model, criterion, moe, contexts = setting
+    context, position = contexts[0], 2
     with torch.no_grad():
-        routing = moe.gate(scene.inputs)
+        routing = moe.gate(context.inputs)
     index, weight = routing.expert_index.clone(), routing.combine_weight.clone()
     index[position], weight[position] = (index[position] + 1) % 4, 0.37
     sent = replace(routing, expert_index=index, combine_weight=weight)
-    held = [trained.swapped(gate, "forward", lambda *args, r=r: r) for gate, r in scene.routings]
-    with trained.swapped(moe.gate, "forward", lambda *args: sent), held[0]:
-        (expected,) = plain_losses(model, criterion, [scene])
-    y = scene.outcome.clone()
-    y[position] = 0.37 * scene.outputs[position, index[position, 0]]
-    found = trained.DownstreamLoss(model, criterion, moe, [scene], tokens=4)(y)
+    frozen = [trained.swapped(gate, "forward", lambda *args, r=r: r) for gate, r in context.routings]
+    with trained.swapped(moe.gate, "forward", lambda *args: sent), frozen[0]:
+        (expected,) = plain_losses(model, criterion, [context])
+    y = context.outcome.clone()
+    y[position] = 0.37 * context.outputs[position, index[position, 0]]
+    found = trained.DownstreamLoss(model, criterion, moe, [context], tokens=4)(y)
     torch.testing.assert_close(found[position], expected, rtol=1e-12, atol=0)
 
 
 def test_the_losses_gradient_is_its_derivative(setting):
-    model, criterion, moe, scenes = setting
-    loss = trained.DownstreamLoss(model, criterion, moe, scenes, tokens=5)
-    y = torch.cat([scene.outcome for scene in scenes])[:5].requires_grad_()
+    model, criterion, moe, contexts = setting
+    loss = trained.DownstreamLoss(model, criterion, moe, contexts, tokens=5)
+    y = torch.cat([context.outcome for context in contexts])[:5].requires_grad_()
     direction = torch.randn(5, 16).double()
     (gradient,) = torch.autograd.grad(loss(y).sum(), y)
     step = 1e-5 * direction
@@ -65,8 +66,8 @@ def test_the_losses_gradient_is_its_derivative(setting):
 
 
 def test_the_batch_size_of_the_evaluation_changes_nothing(setting, monkeypatch):
-    model, criterion, moe, scenes = setting
-    loss = trained.DownstreamLoss(model, criterion, moe, scenes, tokens=6)
+    model, criterion, moe, contexts = setting
+    loss = trained.DownstreamLoss(model, criterion, moe, contexts, tokens=6)
     y = torch.randn(3, 6, 16).double()
     whole = loss.with_gradient(y)
     monkeypatch.setattr(trained, "POSITIONS", 8)
@@ -75,22 +76,22 @@ def test_the_batch_size_of_the_evaluation_changes_nothing(setting, monkeypatch):
 
 
 def test_the_enumeration_through_the_model_agrees_with_its_derivative(setting):
-    model, criterion, moe, scenes = setting
-    inputs = torch.cat([scene.inputs for scene in scenes])
+    model, criterion, moe, contexts = setting
+    inputs = torch.cat([context.inputs for context in contexts])
     problem = Problem(
         inputs,
         moe.gate.logits(inputs),
-        torch.cat([scene.outputs for scene in scenes]),
-        trained.DownstreamLoss(model, criterion, moe, scenes, 6),
+        torch.cat([context.outputs for context in contexts]),
+        trained.DownstreamLoss(model, criterion, moe, contexts, 6),
     )
     exact = exact_gradient(problem)
     torch.testing.assert_close(exact.full, exact.autograd, rtol=1e-9, atol=1e-11)
 
 
 def test_the_model_is_as_it_was_afterwards(setting):
-    model, criterion, moe, scenes = setting
-    trained.DownstreamLoss(model, criterion, moe, scenes, 6)(torch.randn(1, 6, 16).double())
-    assert "forward" not in vars(moe) and not any("forward" in vars(gate) for gate, _ in scenes[0].routings)
+    model, criterion, moe, contexts = setting
+    trained.DownstreamLoss(model, criterion, moe, contexts, 6)(torch.randn(1, 6, 16).double())
+    assert "forward" not in vars(moe) and not any("forward" in vars(gate) for gate, _ in contexts[0].routings)
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(build_translation_model):
@@ -114,6 +115,6 @@ def test_texts_must_be_pairs(tmp_path):
     (tmp_path / "a").write_text("one\ntwo\n")
     (tmp_path / "b").write_text("eins\n")
     with pytest.raises(ConfigurationError, match="has 2 lines and --target .*b 1; they must be pairs"):
-        trained.read_sentences(str(tmp_path / "a"), str(tmp_path / "b"))
+        sentences.read_pairs(str(tmp_path / "a"), str(tmp_path / "b"))
     with pytest.raises(ConfigurationError, match="--target .*missing cannot be read"):
-        trained.read_sentences(str(tmp_path / "a"), str(tmp_path / "missing"))
+        sentences.read_pairs(str(tmp_path / "a"), str(tmp_path / "missing"))
