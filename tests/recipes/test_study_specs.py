@@ -1,13 +1,15 @@
 """The studies beside the recipes: each can be read, and fairseq-train takes the flags of each of its routers."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from fairseq import options
 
 from fairseq_sparsemixer.tools.study.commands import train_command
 from fairseq_sparsemixer.tools.study.spec import read_study
+from fairseq_sparsemixer.tools.study.spec_file import read_spec_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
@@ -15,13 +17,12 @@ SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipes_study_has_flags_that_fairseq_train_takes(spec, tmp_path):
+    shutil.copytree(spec.parent, tmp_path / spec.parent.relative_to(ROOT))  # with the specs that it builds on
     copy = tmp_path / spec.relative_to(ROOT)
-    copy.parent.mkdir(parents=True)
-    copy.write_text(spec.read_text())
-    content = yaml.safe_load(spec.read_text())
-    (copy.parent / content["data"]).mkdir(parents=True)  # what `prepare` makes
+    content = read_spec_file(copy)
+    Path(os.path.realpath(copy.parent / content["data"])).mkdir(parents=True)  # what `prepare` makes
     if "reference" in content["test"]:
-        reference = copy.parent / content["test"]["reference"]
+        reference = Path(os.path.realpath(copy.parent / content["test"]["reference"]))
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text("Ein Satz.\n", encoding="utf-8")
     study = read_study(copy)

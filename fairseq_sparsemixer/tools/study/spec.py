@@ -3,17 +3,18 @@
 title: Multi30k English-German
 data: data-bin                  # what fairseq-preprocess wrote; relative to this file
 flags: {task: translation, arch: transformer_moe_tiny, max-update: 2000, ...}   # of fairseq-train, for every run
-routers:                        # by the name they have in the report, each with the flags that differ
+variants:                       # by the name they have in the report, each with the flags that differ; once called routers
   dense: {router: dense}
   switch: {router: switch}
   sparsemixer: {router: sparsemixer}
 num-experts: [4, 8]             # for every router but dense
 seeds: [1, 2, 3]
-baseline: switch                # the router whose final loss the others are timed to
+baseline: switch                # the variant whose final loss the others are timed to
 test:                           # optional: how the best checkpoint of each run is scored
   metric: bleu                  # bleu (fairseq-generate, sacreBLEU) or perplexity (fairseq-eval-lm)
   reference: test.de            # bleu: plain text, a sentence a line
   flags: {beam: 5, remove-bpe: sentencepiece}
+base: other.yaml                # optional: a study that this one builds on, see spec_file.py
 """
 
 import os
@@ -26,7 +27,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, gate_class
 from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.tools.generation import read_sentences
-from fairseq_sparsemixer.tools.study.yaml_file import BadYaml, read_yaml
+from fairseq_sparsemixer.tools.study.spec_file import ROUTERS, read_spec_file, require, shown, variants_key
 
 PROGRAMS = {"bleu": "fairseq-generate", "perplexity": "fairseq-eval-lm"}  # by metric, what scores a checkpoint
 METRICS = tuple(PROGRAMS)
@@ -34,7 +35,6 @@ LARGEST = 2**32 - 1  # numpy's largest seed
 LONGEST_NAME = 100  # characters of a router's name, which names folders
 FLAG = re.compile(r"[A-Za-z0-9][\w-]*")
 SMUGGLED = re.compile(r"-(?![\d.]|$)|--")  # the beginning of a value that argparse takes for a flag
-SHOWN = 100  # characters of a value in a message
 NEEDED_OFF = ("disable-validation", "no-save")
 OURS_IN_TEST = ("path", "user-dir", "results-path")  # of the program that scores
 OURS = ("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file", "restore-file")
@@ -94,34 +94,36 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """Read and check a study. Raises ConfigurationError, naming the file and the key, for anything that cannot be run."""
-    content = _read_yaml(path)
-    _require(path, all(isinstance(key, str) for key in content), "has a key that is no text; put it in quotes")
-    known = {name.replace("_", "-") for name in (entry.name for entry in fields(Study))}
-    _require(path, not set(content) - known, f"has an unknown key {_first(set(content) - known)}; known are {_list(known)}")
+    content = read_spec_file(path)
+    require(path, all(isinstance(key, str) for key in content), "has a key that is no text; put it in quotes")
+    variants = variants_key(content)
+    known = {name.replace("_", "-") for name in (entry.name for entry in fields(Study))} - {ROUTERS} | {variants}
+    require(path, not set(content) - known, f"has an unknown key {_first(set(content) - known)}; known are {_list(known)}")
     missing = known - set(content) - {"test"}
-    _require(path, not missing, f"lacks the key {_first(missing)}")
+    require(path, not missing, f"lacks the key {_first(missing)}")
     study = Study(
         title=" ".join(str(content["title"]).split()),
         data=_beside(path, "data", content["data"]),
         flags=_flags(path, "flags", content["flags"]),
         routers={
-            name: _flags(path, f"routers: {name}", flags) for name, flags in _mapping(path, "routers", content["routers"]).items()
+            name: _flags(path, f"{variants}: {name}", flags)
+            for name, flags in _mapping(path, variants, content[variants]).items()
         },
         num_experts=_integers(path, "num-experts", content["num-experts"]),
         seeds=_integers(path, "seeds", content["seeds"]),
         baseline=str(content["baseline"]),
         test=None if content.get("test") is None else _test(path, _mapping(path, "test", content["test"])),
     )
-    _require(path, study.routers, "names no routers")
+    require(path, study.routers, f"names no {variants}")
     for name in study.routers:
-        _require(path, _is_name(name), f"has routers: {_shown(name)}, which cannot name a folder; give another name")
-    baseline = _shown(study.baseline)
-    _require(path, study.baseline in study.routers, f"has baseline: {baseline}, which is none of its routers")
+        require(path, _is_name(name), f"has {variants}: {shown(name)}, which cannot name a folder; give another name")
+    baseline = shown(study.baseline)
+    require(path, study.baseline in study.routers, f"has baseline: {baseline}, which is none of its {variants}")
     there = _is(Path.is_dir, study.data)
-    _require(path, there, f"has data: {_shown(content['data'])}, and there is no folder {_shown(study.data)}; prepare it first")
+    require(path, there, f"has data: {shown(content['data'])}, and there is no folder {shown(study.data)}; prepare it first")
     names = [run.name for run in study.runs()]
     double = next((name for name in names if names.count(name) > 1), None)
-    _require(path, double is None, f"has two runs that would be called {double}; give a router another name")
+    require(path, double is None, f"has two runs that would be called {double}; give one of the {variants} another name")
     return study
 
 
@@ -129,7 +131,8 @@ def check_flags(path: Path, study: Study) -> None:
     """Raise ConfigurationError, naming the file, for a flag that fairseq's programs do not have by that whole name."""
     from fairseq_sparsemixer.tools.study.flags import unknown_flag  # loads fairseq
 
-    commands = [(f"routers: {name}", "fairseq-train", {**study.flags, **flags}) for name, flags in study.routers.items()]
+    variants = variants_key(read_spec_file(path))
+    commands = [(f"{variants}: {name}", "fairseq-train", {**study.flags, **flags}) for name, flags in study.routers.items()]
     if study.test is not None:
         program = PROGRAMS[study.test.metric]
         commands.append(("test: flags", program, {"task": study.flags.get("task"), **study.test.flags}))
@@ -138,26 +141,26 @@ def check_flags(path: Path, study: Study) -> None:
             unknown = unknown_flag(program, flags)
         except ConfigurationError as error:
             raise ConfigurationError(
-                f"the study {_shown(path)} has {key}, and flags with it that do not go: {error.message}"
+                f"the study {shown(path)} has {key}, and flags with it that do not go: {error.message}"
             ) from None
         where = "flags" if unknown in study.flags and program == "fairseq-train" else key
-        _require(path, unknown is None, f"has {where}: {unknown}, and {program} has no such flag; give its whole name")
+        require(path, unknown is None, f"has {where}: {unknown}, and {program} has no such flag; give its whole name")
 
 
 def _test(path: Path, content: Dict[str, Any]) -> Test:
     unknown = set(content) - {entry.name for entry in fields(Test)}
-    _require(path, not unknown, f"has test: {_first(unknown)}, an unknown key; known are metric, reference, flags")
+    require(path, not unknown, f"has test: {_first(unknown)}, an unknown key; known are metric, reference, flags")
     metric = content.get("metric")
-    _require(path, metric in METRICS, f"has test: metric: {metric}; choose from {_list(METRICS)}")
+    require(path, metric in METRICS, f"has test: metric: {metric}; choose from {_list(METRICS)}")
     reference = content.get("reference")
     if metric == "bleu":
-        _require(path, reference, "needs test: reference: FILE for bleu, plain text, a sentence a line")
-        shown, reference = _shown(reference), _beside(path, "test: reference", reference)
-        _require(path, _is(Path.is_file, reference), f"has test: reference: {shown}, and there is no file {_shown(reference)}")
-        _require(path, read_sentences(reference), f"has test: reference: {shown}, which is empty")
+        require(path, reference, "needs test: reference: FILE for bleu, plain text, a sentence a line")
+        given, reference = shown(reference), _beside(path, "test: reference", reference)
+        require(path, _is(Path.is_file, reference), f"has test: reference: {given}, and there is no file {shown(reference)}")
+        require(path, read_sentences(reference), f"has test: reference: {given}, which is empty")
     flags = _values(path, "test: flags", content.get("flags"))
     taken = set(flags) & set(OURS_IN_TEST)
-    _require(path, not taken, f"has test: flags: {_first(taken)}, which the study sets itself; take it out")
+    require(path, not taken, f"has test: flags: {_first(taken)}, which the study sets itself; take it out")
     return Test(metric, reference, flags)
 
 
@@ -168,10 +171,8 @@ def _is_name(name: str) -> bool:
 
 def _beside(path: Path, key: str, value: Any) -> Path:
     """The path that a spec gives, relative to the spec."""
-    _require(
-        path, isinstance(value, (str, int, float)) and not isinstance(value, bool), f"has {key}: {_shown(value)}; give a path"
-    )
-    _require(path, "\0" not in str(value), f"has {key}: {_shown(value)}; give a path")
+    require(path, isinstance(value, (str, int, float)) and not isinstance(value, bool), f"has {key}: {shown(value)}; give a path")
+    require(path, "\0" not in str(value), f"has {key}: {shown(value)}; give a path")
     return Path(os.path.realpath(path.parent / str(value)))
 
 
@@ -185,9 +186,9 @@ def _is(test: Callable[[Path], bool], path: Path) -> bool:
 
 def _mapping(path: Path, key: str, value: Any) -> Dict[str, Any]:
     good = value is None or isinstance(value, dict)
-    _require(path, good, f"has {key}: {_shown(value)}; give keys with values, as in key: value")
+    require(path, good, f"has {key}: {shown(value)}; give keys with values, as in key: value")
     other = next((name for name in value or {} if not isinstance(name, str)), None)
-    _require(path, other is None, f"has {key}: {_shown(other)}, a key that is no text; put it in quotes")
+    require(path, other is None, f"has {key}: {shown(other)}, a key that is no text; put it in quotes")
     return dict(value or {})
 
 
@@ -195,17 +196,17 @@ def _values(path: Path, key: str, flags: Any) -> Dict[str, Any]:
     """Flags whose values can stand on a command line."""
     flags = _mapping(path, key, flags)
     for name, value in flags.items():
-        _require(
-            path, FLAG.fullmatch(name), f"has {key}: {_shown(name)}, which is no name of a flag; give it without dashes and value"
+        require(
+            path, FLAG.fullmatch(name), f"has {key}: {shown(name)}, which is no name of a flag; give it without dashes and value"
         )
         several = isinstance(value, list) and bool(value)
         parts = value if several else [value]
         good = all(isinstance(part, (str, int, float)) for part in parts) or value is None
-        _require(path, good, f"has {key}: {name}: {_shown(value)}; give a value, or a list of values")
+        require(path, good, f"has {key}: {name}: {shown(value)}; give a value, or a list of values")
         good = not any(part != part for part in parts)
-        _require(path, good, f"has {key}: {name}: {_shown(value)}; give a number")
+        require(path, good, f"has {key}: {name}: {shown(value)}; give a number")
         good = not any(isinstance(part, str) and ("\0" in part or SMUGGLED.match(part)) for part in parts)
-        _require(path, good, f"has {key}: {name}: {_shown(value)}, which would be read as a flag; give a value")
+        require(path, good, f"has {key}: {name}: {shown(value)}, which would be read as a flag; give a value")
     return flags
 
 
@@ -214,16 +215,14 @@ def _flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
     if "router" in flags:
         _check_router(path, key, flags["router"])
     taken = set(flags) & set(OURS)
-    _require(path, not taken, f"has {key}: {_first(taken)}, which the study sets itself; take it out")
+    require(path, not taken, f"has {key}: {_first(taken)}, which the study sets itself; take it out")
     for name in flags:
         whole = next((ours for ours in OURS if ours.startswith(name)), None)
-        _require(
+        require(
             path, whole is None, f"has {key}: {name}, which is short for {whole}, and that the study sets itself; take it out"
         )
     for flag in NEEDED_OFF:
-        _require(
-            path, not flags.get(flag), f"has {key}: {flag}, and compares validation losses and best checkpoints; take it out"
-        )
+        require(path, not flags.get(flag), f"has {key}: {flag}, and compares validation losses and best checkpoints; take it out")
     return flags
 
 
@@ -233,41 +232,18 @@ def _check_router(path: Path, key: str, router: Any) -> None:
             with in_flags():
                 gate_class(str(router))
     except ConfigurationError as error:
-        raise ConfigurationError(f"the study {_shown(path)} has {key}: {error.message}") from None
+        raise ConfigurationError(f"the study {shown(path)} has {key}: {error.message}") from None
 
 
 def _integers(path: Path, key: str, values: Any) -> List[int]:
     good = isinstance(values, list) and values and all(type(value) is int and 0 < value <= LARGEST for value in values)
-    _require(path, good, f"has {key}: {_shown(values)}; give a list of positive integers")
-    _require(path, len(values) == len(set(values)), f"has {key}: {_shown(values)}; give each number once")
+    require(path, good, f"has {key}: {shown(values)}; give a list of positive integers")
+    require(path, len(values) == len(set(values)), f"has {key}: {shown(values)}; give each number once")
     return values
 
 
-def _read_yaml(path: Path) -> Dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except BadYaml as error:
-        raise ConfigurationError(f"the study {_shown(path)} {error}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigurationError(f"the study {_shown(path)} cannot be read ({reason})") from None
-    _require(path, isinstance(content, dict), "is no mapping of keys to values")
-    return content
-
-
-def _require(path: Path, condition: Any, complaint: str) -> None:
-    if not condition:
-        raise ConfigurationError(f"the study {_shown(path, 300)} {complaint}")
-
-
-def _shown(value: Any, longest: int = SHOWN) -> str:
-    """A value in a message, cut where it is long."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= longest else text[:longest] + "..."
-
-
 def _first(names: Any) -> str:
-    return _shown(next(iter(sorted(map(str, names))), ""))
+    return shown(next(iter(sorted(map(str, names))), ""))
 
 
 def _list(names: Any) -> str:
