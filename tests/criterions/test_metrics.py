@@ -82,3 +82,11 @@ def test_an_empty_batch_logs_zeros_and_no_nan():
 
 def test_no_experts_no_figures():
     assert sum_routing_logs([{"loss": 1.0, "sample_size": 3}]) == {}
+
+
+def test_the_least_used_experts_have_their_own_figures():
+    found = figures([log_of([routing([0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 4])], 12)])  # loads 4, 3, 2, 1, 2
+    assert found["expert1_balance_top"] == pytest.approx(100 * 4 / 12, abs=0.01)
+    assert found["expert1_balance_bottom"] == pytest.approx(100 * 1 / 12, abs=0.01)
+    assert found["moe_load_max"] == pytest.approx(4 / 2.4, abs=0.01)
+    assert found["moe_load_min"] == pytest.approx(1 / 2.4, abs=0.01)

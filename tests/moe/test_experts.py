@@ -1,6 +1,7 @@
 """The stacked experts against one torch.nn.functional.linear after the other."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -116,3 +117,12 @@ def test_any_function_is_an_activation():
     rows = torch.randn(3, 4)
     experts = Experts(1, 4, 8, activation=torch.tanh)
     torch.testing.assert_close(experts(rows, [3]), one_by_one(experts, rows, [3], torch.tanh))
+
+
+def test_every_weight_and_bias_starts_uniform_within_the_fan_in():
+    experts = Experts(num_experts=8, model_dim=64, hidden_dim=256)
+    for parameters, fan_in in (((experts.weight_in, experts.bias_in), 64), ((experts.weight_out, experts.bias_out), 256)):
+        bound = 1 / math.sqrt(fan_in)
+        for parameter in parameters:
+            assert parameter.abs().max() <= bound
+            assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)

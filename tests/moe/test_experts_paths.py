@@ -96,6 +96,7 @@ def test_the_device_path_never_waits_for_the_host(router):
     assert out.shape == (10, 8) and layer.experts.weight_in.grad is not None
 
 
+@pytest.mark.compile
 @needs_grouped_mm
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2", "noisy_topk", "gshard", "hash", "dense_st"])
@@ -195,3 +196,17 @@ def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, traini
     else:
         assert out[:10].isnan().all()
     assert not out[10:].any()
+
+
+@pytest.mark.parametrize("device, dtype, sizes, capability, takes", [
+    ("cuda", torch.bfloat16, (64, 256), (8, 0), True),
+    ("cuda", torch.bfloat16, (64, 256), (9, 0), True),
+    ("cuda", torch.bfloat16, (64, 256), (7, 5), False),
+    ("cuda", torch.bfloat16, (64, 250), (8, 0), False),
+    ("cuda", torch.float32, (64, 256), (8, 0), False),
+    ("cpu", torch.bfloat16, (64, 256), (8, 0), False),
+])  # fmt: skip
+def test_where_the_grouped_product_runs(device, dtype, sizes, capability, takes, monkeypatch):
+    monkeypatch.setattr(F, "grouped_mm", None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert feed_forward.can_group(torch.device(device), dtype, *sizes) is takes

@@ -1,5 +1,6 @@
 """The gradients of spread experts: sums, norm, overflow."""
 
+import pytest
 import torch
 from ranks import run_ranks
 from torch import distributed as dist
@@ -26,6 +27,7 @@ def reduce_with_one_missing():
     return experts.weight_in.grad.unique().tolist(), experts.bias_in.grad.abs().max().item()
 
 
+@pytest.mark.distributed
 def test_replicas_are_summed_and_divided_by_all_ranks_and_a_missing_gradient_is_zero():
     results = run_ranks(4, reduce_with_one_missing)
     assert [found for found, _ in results] == [[(1 + 3) / 4], [(2 + 4) / 4], [(1 + 3) / 4], [(2 + 4) / 4]]
@@ -40,6 +42,7 @@ def norm_of_ones():
     return add_expert_norm(torch.tensor(float(mine)).sqrt(), list(model.parameters()), ranks).item() ** 2
 
 
+@pytest.mark.distributed
 def test_each_expert_counts_once_in_the_norm():
     whole = nn.Sequential(nn.Linear(4, 4), build_moe_layer("switch", 4, 6, 4))
     count = sum(parameter.numel() for parameter in whole.parameters())
@@ -57,6 +60,7 @@ def overflow_on_one_rank(bad: float):
     return all(parameter.grad.isfinite().all() for parameter in model.parameters() if not hasattr(parameter, "expert"))
 
 
+@pytest.mark.distributed
 def test_an_overflow_in_one_ranks_expert_is_seen_by_all():
     assert run_ranks(2, overflow_on_one_rank, float("inf")) == [False, False]
     assert run_ranks(2, overflow_on_one_rank, float("nan")) == [False, False]

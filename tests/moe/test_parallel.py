@@ -1,8 +1,10 @@
 """The sizes of expert groups."""
 
 import copy
+import time
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,3 +72,12 @@ def test_a_clock_starts_again_when_read():
         pass
     assert timer.read().cpu > 0
     assert timer.read() == (0.0, 0)
+
+
+def test_the_time_of_collectives_is_in_milliseconds(monkeypatch):
+    ticks = iter([1.0, 1.25])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    timer = CollectiveTimer()
+    with timer.measure(torch.device("cpu")):
+        pass
+    assert timer.read().cpu == pytest.approx(250)

@@ -42,6 +42,7 @@ def timeouts_of_groups(seconds):
     return [group._get_backend(group._device_types[0]).options._timeout for group in groups]
 
 
+@pytest.mark.distributed
 def test_the_time_out_holds_in_the_groups_that_fairseq_makes():
     for found in run_ranks(2, timeouts_of_groups, 7):
         assert found == [timedelta(seconds=7)] * 3
@@ -64,6 +65,7 @@ def rendezvous_alone(meeting):
         return str(error), dist.init_process_group is original
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("scheme", ["file", "tcp"])
 def test_a_rank_whom_nobody_meets_says_so_after_the_time_out(scheme, tmp_path):
     meeting = f"file://{tmp_path}/ranks" if scheme == "file" else f"tcp://127.0.0.1:{free_port()}"

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_importing_the_package_leaves_the_root_logger_alone():
     """fairseq sets it to DEBUG, and the chatter of other libraries would fill the output of every command."""
     program = "import logging, fairseq_sparsemixer; root = logging.getLogger(); print(root.level, root.handlers)"

@@ -65,3 +65,15 @@ def test_so_does_fairseq_train_run_as_a_script_and_in_spawned_processes(name, mo
     monkeypatch.setitem(sys.modules, name, module)
     install()
     assert module.Trainer is MoETrainer
+
+
+@pytest.mark.parametrize("group, given, handed", [(None, False, False), (None, True, True), (object(), False, True)])
+@pytest.mark.parametrize("step", ["train_step", "valid_step"])
+def test_a_rank_out_of_memory_ends_the_run_where_others_wait_for_it(step, group, given, handed, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trainer, step, lambda self, batch, raise_oom=False: seen.append(raise_oom))
+    trainer = MoETrainer.__new__(MoETrainer)
+    trainer.cfg = SimpleNamespace(distributed_training=SimpleNamespace(distributed_world_size=1))
+    trainer.expert_group = None if group is None else SimpleNamespace(timer=None)
+    getattr(trainer, step)([], given)
+    assert seen == [handed]

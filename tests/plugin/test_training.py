@@ -51,6 +51,7 @@ def test_a_resumed_run_goes_on_bit_by_bit_as_one_that_was_never_interrupted(trai
     assert all(torch.equal(states[0][name], states[1][name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_generates_in_a_new_process(train, tmp_path, translation_data):
     train("--max-update", "2", "--no-progress-bar")
     command = ["-m", "fairseq_cli.generate", translation_data, "--path", tmp_path / "run" / "checkpoint_last.pt", "--cpu",
@@ -77,6 +78,7 @@ def test_a_checkpoint_holds_nothing_but_tensors_plain_values_and_the_arguments(t
         torch.serialization.add_safe_globals(allowed)
 
 
+@pytest.mark.slow
 def test_hydra_trains_it_too_in_bf16_and_its_checkpoint_needs_no_allow_list(translation_data, tmp_path):
     """fairseq composes the configuration before it imports the user-dir: names of ours are plain values, not groups."""
     small = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in
@@ -261,6 +263,7 @@ def test_flags_that_need_a_gpu_are_read_and_build_the_model(flag, translation_da
     assert any(isinstance(module, MoELayer) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_the_user_dir_registers_once_whatever_it_is_imported_as(tmp_path):
     """A relative and an absolute path, after the package was imported by its name; from another folder."""
     program = f"""
@@ -304,6 +307,7 @@ def multi30k_slice(shared_data, tmp_path_factory):
     return folder, entropy
 
 
+@pytest.mark.slow
 def test_it_learns_real_text_far_below_its_unigram_entropy(train, multi30k_slice):
     """A slice learnt by heart: what is shown is that gradients reach everything, not that it translates."""
     data, entropy = multi30k_slice

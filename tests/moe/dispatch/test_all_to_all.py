@@ -13,6 +13,8 @@ from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Routing
 from fairseq_sparsemixer.moe.parallel import CollectiveTimer, form_expert_group
 
+pytestmark = pytest.mark.distributed
+
 M, H = 6, 10
 DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split}
 

@@ -151,3 +151,8 @@ def test_a_module_that_does_not_load_counts_as_absent(tmp_path, monkeypatch, err
     monkeypatch.syspath_prepend(tmp_path)
     assert not base_layers.works("broken_extension") and not base_layers.works("no_such_module") and base_layers.works("json")
     assert "broken_extension" not in sys.modules
+
+
+def test_the_experts_embeddings_start_orthogonal():
+    weight = build_gate("base", 16, 4).projection.weight
+    torch.testing.assert_close(weight @ weight.t(), 0.01 * torch.eye(4))  # as fairseq's BaseLayer: gain 0.1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_sparsemixer.moe.gates.losses import balance_loss, masked_mean, router_z_loss
+from fairseq_sparsemixer.moe.gates.losses import balance_loss, cv_squared, masked_mean, router_z_loss
 
 
 def balance_by_loops(probabilities, expert_index, padding, num_experts):
@@ -71,3 +71,9 @@ def test_without_tokens_every_loss_is_zero_and_so_is_its_gradient(tokens):
 def test_what_stands_at_padding_never_matters():
     values = torch.tensor([[1.0], [float("nan")], [3.0], [float("inf")]])
     assert masked_mean(values, torch.tensor([False, True, False, True])).item() == 2
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+def test_the_coefficient_of_variation_does_not_depend_on_the_scale(scale):
+    values = scale * torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert cv_squared(values).item() == pytest.approx(3.5 / 9, rel=1e-5)  # variance 3.5, mean 3

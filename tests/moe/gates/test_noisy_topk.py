@@ -92,3 +92,8 @@ def test_load_without_noise_is_the_count():
     routing = noisy_topk_routing(logits, None, 2)
     counts = torch.bincount(routing.expert_index.flatten(), minlength=4).tolist()
     assert routing.aux_losses["load"].item() == pytest.approx(cv2(counts))
+
+
+def test_both_projections_start_at_zero():
+    gate = build_gate("noisy_topk", 16, 4)
+    assert not gate.projection.weight.any() and not gate.noise_projection.weight.any()

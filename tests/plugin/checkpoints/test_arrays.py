@@ -147,6 +147,7 @@ def test_meters_as_the_translation_task_logs_them_go_on_counting(tmp_path):
     assert loaded["_bleu_counts"].sum.tolist() == [6, 5, 4, 3] and loaded["_bleu_sys_len"].sum == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe, tokenised", [(True, False), (False, True)])
 def test_a_run_with_eval_bleu_is_resumed_and_its_checkpoint_used(moe, tokenised, corpus, tmp_path, capsys):
     flags = ["--eval-bleu", "--eval-bleu-args", json.dumps({"beam": 1, "max_len_b": 5}), "--best-checkpoint-metric", "bleu"]

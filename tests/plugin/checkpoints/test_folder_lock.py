@@ -94,6 +94,7 @@ def test_without_locks_there_is_a_warning(tmp_path, caplog):
     assert not is_refused(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_training_ends_with_the_sentence_and_touches_nothing(corpus, tmp_path):
     run = tmp_path / "run"
     runs.train(corpus, run, updates=1)

@@ -42,6 +42,7 @@ def calls(*names: str) -> Iterator[Tuple[str, ast.Call]]:
                         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), node
 
 
+@pytest.mark.slow
 def test_every_eval_of_fairseq_is_of_literals_alone():
     found = list(calls("eval", "builtins.eval"))
     assert len(found) > 30
@@ -56,6 +57,7 @@ def test_fairseq_compiles_and_executes_nothing_else():
     assert not list(calls("exec", "compile", "builtins.exec", "execfile"))
 
 
+@pytest.mark.slow
 def test_every_setting_that_fairseq_evaluates_is_looked_at_in_the_file():
     for name, call in calls("eval"):
         argument = call.args[0]

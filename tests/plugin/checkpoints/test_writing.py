@@ -18,7 +18,7 @@ from fairseq.dataclass.configs import CheckpointConfig
 import fairseq_sparsemixer  # noqa: F401  fairseq writes by it from here on
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish, unfinished_beside
-from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint, save_atomically
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint, save_atomically, writing
 from fairseq_sparsemixer.plugin.checkpoints.writing import remove_unfinished
 
 NUMBERS = 100_000
@@ -279,3 +279,16 @@ def test_a_read_only_save_dir_gets_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigurationError, match="cannot take checkpoints .Permission denied"):
         checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
+
+
+def test_paths_that_only_iopath_knows_are_left_to_fairseq(monkeypatch):
+    handed = []
+    monkeypatch.setattr(writing.PathManager, "supports_rename", staticmethod(lambda path: "://" not in path))
+    monkeypatch.setattr(writing, "persist_remotely", lambda *arguments: handed.append(arguments))
+    monkeypatch.setattr(writing.PathManager, "copy", staticmethod(lambda *arguments, **named: handed.append((arguments, named))))
+    checkpoint_utils.torch_persistent_save({"a": 1}, "store://bucket/checkpoint.pt")
+    checkpoint_utils.PathManager.copy("store://bucket/a.pt", "store://bucket/b.pt", overwrite=True)
+    assert handed == [
+        ({"a": 1}, "store://bucket/checkpoint.pt", False),
+        (("store://bucket/a.pt", "store://bucket/b.pt"), {"overwrite": True}),
+    ]

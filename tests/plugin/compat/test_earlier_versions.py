@@ -6,6 +6,7 @@ before/ holds one of commit fc9b727: SparseMixer, two experts, capacity, a selec
 import json
 from pathlib import Path
 
+import pytest
 import runs
 import torch
 from fairseq import checkpoint_utils
@@ -31,6 +32,7 @@ def test_an_earlier_checkpoint_computes_what_it_did(corpus):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_earlier_checkpoint(corpus, tmp_path):
     assert len(runs.train(corpus, tmp_path, *FLAGS, "--restore-file", CHECKPOINT, updates=4)) == 2
     state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))

@@ -80,6 +80,7 @@ def test_every_parameter_learns_and_evaluation_computes_what_training_does(model
     torch.testing.assert_close(trained[:, :3], evaluated[:, :3], rtol=1e-5, atol=1e-5)  # what follows is padding in some
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["switch", "dense"])
 def test_a_run_is_resumed_with_the_same_losses_and_translates(router, corpus, tmp_path):
     flags = ("--router", router, "--moe-freq", "2", "--store-ema")
@@ -95,6 +96,7 @@ def test_a_checkpoint_computes_what_it_did_where_it_was_written(name, model, cor
     torch.testing.assert_close(make_checkpoints.outputs(HERE / f"{name}-{model}.pt", corpus), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stock", "fixed"])
 def test_a_run_goes_on_from_what_the_other_fairseq_wrote(name, corpus, tmp_path):
     flags = [
@@ -107,6 +109,7 @@ def test_a_run_goes_on_from_what_the_other_fairseq_wrote(name, corpus, tmp_path)
     assert state["optimizer_history"][-1]["num_updates"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stock", "fixed"])
 def test_a_dense_checkpoint_is_taken_as_dense_and_upcycled(name, corpus, tmp_path):
     state = torch.load(HERE / f"{name}-transformer.pt", weights_only=False)

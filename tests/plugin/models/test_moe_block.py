@@ -1,11 +1,13 @@
 """fairseq's layers around experts."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import nn
 
-from fairseq_sparsemixer.plugin.models.moe_block import MoEDecoderLayer, MoEEncoderLayer
+from fairseq_sparsemixer.plugin.models.moe_block import MoEDecoderLayer, MoEEncoderLayer, expert_dropout
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
 
@@ -63,3 +65,11 @@ def test_activation_and_its_dropout_happen_inside_the_experts_alone():
     x = torch.randn(3)
     assert layer.activation_fn(x) is x
     assert layer.fc1.moe.experts.dropout == 0.4
+
+
+@pytest.mark.parametrize("own, activation, relu, expected", [
+    (0.4, 0.1, 0.2, 0.4), (0.0, 0.1, 0.2, 0.0), (None, 0.1, 0.2, 0.1), (None, 0.0, 0.2, 0.2), (None, 0.0, 0.0, 0.0),
+])  # fmt: skip
+def test_an_experts_dropout_is_its_own_or_that_of_fairseqs_layers(own, activation, relu, expected):
+    cfg = Namespace(expert_dropout=own, activation_dropout=activation, relu_dropout=relu)
+    assert expert_dropout(cfg) == expected

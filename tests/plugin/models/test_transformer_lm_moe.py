@@ -132,6 +132,7 @@ def trained(run_fairseq, wikitext, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training_beats_word_counts_and_evaluation_agrees(run_fairseq, wikitext, trained):
     state = checkpoint_utils.load_checkpoint_to_cpu(str(trained / "checkpoint_last.pt"))
     evaluate = ["eval_lm", wikitext, "--path", trained / "checkpoint_last.pt", "--gen-subset", "valid", "--max-tokens", 1024]
@@ -142,6 +143,7 @@ def test_training_beats_word_counts_and_evaluation_agrees(run_fairseq, wikitext,
     assert in_context == pytest.approx(by_block, abs=0.05)  # so small a model makes little of context
 
 
+@pytest.mark.slow
 def test_perplexity_of_words_is_that_of_the_pieces_they_are_put_together_from(run_fairseq, wikitext, trained, tmp_path):
     for path in wikitext.glob("valid*"):
         (tmp_path / path.name).symlink_to(path)
@@ -157,6 +159,7 @@ def test_perplexity_of_words_is_that_of_the_pieces_they_are_put_together_from(ru
     assert by_word == pytest.approx(by_piece * len(pieces) / (len(pieces) - joined.sum().item()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_goes_on_from_prompts_whatever_the_batch(run_fairseq, wikitext, trained, tmp_path, capsys):
     prompts = ["the first game of", "in", "he was"]
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")

@@ -11,6 +11,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates.sparsemixer import draw_sampling_noise
 from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.plugin.models import transformer_moe
 
 ROUTERS = ["sparsemixer", "switch"]
 
@@ -272,3 +273,17 @@ def test_the_same_seed_gives_the_same_model_and_the_same_loss(build_translation_
         torch.manual_seed(3)
         losses.append(run(build_translation_model(dropout=0.2), sample).item())
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("checkpointing, least", [(True, 0), (False, 1234)])
+def test_every_layer_is_wrapped_for_fsdp(checkpointing, least, build_translation_model, monkeypatch):
+    wrapped = []
+
+    def record(module, min_num_params):
+        wrapped.append((type(module).__name__, min_num_params))
+        return module
+
+    monkeypatch.setattr(transformer_moe, "fsdp_wrap", record)
+    build_translation_model(router="switch", moe_freq=2, checkpoint_activations=checkpointing, min_params_to_wrap=1234)
+    with_experts = [(name, count) for name, count in wrapped if name.startswith("MoE")]
+    assert with_experts == [("MoEEncoderLayer", least), ("MoEDecoderLayer", least)]

@@ -39,3 +39,8 @@ def test_the_mean_is_over_the_validations_that_all_curves_have():
 
 def test_only_jumps_count_as_spikes():
     assert count_spikes([5.0, 4.0, 4.5, 6.0, 3.0]) == 1
+
+
+@pytest.mark.parametrize("rise, spikes", [(1.19, 0), (1.21, 1)])
+def test_a_loss_a_fifth_above_the_one_before_is_a_spike(rise, spikes):
+    assert count_spikes([1.0, rise]) == spikes
