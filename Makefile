@@ -1,15 +1,17 @@
-# make test, make quickstart: each installs into .venv first where that is not done yet.
+# make test, make test-fast, make quickstart: each installs into .venv first where that is not done yet.
 # Variables: PYTHON, TORCH, TORCH_INDEX, FAIRSEQ, VENV (see scripts/install.py); RAW, UPDATES, SEED, ROUTERS, OUT (quickstart);
-# ARGS (test, bench).
+# ARGS (test, test-fast, bench).
 
 PYTHON3 ?= python3
 VENV ?= .venv
 export VENV
+FAST = not slow and not sweep and not distributed and not compile
 
-.PHONY: help install test quickstart bench clean
+.PHONY: help install test test-fast quickstart bench clean
 
 help:
 	@echo 'make test                     run the tests (ARGS="-k gates" and the like are handed to pytest)'
+	@echo 'make test-fast                those that take little time, under two minutes on 2 cores'
 	@echo 'make quickstart               train, translate with and compare dense, Switch and SparseMixer: 5 minutes on 2 cores'
 	@echo 'make quickstart RAW=DIR       the same on the raw text of Multi30k; UPDATES=N, SEED=N and ROUTERS="dense ..." change it'
 	@echo 'make bench                    an MoE layer beside a dense one, a minute; ARGS="--preset full" and the like are handed on'
@@ -22,6 +24,9 @@ install:
 
 test: install
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+test-fast: install
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile -m "$(FAST)" $(ARGS)
 
 quickstart: install
 	@$(VENV)/bin/python -m recipes.quickstart $(if $(RAW),--raw-dir "$(RAW)") $(if $(OUT),--out "$(OUT)") \

@@ -9,6 +9,7 @@ from benchmarks import contenders, layer
 from benchmarks.contenders import NotRunnable, Shape
 
 
+@pytest.mark.slow
 def test_it_measures_writes_and_says_what_cannot_run_here(tmp_path, capsys):
     layer.main(
         ["--tokens", "8", "16", "32", "--experts", "4", "--dims", "8x16", "--top-k", "1", "2", "--rounds", "1"]

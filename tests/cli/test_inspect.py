@@ -48,6 +48,7 @@ def test_the_wrong_side_of_text_is_named(trained):
         main(["inspect", str(checkpoint), *flags[2:4]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, criterion, arch, mark", [
     ("language_modeling", "moe_cross_entropy", "transformer_lm_moe_tiny", 0),
     ("masked_lm", "moe_masked_lm", "roberta_moe_tiny", 1),

@@ -99,6 +99,7 @@ def test_a_file_by_rank_is_no_larger_than_what_it_holds(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".pt")] == []
 
 
+@pytest.mark.slow
 def test_the_command_converts_what_training_wrote_for_generation(corpus, tmp_path, capsys):
     runs.train(corpus, tmp_path / "run", updates=1)
     trained = tmp_path / "run" / "checkpoint_last.pt"

@@ -77,21 +77,25 @@ def checkpoint(clone, data, elsewhere, run):
     return elsewhere / "train" / "checkpoint_last.pt"
 
 
+@pytest.mark.slow
 def test_fairseq_train(checkpoint):
     assert checkpoint.is_file()
 
 
+@pytest.mark.slow
 def test_fairseq_validate(clone, data, checkpoint, run):
     flags = ["--task", "translation", "--path", checkpoint, "--max-tokens", 64, "--cpu"]
     run("fairseq_cli.validate", data, "--user-dir", clone / "fairseq_sparsemixer", *flags)
 
 
+@pytest.mark.slow
 def test_fairseq_interactive(clone, data, checkpoint, run):
     flags = ["--user-dir", clone / "fairseq_sparsemixer", "--path", checkpoint, "--cpu", "--beam", 1]
     output = run("fairseq_cli.interactive", data, *flags, input="a b c d\n")
     assert "H-0\t" in output
 
 
+@pytest.mark.slow
 def test_fairseq_hydra_train_with_the_quickstarts_config(clone, data, elsewhere, run):
     paths = [f"common.user_dir={clone / 'fairseq_sparsemixer'}", f"task.data={data}"]
     small = [f"model.{option}" for option in MODEL] + ["model.share_all_embeddings=false", "model.decoder_embed_dim=16"]
@@ -101,6 +105,7 @@ def test_fairseq_hydra_train_with_the_quickstarts_config(clone, data, elsewhere,
     assert (elsewhere / "hydra" / "checkpoint_last.pt").is_file()
 
 
+@pytest.mark.slow
 def test_fairseq_generate_with_the_installed_package(clone, data, checkpoint, tmp_path, run):
     flags = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check", "--target", tmp_path]
     run("pip", "install", *flags, clone)

@@ -128,6 +128,7 @@ def learn(model, parameters, task, steps=150):
     model.eval()
 
 
+@pytest.mark.slow
 def test_the_generator_learns_what_a_masked_word_may_be(model, masked_lm_task):
     learn(model, model.generator.parameters(), masked_lm_task)
     log = criterion_of(masked_lm_task)(model, alternating(masked_lm_task, 100)[1])[2]
@@ -135,6 +136,7 @@ def test_the_generator_learns_what_a_masked_word_may_be(model, masked_lm_task):
     assert math.log2(5) - 0.05 < bits < math.log2(5) + 0.3  # five words are possible, of twenty
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_which_words_do_not_belong(model, masked_lm_task):
     learn(model, model.encoder.parameters(), masked_lm_task)  # the generator stays untrained, and uses all words
     tokens, _ = alternating(masked_lm_task, 100)

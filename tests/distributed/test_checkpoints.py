@@ -18,6 +18,8 @@ from ranks import Rank, collect, free_port, start_ranks
 import fairseq_sparsemixer
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 
+pytestmark = pytest.mark.distributed
+
 BEFORE, AFTER = 3, 5  # updates: where the run stops, and where the resumed one does
 FLAGS = ("--store-ema", "--ema-fp32", "--ema-decay", "0.9")
 

@@ -18,6 +18,8 @@ from fairseq_sparsemixer.moe.gradients import add_expert_norm, reduce_expert_gra
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import form_expert_group
 
+pytestmark = pytest.mark.distributed
+
 M, H, S, UPDATES, BALANCE = 8, 12, 40, 5, 0.1
 SIZES = {2: (13, 27), 4: (13, 1, 0, 26)}  # tokens of each rank
 ROUTERS = ("sparsemixer", "switch", "sparsemixer_v2")

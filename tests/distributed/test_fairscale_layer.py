@@ -11,6 +11,8 @@ from fairseq_sparsemixer.moe.gates import Routing
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import form_expert_group
 
+pytestmark = pytest.mark.distributed
+
 M, H, S, E = 8, 12, 16, 8
 
 

@@ -16,6 +16,8 @@ from runs import EXPERTS, SMALL, make_corpus, run
 from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
+pytestmark = pytest.mark.distributed
+
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, "--required-batch-size-multiple", "1"]
 ROUNDING_ALONE = "k_proj.bias"  # a key's bias changes no attention: its gradient is rounding, which Adam blows up

@@ -18,6 +18,8 @@ from fairseq_sparsemixer.plugin.models import electra_moe
 from fairseq_sparsemixer.plugin.trainer import MoETrainer
 from fairseq_sparsemixer.tools.glue import TASKS, prepare
 
+pytestmark = pytest.mark.distributed
+
 USER_DIR = Path(electra_moe.__file__).parent.parent
 UPDATES = 5
 FLAGS = (

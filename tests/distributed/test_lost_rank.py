@@ -14,6 +14,8 @@ from runs import EXPERTS, SMALL, make_corpus, run
 from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
+pytestmark = pytest.mark.distributed
+
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 
 

@@ -17,6 +17,8 @@ from runs import run
 
 from fairseq_sparsemixer.cli import main
 
+pytestmark = pytest.mark.distributed
+
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 FLAGS = (
     "--arch transformer_moe_tiny --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32"

@@ -17,6 +17,8 @@ from ranks import free_port, rank_number, run_ranks
 
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 
+pytestmark = pytest.mark.distributed
+
 BACKEND = "--distributed-world-size 2 --distributed-backend gloo --ddp-backend legacy_ddp".split()
 SHARDS = ["checkpoint_last-rank-0.pt", "checkpoint_last-rank-1.pt"]  # there are two only where experts are spread
 

@@ -76,6 +76,7 @@ def updates(output):
     return [json.loads(line) for line in re.findall(r"train_inner\W+(\{.*\})", output)]
 
 
+@pytest.mark.slow
 def test_the_router_trains_through_a_folder_of_ones_own(outputs):
     log = updates(outputs["train"])
     assert len(log) == 2
@@ -83,18 +84,22 @@ def test_the_router_trains_through_a_folder_of_ones_own(outputs):
     assert "moe_gate_loss" in log[-1]  # by the criterion of the folder
 
 
+@pytest.mark.slow
 def test_its_checkpoint_generates(outputs):
     assert len(re.findall("^H-", outputs["generate"], re.M)) == 8
 
 
+@pytest.mark.slow
 def test_the_estimator_trains(outputs):
     assert len(updates(outputs["estimator"])) == 2
 
 
+@pytest.mark.slow
 def test_the_criterion_with_two_weights_trains(outputs):
     assert "moe_load_loss" in updates(outputs["weights"])[-1]
 
 
+@pytest.mark.slow
 def test_the_tests_on_the_page_pass(folder):
     tests = [name for name in FILES if name.startswith("test_")]
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=folder / "my_moe", capture_output=True, text=True)

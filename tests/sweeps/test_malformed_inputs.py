@@ -11,7 +11,7 @@ from sandbox import fault_of
 
 from fairseq_sparsemixer.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 TRAIN_LOG = [
     {"epoch": 1, "update": 0.5, "loss": "5.1", "wps": "100", "wpb": "50", "num_updates": "1"},

@@ -1,6 +1,6 @@
 """Ranks that are killed or stopped in every phase of a training: the others end with one sentence, and nobody is left.
 
-The deadline of `collect` is the time-out and a margin for a machine with other work. `python -m pytest -m slow` runs them.
+The deadline of `collect` is the time-out and a margin for a machine with other work. `python -m pytest -m sweep` runs them.
 """
 
 import os
@@ -23,7 +23,7 @@ from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.plugin import lost_ranks
 from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sweep
 
 TIMEOUT, MARGIN = 8, 60
 USER_DIR = Path(lost_ranks.__file__).parent

@@ -8,6 +8,8 @@ import pytest
 import torch
 from decoding import EOS, bits_per_token, check_scores, decode, interact, log_probabilities
 
+pytestmark = pytest.mark.slow
+
 CONSTRAINTS = {"w1 w2 w3": ["w7", "w9"], "w4 w4": ["w11"], "w5 w0 w8 w2": ["w3", "w3", "w19"]}
 
 

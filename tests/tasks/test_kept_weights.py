@@ -13,6 +13,8 @@ from decoding import check_scores, decode, log_probabilities
 from fitting import EXPERTS, TRANSLATION, fit, weights
 from ranks import rank_number, run_ranks
 
+pytestmark = pytest.mark.slow
+
 USER_DIR = Path(__file__).resolve().parents[2] / "fairseq_sparsemixer"
 FLAGS = [*TRANSLATION, *EXPERTS, "--batch-size", 8, "--disable-validation", "--no-epoch-checkpoints"]
 DECAY = 0.75
@@ -152,6 +154,7 @@ def state_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_each_rank_averages_its_own_experts(scope, pairs, tmp_path):
     from types import SimpleNamespace

@@ -12,6 +12,8 @@ from fitting import EXPERTS, TRANSLATION, bits, fit, weights
 from ranks import rank_number, run_ranks
 from texts import draw_sentences, write_dictionary, write_sentences
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = {"de-en": 54, "fr-en": 6}  # pairs of files; de-en is read both ways
 PAIRS = {("de", "en"): 54, ("en", "de"): 54, ("fr", "en"): 6}
 TASK = (
@@ -99,6 +101,7 @@ def rank(data: Path, save_dir: Path, meeting: Path):
     return fit(data, save_dir, *FLAGS, *launch.split(), updates=6).losses
 
 
+@pytest.mark.distributed
 def test_two_ranks_equal_one_process(data, tmp_path):
     alone = fit(data, tmp_path / "alone", *FLAGS, "--update-freq", 2, updates=6)
     losses = run_ranks(2, rank, data, tmp_path / "both", tmp_path / "meeting", group=False)

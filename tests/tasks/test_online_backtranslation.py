@@ -9,6 +9,8 @@ from fitting import EXPERTS, TRANSLATION, bits, fit
 from ranks import meeting_place, rank_number, run_ranks
 from texts import draw_sentences, write_dictionary, write_sentences
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     *"--task online_backtranslation --mono-langs de,en --valid-lang-pairs de-en --batch-size 4 --share-all-embeddings".split(),
     *"--no-epoch-checkpoints --disable-validation".split(), *TRANSLATION, *EXPERTS,
@@ -84,11 +86,13 @@ def rank(data: Path, save_dir: Path, meeting: str, *flags: str):
         return str(end)
 
 
+@pytest.mark.distributed
 def test_two_ranks_with_all_experts_each_train_alike(data, tmp_path):
     first, second = run_ranks(2, rank, data, tmp_path, meeting_place(), "--expert-parallel-size", "1", group=False)
     assert len(first) == 2 and first == second
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("flags", [[], ["--expert-parallel-size", "1", "--balance-scope", "global"]], ids=["spread", "global"])
 def test_ranks_that_wait_for_each_other_in_layers_refuse_it(flags, data, tmp_path):
     for sentence in run_ranks(2, rank, data, tmp_path, meeting_place(), *flags, group=False):

@@ -9,6 +9,8 @@ from fitting import EXPERTS, LAYER, TRANSLATION, bits, fit, weights
 from texts import draw_sentences, write_dictionary, write_sentences
 from torch.nn.functional import log_softmax
 
+pytestmark = pytest.mark.slow
+
 ENCODER = (LAYER.format("encoder") + " --max-positions 64").split()
 
 

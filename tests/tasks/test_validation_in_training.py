@@ -5,6 +5,8 @@ from decoding import decode
 from fitting import EXPERTS, TRANSLATION, fit, weights
 from texts import draw_sentences, write_dictionary, write_sentences
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [*TRANSLATION, *EXPERTS, "--batch-size", 8, "--no-epoch-checkpoints"]
 BLEU = ["--eval-bleu", "--eval-bleu-args", '{"beam": 3, "max_len_a": 0, "max_len_b": 8}', "--best-checkpoint-metric", "bleu"]
 BLEU += ["--maximize-best-checkpoint-metric"]

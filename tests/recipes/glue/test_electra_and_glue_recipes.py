@@ -24,11 +24,13 @@ def pretrained(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_pretraining_ends_with_figures_of_both_halves(pretrained):
     results = json.loads((pretrained / "sparsemixer-e2-seed1-results.json").read_text())
     assert 0 < results["rtd_accuracy"] <= 100 and results["mlm_loss"] > 0 and "rtd_recall" in results
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_it_and_ends_with_the_tasks_metric(pretrained, tmp_path):
     for action in ("prepare", "train", "evaluate"):
         main(GLUE, [action, *SMALL, "--task", "STS-B", "--pretrained", str(pretrained), "--out", str(tmp_path), "--updates", "3"])
@@ -41,6 +43,7 @@ def test_fine_tuning_starts_from_it_and_ends_with_the_tasks_metric(pretrained, t
     assert "loaded checkpoint" in (folder / "sparsemixer-e2-seed1" / "console.log").read_text().lower()
 
 
+@pytest.mark.slow
 def test_a_bad_label_is_named_before_anything_is_trained(pretrained, tmp_path):
     write_smoke_data("CoLA", tmp_path / "CoLA")
     path = tmp_path / "CoLA" / "dev.tsv"

@@ -30,6 +30,7 @@ def finished(run):
     return run.out
 
 
+@pytest.mark.slow
 def test_it_ends_with_sacrebleu_on_every_test_sentence(finished):
     results = json.loads((finished / "switch-e4-seed1-results.json").read_text())
     assert results["bleu"] >= 0 and "tok:13a" in results["signature"] and "nrefs:1" in results["signature"]
@@ -37,6 +38,7 @@ def test_it_ends_with_sacrebleu_on_every_test_sentence(finished):
     assert translated.count("\n") == 50  # no multiple of 8: none was dropped
 
 
+@pytest.mark.slow
 def test_the_run_leaves_the_logs_that_plots_are_made_from(finished):
     from fairseq_sparsemixer.tools.runs import read_run
 
@@ -44,6 +46,7 @@ def test_the_run_leaves_the_logs_that_plots_are_made_from(finished):
     assert run.updates == 10 and run.valid_loss
 
 
+@pytest.mark.slow
 def test_finished_parts_are_not_done_again(finished, run, capsys):
     checkpoint = finished / "switch-e4-seed1" / "checkpoint_last.pt"
     before = checkpoint.stat().st_mtime_ns
@@ -53,6 +56,7 @@ def test_finished_parts_are_not_done_again(finished, run, capsys):
     assert capsys.readouterr().out.count("done before") == 3
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_is_the_same_run(finished, run, capsys):
     run("train", "--gpus", "8", "--dry-run")
     said = capsys.readouterr().out

@@ -16,6 +16,7 @@ def quickstart(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_it_ends_with_figures_and_plots(quickstart):
     content = json.loads((quickstart / "results" / "results.json").read_text())
     (result,) = content["results"]
@@ -28,11 +29,13 @@ def test_it_ends_with_figures_and_plots(quickstart):
         assert (quickstart / "results" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_every_test_sentence_is_translated(quickstart):
     lines = (quickstart / "sparsemixer-test" / "translation.txt").read_text(encoding="utf-8").splitlines()
     assert len(lines) == len((quickstart / "data" / "raw" / "test.de").read_text(encoding="utf-8").splitlines()) == 30
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_again(quickstart, capsys):
     checkpoint = quickstart / "sparsemixer" / "checkpoint_last.pt"
     before = checkpoint.stat().st_mtime_ns

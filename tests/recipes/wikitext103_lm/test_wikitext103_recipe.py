@@ -14,6 +14,7 @@ from recipes.common.text import read_wikitext, write_splits
 from recipes.wikitext103_lm.__main__ import ARCHIVE, CONFIG, MEMBERS, RECIPE, read_result
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_perplexity_of_the_test_set(tmp_path):
     for action in ("prepare", "train", "evaluate"):
         main(RECIPE, [action, "--smoke", "--gpus", "0", "--updates", "5", "--out", str(tmp_path), "--num-experts", "2"])

@@ -14,6 +14,8 @@ import yaml
 
 from fairseq_sparsemixer.cli import main
 
+pytestmark = pytest.mark.slow
+
 UPDATES, SAVE_EVERY = 12, 3
 PATIENCE = 120  # seconds until a study that does not come to where it is to be killed is given up
 FLAGS = {
