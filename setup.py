@@ -38,17 +38,22 @@ setup(
         "Issues": f"{URL}/issues",
     },
     license="MIT",
+    license_files=["LICENSE"],
     classifiers=[
         "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     keywords="mixture-of-experts moe fairseq sparsemixer transformer pytorch",
     python_requires=">=3.9,<3.14",
     packages=find_packages(include=["fairseq_sparsemixer", "fairseq_sparsemixer.*"]) + ["fairseq_sparsemixer.criterions"],
     package_dir={"fairseq_sparsemixer.criterions": "criterions"},
+    package_data={"fairseq_sparsemixer": ["py.typed"]},
     install_requires=[
         "torch>=2.4,<3",  # 2.4 has autocast by device type
         "fairscale==0.4.13",
@@ -62,6 +67,7 @@ setup(
             *("pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "scipy>=1.10", "tensorboardX>=2.6"),
             *("Babel>=2.13", "sacremoses>=0.0.53"),  # of recipes/requirements.txt
         ],
+        "dev": ["codespell>=2.4", "mypy>=1.18", "pre-commit>=4", "ruff>=0.17.6,<0.18", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},
 )

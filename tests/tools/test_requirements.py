@@ -113,7 +113,7 @@ def test_all_that_the_package_imports_is_declared(declared):
 
 
 def test_each_package_of_an_extra_has_its_sentence(declared):
-    assert set(requirements.EXTRAS.values()) == set(declared["extras_require"]) - {"test"}
+    assert set(requirements.EXTRAS.values()) == set(declared["extras_require"]) - {"dev", "test"}
     assert names(declared["extras_require"]["tools"]) == {
         package for package, extra in requirements.EXTRAS.items() if extra == "tools"
     }
