@@ -35,8 +35,9 @@ def run(options: argparse.Namespace) -> int:
     from fairseq_sparsemixer.files import write_whole
     from fairseq_sparsemixer.tools.programs import INTERRUPTED, interrupted_by_sigterm
     from fairseq_sparsemixer.tools.study import plots, report, results
+    from fairseq_sparsemixer.tools.study.claims import run_folder
     from fairseq_sparsemixer.tools.study.commands import train_command
-    from fairseq_sparsemixer.tools.study.runner import progress_display, run_folder, run_study
+    from fairseq_sparsemixer.tools.study.runner import progress_display, run_study
     from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
 
     if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:

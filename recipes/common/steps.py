@@ -5,19 +5,19 @@ removed, and only where every file is one of them: a folder of the user's, one w
 since are refused with a sentence.
 """
 
-import hashlib
-import json
 import os
-from contextlib import suppress
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.tools.resume import NOTE, Note, fingerprint_of, locked, read_note, write_note
 
-STAMP = "step.json"
+STAMP = NOTE
+WAIT = 0.5  # seconds between two looks at a lock
 STARTS_OVER = "starts over, as settings changed"
 CHECKPOINT = ".pt"
 REMEDY = "give another --out, or delete the folder yourself"
@@ -28,22 +28,56 @@ def run_step(title: str, folder: Path, settings: Dict[str, Any], console: Consol
 
     Returns a fingerprint of the settings, to be among those of later steps.
     After a kill, action finds in the folder what was there: it goes on if it can. Other settings empty the folder first.
+    Where another process is at work there, its end is waited for.
     """
     mark = fingerprint_of(settings)
-    if _read(folder).get("settings") == mark and finished(folder):
-        console.print(f"[green]✓[/] {title} [dim](done before, in {folder})[/]")
-        return mark
-    console.rule(f"[bold]{title}[/]", align="left")
+    if not _done(folder, mark):
+        require_usable(folder, settings)
+        with _alone_in(folder, console):
+            if not _done(folder, mark):  # by whoever was at work
+                console.rule(f"[bold]{title}[/]", align="left")
+                _run(folder, settings, action, arguments, console)
+                return mark
+    console.print(f"[green]✓[/] {title} [dim](done before, in {folder})[/]")
+    return mark
+
+
+def _run(folder: Path, settings: Dict[str, Any], action: Callable, arguments: Tuple[Any, ...], console: Console) -> None:
     begin_step(folder, settings)
-    found, made = _files(folder), _read(folder).get("files", {})
+    found, note = _files(folder), read_note(folder)
+    made = note.files if note else {}
     try:
         action(*arguments, folder, console)
     except BaseException:
         with suppress(OSError):  # a full disk is said already
-            _write(folder, mark, False, _made(folder, found, made))
+            write_note(folder, Note(fingerprint_of(settings), False, _made(folder, found, made)))
         raise
-    _write(folder, mark, True, _made(folder, found, made))
-    return mark
+    write_note(folder, Note(fingerprint_of(settings), True, _made(folder, found, made)))
+
+
+def _done(folder: Path, mark: str) -> bool:
+    note = read_note(folder)
+    return note is not None and note.settings == mark and note.finished
+
+
+@contextmanager
+def _alone_in(folder: Path, console: Console) -> Iterator[None]:
+    """Hold a lock beside the folder, in which there is nothing but what the step makes."""
+    told: List[Path] = []
+
+    def wait() -> None:
+        if not told:
+            told.append(folder)
+            console.print(f"waiting for another process, which is at work in {folder}", markup=False, highlight=False)
+        time.sleep(WAIT)
+
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"), wait))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); give another --out") from None
+        yield
 
 
 def begin_step(folder: Path, settings: Dict[str, Any]) -> None:
@@ -51,15 +85,15 @@ def begin_step(folder: Path, settings: Dict[str, Any]) -> None:
 
     Raises ConfigurationError, before anything is removed, where that could lose what the step did not make.
     """
-    mark, before = fingerprint_of(settings), _read(folder)
+    mark, before = fingerprint_of(settings), read_note(folder)
     require_usable(folder, settings)
-    made = before.get("files", {})
+    made = before.files if before else {}
     try:
-        if before.get("settings") != mark:
+        if before is None or before.settings != mark:
             _remove(folder, made)
             made = {}
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, mark, False, made)
+        write_note(folder, Note(mark, False, made))
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); give another --out") from None
 
@@ -73,45 +107,42 @@ def require_usable(folder: Path, settings: Dict[str, Any]) -> None:
 
 def state_of(folder: Path, settings: Dict[str, Any]) -> str:
     """What run_step would do, in words."""
-    problem, before = _problem(folder, settings), _read(folder)
+    problem, before = _problem(folder, settings), read_note(folder)
     if problem is not None:
         return f"would be refused: {problem}"
-    if before.get("settings") == fingerprint_of(settings):
-        return "done before" if before["finished"] else "goes on"
+    if before is not None and before.settings == fingerprint_of(settings):
+        return "done before" if before.finished else "goes on"
     return STARTS_OVER if before else "to do"
 
 
 def finished(folder: Path) -> bool:
     """Whether a step has filled the folder."""
-    return bool(_read(folder).get("finished"))
+    note = read_note(folder)
+    return note is not None and note.finished
 
 
 def fingerprint(folder: Path) -> str:
     """That of the settings of the step that filled the folder; empty where there was none."""
-    return _read(folder).get("settings", "")
-
-
-def fingerprint_of(settings: Dict[str, Any]) -> str:
-    """A few letters that other settings do not have."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    note = read_note(folder)
+    return note.settings if note else ""
 
 
 def _problem(folder: Path, settings: Dict[str, Any]) -> Optional[str]:
     """Why a step of these settings must not be begun in the folder; None where it may."""
     try:
         if folder.exists() and not folder.is_dir():
-            return f"{folder} is no folder; give another --out"
-        before, found = _read(folder), _files(folder)
+            return f"{folder} is not a folder; give another --out"
+        before, found = read_note(folder), _files(folder)
     except (OSError, ValueError) as error:
         return f"{folder} cannot be read ({_reason(error)}); give another --out"
-    if before.get("settings") == fingerprint_of(settings) or not found:
+    if not found or (before is not None and before.settings == fingerprint_of(settings)):
         return None
-    if not before:
+    if before is None:
         return f"{folder} has files, {next(iter(found))} among them, and no valid {STAMP}: no recipe made it; {REMEDY}"
     checkpoint = next((name for name in found if name.endswith(CHECKPOINT)), None)
     if checkpoint is not None:
         return f"{folder} holds a run of other settings, with the checkpoint {checkpoint}; {REMEDY}"
-    made = before["files"]
+    made = before.files
     other = next((name for name, about in found.items() if about is None or made.get(name) != about), None)
     if other is not None:
         return f"{folder} is of other settings, and {other} in it is new or changed since its step was done; {REMEDY}"
@@ -159,24 +190,6 @@ def _about(entry: os.DirEntry) -> Optional[List[int]]:
 def _made(folder: Path, found: Dict[str, Any], made: Dict[str, Any]) -> Dict[str, Any]:
     """The files of a step that has run: those it had made before, and those that are new or changed since they were `found`."""
     return {name: about for name, about in _files(folder).items() if name in made or found.get(name) != about}
-
-
-def _write(folder: Path, mark: str, done: bool, made: Dict[str, Any]) -> None:
-    write_whole(folder / STAMP, json.dumps({"settings": mark, "finished": done, "files": made}))
-
-
-def _read(folder: Path) -> Dict[str, Any]:
-    """The stamp; empty where there is none, or one that no step wrote."""
-    path = folder / STAMP
-    try:
-        stamp = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    valid = isinstance(stamp, dict) and isinstance(stamp.get("settings"), str) and isinstance(stamp.get("finished"), bool)
-    if not valid:
-        return {}
-    files = stamp.get("files")
-    return {**stamp, "files": files if isinstance(files, dict) else {}}
 
 
 def _reason(error: Exception) -> str:

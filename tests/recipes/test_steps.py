@@ -1,7 +1,10 @@
 """Restartable steps."""
 
 import errno
+import io
 import os
+import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -114,9 +117,30 @@ def test_a_stamp_that_was_being_written_at_a_kill_is_no_file_of_the_users(step):
     assert finished(step.stamp.parent)
 
 
+def test_of_two_that_start_together_one_does_the_step(tmp_path):
+    done, entered = [], threading.Event()
+
+    def action(folder, console):
+        entered.set()
+        time.sleep(0.2)
+        done.append(folder)
+
+    def work(screen):
+        run_step("a step", tmp_path / "step", {"seed": 1}, Console(file=screen, width=200), action)
+
+    said = io.StringIO()
+    first, second = (threading.Thread(target=work, args=(screen,)) for screen in (io.StringIO(), said))
+    first.start()
+    entered.wait()
+    second.start()
+    first.join()
+    second.join()
+    assert len(done) == 1 and "waiting for another process" in said.getvalue() and "done before" in said.getvalue()
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(step):
     step.stamp.parent.write_text("mine")
-    with pytest.raises(ConfigurationError, match="is no folder"):
+    with pytest.raises(ConfigurationError, match="is not a folder"):
         step({"seed": 1})
 
 

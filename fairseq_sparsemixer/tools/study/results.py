@@ -11,9 +11,9 @@ from sacrebleu.significance import PairedTest
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.runs import read_run
+from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT
 from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes
-from fairseq_sparsemixer.tools.study.runner import is_finished, run_folder
 from fairseq_sparsemixer.tools.study.scores import read_hypotheses, read_references
 from fairseq_sparsemixer.tools.study.spec import Run, Study
 

@@ -1,22 +1,20 @@
 """Runs a study: trainings side by side, each in a folder of its own, so that a killed study goes on where it was.
 
-OUT/runs/NAME/ holds command.txt, train.log, load.jsonl, checkpoints/, and at the end result.json, written in one piece.
-fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a run with result.json is not touched again. A study that
+OUT/runs/NAME/ holds train.log, load.jsonl, checkpoints/, what claims.py notes, and at the end result.json, in one piece.
+fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a finished run is not touched again. A study that
 is interrupted ends its trainings, and on Linux so does one that is killed; elsewhere the next waits for them.
 """
 
-import fcntl
 import json
 import os
 import re
-import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Event
-from typing import IO, Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,31 +24,20 @@ from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools import programs
 from fairseq_sparsemixer.tools.machine import describe_machine, usable_cores
 from fairseq_sparsemixer.tools.programs import ProgramFailed, child_environment
+from fairseq_sparsemixer.tools.resume import locked
 from fairseq_sparsemixer.tools.runs import TRAIN_LOG
-from fairseq_sparsemixer.tools.study.commands import COMMAND, RESULT, executable, test_command, train_command
+from fairseq_sparsemixer.tools.study.claims import claim_all, is_finished, note_finished, run_folder
+from fairseq_sparsemixer.tools.study.commands import RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.tools.study.scores import score
 from fairseq_sparsemixer.tools.study.spec import Run, Study
 
 REFRESH = 0.5  # seconds between two looks at a log
-CLAIMS = ".claims"  # beside the folders of runs: the lock under which they are given away
+LOCK = "lock"  # in the folder of a run
 TAIL = 16384  # bytes of a log that surely hold its last line of figures
-
-
-def run_folder(out: Path, run: Run) -> Path:
-    """The folder of a run."""
-    return out / "runs" / run.name
 
 
 class Stopped(Exception):
     """The study is being ended, and what it runs with it."""
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether there is a result in a run's folder; one that a crash of the machine left in pieces is none."""
-    try:
-        return isinstance(json.loads((folder / RESULT).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
 
 
 def devices(workers: Optional[int]) -> List[Dict[str, str]]:
@@ -70,7 +57,7 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
     An interruption ends what runs, and starts nothing more. Raises ConfigurationError when a folder holds a run of other
     flags, or cannot be written.
     """
-    _claim_all(study, out)
+    claim_all(study, out)
     runs = [run for run in study.runs() if not is_finished(run_folder(out, run))]
     places: "Queue[Dict[str, str]]" = Queue()
     for place in devices(workers):
@@ -111,60 +98,13 @@ def progress_display() -> Progress:
     )
 
 
-def _claim_all(study: Study, out: Path) -> None:
-    """Note the commands of new runs; a folder begun with another one is somebody else's. All is looked at before any is noted."""
-    try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        with (out / "runs" / CLAIMS).open("w") as lock:  # of two studies that start together, one is first
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for run in study.runs():
-                _check_claim(study, run, run_folder(out, run))
-            for run in study.runs():
-                folder = run_folder(out, run)
-                folder.mkdir(exist_ok=True)
-                if not (folder / COMMAND).exists():
-                    write_whole(folder / COMMAND, shlex.join(train_command(study, run, folder)) + "\n")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        what = getattr(error, "filename", None) or out
-        raise ConfigurationError(f"{what} cannot be written ({getattr(error, 'strerror', error)}); give another --out") from None
-
-
-def _check_claim(study: Study, run: Run, folder: Path) -> None:
-    note = folder / COMMAND
-    if not note.exists():
-        return
-    try:
-        words = shlex.split(note.read_text(encoding="utf-8"))
-    except ValueError:  # no text, or quotes that do not end
-        raise ConfigurationError(f"{note} is no command line; give another --out, or delete {folder}") from None
-    before, now = _flags(words), _flags(train_command(study, run, folder))
-    for flag in sorted({*before, *now}):
-        if before.get(flag) != now.get(flag):
-            raise ConfigurationError(
-                f"{folder} was begun with other flags, {before.get(flag, f'no {flag}')} where the study now has"
-                f" {now.get(flag, f'no {flag}')}; give another --out, or delete the folder"
-            )
-
-
-def _flags(command: List[str]) -> Dict[str, str]:
-    """{"--lr": "--lr 0.1", ...} of a command, the place of the package left out: it may be moved."""
-    flags, name = {}, "the data"
-    for word in command[1:]:
-        name = word if word.startswith("--") else name
-        flags[name] = f"{flags[name]} {word}" if name in flags else word
-    flags.pop("--user-dir", None)
-    return flags
-
-
 def _train_and_score(
     study: Study, run: Run, folder: Path, environment: Dict[str, str], progress: Optional[Progress], stopping: Event
 ) -> Optional[str]:
     """None, or the sentence of the failure. Raises Stopped when the study is being ended, OSError when the disk is full."""
     output, scored = folder / "output.txt", folder / "test.txt"
-    with (folder / "lock").open("w") as lock:
-        _take(lock, run, progress, stopping)
+    with locked(folder / LOCK, _waiting(run, progress, stopping)) as lock:
+        _end_if(stopping)
         if is_finished(folder):  # by whoever had the lock
             return None
         begun = time.time()
@@ -186,21 +126,22 @@ def _train_and_score(
                 return f"{run.name} failed in its test: {error.message}"
         result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
         write_whole(folder / RESULT, json.dumps(result, indent=2))
+        note_finished(folder)
     return None
 
 
-def _take(lock: IO, run: Run, progress: Optional[Progress], stopping: Event) -> None:
-    """Wait for the lock, which a run's programs hold, too: a training may have outlived the study that began it."""
-    told = False
-    while not stopping.is_set():
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress is not None and not told:
-                told = True
-                progress.console.print(f"{run.name} waits for its training that an earlier study began", highlight=False)
-            stopping.wait(REFRESH)
-    raise Stopped
+def _waiting(run: Run, progress: Optional[Progress], stopping: Event) -> Callable[[], None]:
+    """A function that waits a while for the lock, which a run's programs hold, too: a training may have outlived its study."""
+    told: List[str] = []
+
+    def wait() -> None:
+        if progress is not None and not told:
+            told.append(run.name)
+            progress.console.print(f"{run.name} waits for its training that an earlier study began", highlight=False)
+        stopping.wait(REFRESH)
+        _end_if(stopping)
+
+    return wait
 
 
 def _end_if(stopping: Event) -> None:

@@ -153,6 +153,29 @@ def test_seeds_may_be_added_and_flags_not_changed_even_of_finished_runs(study, t
         runner.run_study(read_study(study), out, workers=1)
 
 
+def test_data_that_were_prepared_anew_are_not_those_of_the_runs_there_are(study, tmp_path):
+    dictionary = tmp_path / "bin" / "dict.en.txt"
+    dictionary.write_text("Hund 2\n")
+    runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    dictionary.write_text("Katze 2\n")
+    with pytest.raises(ConfigurationError, match="was begun with other data than .*bin has now; give another --out"):
+        runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    dictionary.write_text("Hund 2\n")
+    assert runner.run_study(read_study(study), tmp_path / "out", workers=1) == []
+
+
+def test_folders_of_earlier_versions_have_no_note_and_are_understood(study, tmp_path):
+    runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    folders = [tmp_path / "out" / "runs" / name for name in NAMES]
+    for folder in folders:
+        (folder / "step.json").unlink()
+    (folders[1] / "result.json").unlink()
+    times = {folder: (folder / "result.json").stat().st_mtime_ns for folder in folders if folder != folders[1]}
+    assert runner.run_study(read_study(study), tmp_path / "out", workers=1) == []
+    assert times == {folder: (folder / "result.json").stat().st_mtime_ns for folder in times}
+    assert all(json.loads((folder / "step.json").read_text())["finished"] for folder in folders)
+
+
 def test_a_moved_package_is_not_another_study(study, tmp_path):
     runner.run_study(read_study(study), tmp_path / "out", workers=1)
     note = tmp_path / "out" / "runs" / "dense-seed1" / "command.txt"
@@ -239,7 +262,7 @@ def test_a_damaged_note_of_a_command_is_a_sentence(study, tmp_path, command):
     folder = tmp_path / "out" / "runs" / "dense-seed1"
     folder.mkdir(parents=True)
     (folder / "command.txt").write_text(command, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ConfigurationError, match="command.txt is no command line"):
+    with pytest.raises(ConfigurationError, match="command.txt is not a command line"):
         runner.run_study(read_study(study), tmp_path / "out", workers=1)
 
 
