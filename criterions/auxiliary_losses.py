@@ -36,9 +36,9 @@ class AuxiliaryLossConfig(FairseqDataclass):
         default=0.0, metadata={"help": "weight of the router z-loss, summed over MoE layers (ST-MoE: 0.001)"}
     )
     moe_load_file: Optional[str] = field(
-        default=None, metadata={"help": "append the tokens of each expert in training to this file, as JSON lines"}
+        default=None, metadata={"help": "append the training tokens per expert to this file, as JSON lines"}
     )
-    moe_load_interval: int = field(default=100, metadata={"help": "updates between two lines of --moe-load-file"})
+    moe_load_interval: int = field(default=100, metadata={"help": "updates per line of --moe-load-file"})
 
 
 class AuxiliaryLosses:

@@ -22,38 +22,38 @@ class MoEOptions:
 
     router: str = field(
         default="sparsemixer",
-        metadata={"help": f"how tokens choose experts: {ROUTERS} (dense: no experts, the baseline)"},
+        metadata={"help": f"router: {ROUTERS} (dense: no experts, the baseline)"},
     )
-    num_experts: int = field(default=8, metadata={"help": "number of experts in each MoE layer"})
+    num_experts: int = field(default=8, metadata={"help": "experts per MoE layer"})
     moe_freq: int = field(
-        default=2, metadata={"help": "every n-th layer is an MoE layer, starting at the first (1: all of them)"}
+        default=2, metadata={"help": "place an MoE layer every N layers, starting with the first (1: every layer)"}
     )
     moe_top_k: Optional[int] = field(
         default=None,
         metadata={
             "option": "top_k",
-            "help": "experts for each token, for routers that can choose it (default: the router's)",
+            "help": "experts per token, for routers with a variable k (default: set by the router)",
         },
     )
     jitter_eps: float = field(
         default=0.1,
         metadata={
             "option": "jitter_eps",
-            "help": "switch: noise within 1 +- eps multiplies the logits (0: no noise); sparsemixer, sparsemixer_v2: masks"
-            " experts that such noise could not lift to the top (0: all but one; inf: none)",
+            "help": "switch: multiply the logits by uniform noise in [1 - eps, 1 + eps] (0: no noise); sparsemixer,"
+            " sparsemixer_v2: mask experts that such noise could not make the arg-max (0: all but one; inf: none)",
         },
     )
     expert_dropout: Optional[float] = field(
         default=None,
-        metadata={"help": "dropout inside the experts (default: --activation-dropout); fine-tuning likes more, such as 0.4"},
+        metadata={"help": "dropout inside the experts (default: --activation-dropout); use more for fine-tuning, such as 0.4"},
     )
     gradient_estimator: Optional[str] = field(
         default=None,
         metadata={
             "option": "gradient_estimator",
             "refusal": "which does not sample experts",
-            "help": f"what a sampling router learns from: {ESTIMATORS} (default: midpoint for sparsemixer, heun3 for"
-            " sparsemixer_v2; other routers do not sample experts, and take none)",
+            "help": f"router gradient estimator of a sampling router: {ESTIMATORS} (default: midpoint for sparsemixer, heun3"
+            " for sparsemixer_v2; other routers take none)",
         },
     )
     estimator_at_argmax: bool = field(
@@ -61,8 +61,8 @@ class MoEOptions:
         metadata={
             "option": "estimator_at_argmax",
             "refusal": "which does not sample experts",
-            "help": "use the gradient estimator for the most probable expert, too, which SparseMixer's papers estimate to first"
-            " order (for routers with --gradient-estimator)",
+            "help": "also use the gradient estimator for the most probable expert, where SparseMixer's papers use a first-order"
+            " estimate (for routers with --gradient-estimator)",
         },
     )
     capacity_factor: Optional[float] = field(
@@ -70,9 +70,8 @@ class MoEOptions:
         metadata={
             "option": "capacity_factor",
             "refusal": "which drops nothing",
-            "help": "in training an expert takes at most this many times its fair share of the tokens, and the rest keep the"
-            " residual alone; never at inference (default: no limit, but 1 for gshard; inf lifts it. For expert_choice: the"
-            " experts of a token on average, default 2, at inference too)",
+            "help": "max tokens per expert as a multiple of k * tokens / E; overflow skips the layer; training only (default: no"
+            " limit, but 1 for gshard; inf: no limit. expert_choice: mean experts per token, default 2, at inference too)",
         },
     )
     moe_bias_update_rate: float = field(
@@ -80,8 +79,8 @@ class MoEOptions:
         metadata={
             "option": "bias_update_rate",
             "refusal": "whose selection takes no bias",
-            "help": "balance by a bias on each expert's logit, in selection only, moved by this much after each update"
-            " (DeepSeek-V3: 0.001; 0: off). Goes with --moe-balance-loss-weight 0",
+            "help": "balance load by a per-expert bias on the logits, used for selection only and moved by this step after each"
+            " update (DeepSeek-V3: 0.001; 0: off); use with --moe-balance-loss-weight 0",
         },
     )
     router_bias: bool = field(
@@ -89,51 +88,50 @@ class MoEOptions:
         metadata={
             "option": "router_bias",
             "refusal": "whose logits take no bias",
-            "help": "give the router's projection a learned bias, as microsoft/SparseMixer's example does",
+            "help": "add a learned bias to the router's projection, as microsoft/SparseMixer's example does",
         },
     )
     router_option: Optional[str] = field(
         default=None,
-        metadata={
-            "help": "further options of the router, as NAME=VALUE,NAME=VALUE: what the constructor of a router of your own takes"
-        },
+        metadata={"help": "options for a router of your own, NAME=VALUE[,NAME=VALUE...], passed to its constructor"},
     )
     num_shared_experts: int = field(
-        default=0, metadata={"help": "experts of each MoE layer that run on every token, beside those the router chooses"}
+        default=0, metadata={"help": "shared experts per MoE layer: run on every token, in addition to the routed experts"}
     )
     expert_activation: Optional[str] = field(
         default=None,
         metadata={
-            "help": f"the experts' activation: {ACTIVATIONS} (default: --activation-fn);"
-            " the gated ones have three weight matrices instead of two"
+            "help": f"activation of the experts: {ACTIVATIONS} (default: --activation-fn);"
+            " gated activations use three weight matrices instead of two"
         },
     )
     force_expert_choice: bool = field(
         default=False,
-        metadata={"help": "let --router expert_choice route in a decoder, where its choice depends on tokens still to come"},
+        metadata={"help": "allow --router expert_choice in a decoder, where its choice depends on future tokens"},
     )
     expert_parallel_size: Optional[int] = field(
         default=None,
         metadata={
-            "help": "ranks that share one set of experts "
-            "(default: the largest divisor of ranks and experts; 1: all on every rank)"
+            "help": "number of ranks that share one set of experts"
+            " (default: greatest common divisor of ranks and experts; 1: all experts on every rank)"
         },
     )
     balance_scope: str = field(
         default="local",
-        metadata={"help": "whose tokens the load-balancing loss is about: those of each rank (local), or of all (global)"},
+        metadata={"help": "compute the load-balancing loss over this rank's tokens (local) or all ranks' (global)"},
     )
     record_a2a_perf_stats: bool = field(
-        default=False, metadata={"help": "log the milliseconds that this rank spends in all-to-alls in each update"}
+        default=False, metadata={"help": "log the time in all-to-alls per update, in milliseconds"}
     )
     collective_timeout: Optional[float] = field(
         default=None,
         metadata={
-            "help": "seconds a rank waits for another before it ends with an error (default: 600 with nccl, 1800 with gloo)"
+            "help": "seconds a rank waits in a collective before it exits with an error (default: 600 for nccl, 1800 for gloo)"
         },
     )
     sharded_checkpoints: bool = field(
-        default=False, metadata={"help": "each rank writes its own experts, for models too large for one file"}
+        default=False,
+        metadata={"help": "write one checkpoint file per rank, each with its own experts, for models too large for one file"},
     )
 
 

@@ -26,7 +26,7 @@ COUNT = Rule(lambda x: 1 <= x < TOO_LARGE, "be at least 1", whole=True)
 
 
 def broken_rule(flag: str, value: Any, rule: Rule, remedy: str = "") -> str:
-    """The sentence for a value that breaks the rule; empty for one that does not. A text or a truth value is no number."""
+    """The sentence for a value that breaks the rule; empty for one that does not. A text or a truth value is not a number."""
     kinds = int if rule.whole else (int, float)
     if isinstance(value, kinds) and not isinstance(value, bool) and rule.holds(value):
         return ""

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sentencepiece-model", type=Path, metavar="FILE", help="splits sentences into pieces (default: at blanks)"
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that are no examples, and report them")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that are not examples, and report them")
 
 
 def encoder(model: Optional[Path]) -> Callable[[str], str]:
@@ -39,7 +39,7 @@ def encoder(model: Optional[Path]) -> Callable[[str], str]:
     try:
         pieces = SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
-        raise ConfigurationError(f"--sentencepiece-model {model} is no model of sentencepiece ({error})") from None
+        raise ConfigurationError(f"--sentencepiece-model {model} is not a model of sentencepiece ({error})") from None
     return lambda sentence: " ".join(pieces.encode(sentence, out_type=str))
 
 
@@ -50,7 +50,7 @@ def require_file(path: Path, flag: str) -> Path:
     except (OSError, ValueError):  # no name that a file can have
         there = False
     if not there:
-        raise ConfigurationError(f"{flag} {str(path)[:300]} does not exist, or is no file; give another path")
+        raise ConfigurationError(f"{flag} {str(path)[:300]} does not exist, or is not a file; give another path")
     return path
 
 
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         dictionary = Dictionary.load(str(options.dict))
     except Exception as error:  # of many kinds, Exception itself among them
-        raise ConfigurationError(f"--dict {options.dict} is no dictionary of fairseq ({str(error)[:300]})") from None
+        raise ConfigurationError(f"--dict {options.dict} is not a dictionary of fairseq ({str(error)[:300]})") from None
     if len(dictionary) == dictionary.nspecial:
         raise ConfigurationError(f"--dict {options.dict} has no word; give the dict.txt that the model was pre-trained with")
     skip = (lambda message: print(message, file=sys.stderr)) if options.skip_bad_lines else None

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
 
     moe = MoEOptions(**{option.name: getattr(options, option.name) for option in fields(MoEOptions)})
     if not 0 <= options.seed < 2**63:
-        raise ConfigurationError(f"--seed {options.seed} is no seed; give a number from 0 to 2**63 - 1")
+        raise ConfigurationError(f"--seed {options.seed} is not a seed; give a number from 0 to 2**63 - 1")
     require_targets([options.target], [options.source])
     require_json(options.json, [options.source, options.target])
     dense = read_checkpoint(options.source)

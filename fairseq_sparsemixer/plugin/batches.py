@@ -12,7 +12,7 @@ EMPTY = "The dataset is empty"  # of fairseq's iterators
 def explaining_no_batch(subset: str, cfg: Any, task: Any) -> Iterator[None]:
     """Raise ConfigurationError where all sentences of a subset were in a last batch that this fairseq drops.
 
-    fairseq-fixed does so with a last batch that is no multiple of --required-batch-size-multiple; fairseq 0.12.2 keeps it.
+    fairseq-fixed does so with a last batch that is not a multiple of --required-batch-size-multiple; fairseq 0.12.2 keeps it.
     cfg: fairseq's dataset settings.
     """
     try:
@@ -23,5 +23,5 @@ def explaining_no_batch(subset: str, cfg: Any, task: Any) -> Iterator[None]:
             raise
         raise ConfigurationError(
             f"no batch is left of the subset {subset}: with --required-batch-size-multiple {multiple}, this fairseq drops a last"
-            f" batch that is no multiple of {multiple}; give --required-batch-size-multiple 1"
+            f" batch that is not a multiple of {multiple}; give --required-batch-size-multiple 1"
         ) from None

@@ -30,7 +30,7 @@ fairseq_main = utils.distributed_main
 def timeout_of(cfg: Any) -> Optional[timedelta]:
     """What --collective-timeout says; None where it is not given, or the model has no such flag.
 
-    Raises ConfigurationError for what is no time to wait.
+    Raises ConfigurationError for what is not a time to wait.
     """
     seconds = getattr(getattr(cfg, "model", None), "collective_timeout", None)
     if seconds is None:

@@ -30,7 +30,7 @@ def read_sentences(path: Path) -> List[str]:
     Raises ConfigurationError for a file that cannot be read, with the line of what is not UTF-8.
     """
     if not os.path.isfile(path):  # a pipe would be waited for
-        raise ConfigurationError(f"{path} cannot be read (it does not exist, or is no file); give another path")
+        raise ConfigurationError(f"{path} cannot be read (it does not exist, or is not a file); give another path")
     try:
         *lines, rest = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

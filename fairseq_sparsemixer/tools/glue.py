@@ -87,13 +87,13 @@ class Example(NamedTuple):
 
 
 class BadLine(ConfigurationError):
-    """A line that is no example: the message begins with file and line."""
+    """A line that is not an example: the message begins with file and line."""
 
 
 def read_examples(path: Path, task: GlueTask, labelled: bool, skip: Optional[Callable[[str], None]] = None) -> Iterator[Example]:
     """The examples of one TSV file. `skip`, when given, is told of each bad line, which is then left out.
 
-    Raises ConfigurationError for a missing file or column, BadLine for a line that is no example.
+    Raises ConfigurationError for a missing file or column, BadLine for a line that is not an example.
     """
     if not _is_file(path):
         raise ConfigurationError(f"{str(path)[:300]} is missing, or no file; give the path of a folder with GLUE's {path.name}")
@@ -154,7 +154,7 @@ def _label(text: str, task: GlueTask, where: str) -> str:
     except ValueError:
         value = -1.0
     if not 0 <= value <= STS_B_MAXIMUM:
-        raise BadLine(f"{where} score {text[:40]!r} is no number from 0 to {STS_B_MAXIMUM:g}; correct or --skip-bad-lines")
+        raise BadLine(f"{where} score {text[:40]!r} is not a number from 0 to {STS_B_MAXIMUM:g}; correct or --skip-bad-lines")
     return repr(value / STS_B_MAXIMUM)
 
 
@@ -198,7 +198,7 @@ def _moved_when_whole(destination: Path) -> Iterator[Path]:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         if destination.exists() and not destination.is_dir():
-            raise FileExistsError(errno.EEXIST, "it is no folder")
+            raise FileExistsError(errno.EEXIST, "it is not a folder")
         temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
         yield temporary
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):

@@ -203,6 +203,7 @@ def test_the_next_update_is_the_one_they_would_have_made(flat, theirs, translati
     assert ("loss_scale" in state["last_optimizer_state"]) == flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router, ours", [("SparseMixer", "sparsemixer"), ("SwitchGate", "switch")])
 def test_generation_and_training_go_on_from_it(router, ours, theirs, corpus, tmp_path, capsys):
     path = converted(theirs(router)[2])
@@ -267,12 +268,12 @@ def without(state, name):
     (lambda s: changed(s, router="Top2Gate"), "--router Top2Gate is unknown; convert knows SparseMixer and SwitchGate"),
     (lambda s: changed(s, router="SwitchGate"), "has encoder.layers.0.router.omega, which .* has not by the same arguments"),
     (lambda s: changed(s, num_experts=5), r"gating_network.weight is of \(4, 16\), .* ask for \(5, 16\)"),
-    (lambda s: changed(s, num_experts="four"), "--num-experts four is no number; use an unchanged checkpoint"),
-    (lambda s: changed(s, jitter_eps=None), "--jitter-eps None is no number; use an unchanged checkpoint"),
+    (lambda s: changed(s, num_experts="four"), "--num-experts four is not a number; use an unchanged checkpoint"),
+    (lambda s: changed(s, jitter_eps=None), "--jitter-eps None is not a number; use an unchanged checkpoint"),
     (lambda s: changed(s, encoder_ffn_embed_dim=8), r"fc1.0.weight is of \(24, 16\), .* arguments ask for \(8, 16\)"),
     (lambda s: without(s, "decoder.layers.0.fc2.3.bias"), "decoder.layers.0.fc2.3.bias is missing, where its own arguments"),
     (lambda s: without(s, "encoder.layers.0.gating_network.bias"), "encoder.layers.0.gating_network.bias is missing"),
-    (lambda s: without(s, "encoder.embed_tokens.weight"), "has no encoder.embed_tokens.weight; it is no whole model"),
+    (lambda s: without(s, "encoder.embed_tokens.weight"), "has no encoder.embed_tokens.weight; it is not a complete model"),
 ])  # fmt: skip
 def test_a_file_that_is_not_theirs_gets_one_sentence(change, sentence, theirs, tmp_path):
     path = theirs()[2]

@@ -136,9 +136,9 @@ def test_wrong_files_are_refused(raw, dict_file, tmp_path):
     with pytest.raises(ConfigurationError, match="--dict .*none.txt does not exist"):
         main(["glue", "RTE", *command, "--dict", str(tmp_path / "none.txt")])
     (tmp_path / "words.txt").write_text("w0 1\nw1\n")
-    with pytest.raises(ConfigurationError, match="--dict .*words.txt is no dictionary of fairseq"):
+    with pytest.raises(ConfigurationError, match="--dict .*words.txt is not a dictionary of fairseq"):
         main(["glue", "RTE", *command, "--dict", str(tmp_path / "words.txt")])
-    with pytest.raises(ConfigurationError, match="--sentencepiece-model .*words.txt is no model of sentencepiece"):
+    with pytest.raises(ConfigurationError, match="--sentencepiece-model .*words.txt is not a model of sentencepiece"):
         main(["glue", "RTE", *command, "--dict", str(dict_file), "--sentencepiece-model", str(tmp_path / "words.txt")])
     (folder / "dev.tsv").unlink()
     with pytest.raises(ConfigurationError, match="dev.tsv is missing"):
@@ -205,6 +205,7 @@ def separable(folder, count, seed):
     write(folder, "sentence\tlabel", *lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["electra_moe_tiny", "roberta_moe_tiny"])
 def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq, dict_file, tmp_path, caplog, monkeypatch):
     from fairseq import checkpoint_utils

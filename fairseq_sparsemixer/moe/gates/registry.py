@@ -6,7 +6,7 @@ from typing import Dict, List, Type
 from fairseq_sparsemixer.moe.gates.gate import Gate
 
 GATES: Dict[str, Type[Gate]] = {}
-DENSE = "dense"  # `--router dense` is no gate: the model keeps fairseq's own feed-forward layers
+DENSE = "dense"  # `--router dense` is not a gate: the model keeps fairseq's own feed-forward layers
 
 
 def register_gate(name: str):

@@ -23,7 +23,7 @@ class PlainType:
 
     def __init__(self, code: Any = None, *_: Any):
         if not isinstance(code, str) or not PLAIN.fullmatch(code):
-            raise NoNumbers(f"arrays of type {code} are no numbers")
+            raise NoNumbers(f"arrays of type {code} are not numbers")
         self.kind = numpy.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -63,7 +63,7 @@ def array(*_: Any) -> PlainArray:
 def number(plain: Any, content: Any) -> Any:
     """Stands for numpy's scalar: one number out of its bytes."""
     if not isinstance(plain, PlainType) or not isinstance(content, bytes) or len(content) != plain.kind.itemsize:
-        raise NoNumbers("a number of numpy is no plain one")
+        raise NoNumbers("a number of numpy is not a plain one")
     return numpy.frombuffer(content, plain.kind)[0]
 
 

@@ -134,7 +134,7 @@ def _number(theirs: Dict[str, Any], name: str, default: Any) -> Any:
         return type(default)(value)
     except (TypeError, ValueError, OverflowError):
         flag = name.replace("_", "-")
-        raise ConfigurationError(f"the checkpoint's --{flag} {value} is no number; use an unchanged checkpoint") from None
+        raise ConfigurationError(f"the checkpoint's --{flag} {value} is not a number; use an unchanged checkpoint") from None
 
 
 def _model_arguments(theirs: Dict[str, Any], options: MoEOptions) -> argparse.Namespace:
@@ -164,7 +164,7 @@ def _dictionary(weights: Dict[str, Tensor], stack: str) -> Dictionary:
     """One of as many words as the embeddings of that stack have rows."""
     name = f"{stack}.embed_tokens.weight"
     if name not in weights:
-        raise ConfigurationError(f"the checkpoint has no {name}; it is no whole model of microsoft/SparseMixer's example")
+        raise ConfigurationError(f"the checkpoint has no {name}; it is not a complete model of microsoft/SparseMixer's example")
     words = Dictionary()
     for index in range(weights[name].size(0) - len(words)):
         words.add_symbol(str(index))
@@ -193,7 +193,7 @@ def _require_fit(skeleton: nn.Module, mapping: Dict[str, List[str]], weights: Di
                 found = f"of {tuple(weights[their_name].shape)}" if their_name in weights else "missing"
                 raise ConfigurationError(
                     f"the checkpoint's {their_name} is {found}, where its own arguments ask for {tuple(shape)};"
-                    " it is no checkpoint of microsoft/SparseMixer's example, or a changed one"
+                    " it is not a checkpoint of microsoft/SparseMixer's example, or a changed one"
                 )
     used = {name for theirs in mapping.values() for name in theirs}
     for name in without_copies(weights):

@@ -35,11 +35,11 @@ def wrong_layout(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
     layout = layout_of(state)
     size, index, save, optimizer = (layout[key] for key in ("size", "index", "save", "optimizer"))
     if type(size) is not int or type(index) is not int or not 0 <= index < size:
-        return LAYOUT, f"file {index!r} of {size!r}, which are no numbers that go together"
+        return LAYOUT, f"file {index!r} of {size!r}, which are not numbers that go together"
     if not isinstance(save, (int, type(None))):
-        return LAYOUT, f"of save {save!r}, which is no number"
+        return LAYOUT, f"of save {save!r}, which is not a number"
     if optimizer is not None and not (isinstance(optimizer, list) and all(type(number) is int for number in optimizer)):
-        return LAYOUT, f"with the optimizer indices {optimizer!r}, which are no numbers"
+        return LAYOUT, f"with the optimizer indices {optimizer!r}, which are not numbers"
     return None
 
 

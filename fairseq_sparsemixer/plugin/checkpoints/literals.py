@@ -31,10 +31,10 @@ def literal(expression: str, *_: Any) -> Any:
     """What Python's eval gives for numbers, strings, None, tuples, lists, sets, dicts and + - * / // ** of them.
 
     Takes the place of eval, further arguments included, which are ignored. Raises ConfigurationError for everything else,
-    and for values that would take long or much memory to compute; TypeError, as eval does, for what is no string.
+    and for values that would take long or much memory to compute; TypeError, as eval does, for what is not a string.
     """
     if not isinstance(expression, str):
-        raise TypeError(f"{expression!r} is no string to evaluate")
+        raise TypeError(f"{expression!r} is not a string to evaluate")
     try:
         if len(expression) > LONGEST:
             raise ValueError(f"longer than {LONGEST:,} characters")

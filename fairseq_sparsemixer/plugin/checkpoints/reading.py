@@ -78,7 +78,7 @@ def require_checkpoint(path: str, state: Any) -> None:
             raise _unfit(path, key, "no dictionary of tensors")
     history = state.get("optimizer_history") or []
     if not all(isinstance(entry, dict) and isinstance(entry.get("num_updates", 0), int) for entry in history):
-        raise _unfit(path, "optimizer_history", "no list of what each run did")
+        raise _unfit(path, "optimizer_history", "not a list of what each run did")
     _require_optimizer_state(path, state.get("last_optimizer_state") or {"state": {}, "param_groups": []})
     problem = wrong_layout(state)
     if problem:
@@ -96,7 +96,7 @@ def _require_optimizer_state(path: str, optimizer: Dict[str, Any]) -> None:
 
 
 def _unfit(path: str, key: str, problem: str) -> ConfigurationError:
-    return ConfigurationError(f"{path} is no checkpoint of fairseq: its {key} is {problem}; use another file")
+    return ConfigurationError(f"{path} is not a fairseq checkpoint: its {key} is {problem}; use another file")
 
 
 def _load_mapped(path: str) -> Any:
@@ -122,7 +122,7 @@ def one_sentence_for(path: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         refused = REFUSED.search(str(error))
         if refused is None:
-            raise ConfigurationError(f"{path} is no checkpoint, or only a part of one; use another file") from None
+            raise ConfigurationError(f"{path} is not a checkpoint, or is truncated; use another file") from None
         raise _more_than_data(path, refused.group(1)) from None
     except NoNumbers as error:
         raise _more_than_data(path, str(error)) from None
@@ -131,7 +131,7 @@ def one_sentence_for(path: str) -> Iterator[None]:
         raise ConfigurationError(f"{path} is cut off, damaged, or no checkpoint ({reason}); use another file") from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigurationError(f"{path} is no checkpoint of fairseq: {reason} is missing or unfit; use another file") from None
+        raise ConfigurationError(f"{path} is not a fairseq checkpoint: {reason} is missing or unfit; use another file") from None
 
 
 def _more_than_data(path: str, found: str) -> ConfigurationError:

@@ -59,7 +59,7 @@ class _Guard(MetaPathFinder):
         self.before, self.after = before, after
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[Any]:
-        """See MetaPathFinder. None, for the other finders to look, for what is no module of fairseq in Python."""
+        """See MetaPathFinder. None, for the other finders to look, for what is not a module of fairseq in Python."""
         spec = PathFinder.find_spec(name, path, target) if name.startswith("fairseq.") else None
         if spec is None or not hasattr(spec.loader, "get_code") or not hasattr(spec.loader, "exec_module"):
             return spec

@@ -131,7 +131,7 @@ class _MoEBlock:
 
         if not (self.moe_cfg.checkpoint_activations and self.training and torch.is_grad_enabled()):
             return with_mask(*args, **kwargs)
-        # Not reentrant: the auxiliary losses, which are no outputs of this call, keep their graph.
+        # Not reentrant: the auxiliary losses, which are not outputs of this call, keep their graph.
         with torch.autograd.graph.save_on_cpu() if self.moe_cfg.offload_activations else nullcontext():
             return checkpoint(with_mask, *args, use_reentrant=False, **kwargs)
 

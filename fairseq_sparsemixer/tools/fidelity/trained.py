@@ -61,7 +61,7 @@ def trained_problem(
     sentences = read_pairs(text, target)
     model, criterion, task = load_model(checkpoint, data_bin)
     if not translates(model):
-        raise ConfigurationError(f"{checkpoint} is no translation model; give a checkpoint of transformer_moe")
+        raise ConfigurationError(f"{checkpoint} is not a translation model; give a checkpoint of transformer_moe")
     name, moe = find_layer(model, layer, checkpoint)
     contexts: List[FrozenContext] = []
     tokens = 0
@@ -91,7 +91,7 @@ def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple
         raise ConfigurationError(f"--checkpoint {checkpoint} has no MoE layer; give one trained with a --router other than dense")
     name = layer or next(iter(layers))
     if name not in layers:
-        raise ConfigurationError(f"--layer {layer} is no MoE layer of {checkpoint}; choose from {', '.join(layers)}")
+        raise ConfigurationError(f"--layer {layer} is not an MoE layer of {checkpoint}; choose from {', '.join(layers)}")
     if layers[name].gate.top_k != 1:
         raise ConfigurationError(
             f"{name} of {checkpoint} gives each token {layers[name].gate.top_k} experts, and only one can be enumerated here;"

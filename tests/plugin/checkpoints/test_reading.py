@@ -67,12 +67,12 @@ SENTENCES = {
     "missing": "does not exist",
     "truncated": "is cut off, damaged, or no checkpoint",
     "empty": "is cut off, damaged, or no checkpoint",
-    "text": "is (no checkpoint|cut off)",
+    "text": "is (not a checkpoint|cut off)",
     "folder": "is a folder; name a checkpoint file",
     "pipe": "is a pipe or device; name a checkpoint file",
-    "recursive": "is (no checkpoint|cut off)",
-    "foreign": "is no checkpoint of fairseq",
-    "tensor": "is (no checkpoint of fairseq|cut off, damaged, or no checkpoint)",
+    "recursive": "is (not a checkpoint|cut off)",
+    "foreign": "is not a fairseq checkpoint",
+    "tensor": "is (not a fairseq checkpoint|cut off, damaged, or not a checkpoint)",
     "malicious": r"holds more than tensors and settings \(\w+.system\): not loaded, as that would run code",
     "malicious, old format": r"holds more than tensors and settings \(\w+.system\): not loaded, as that would run code",
 }
@@ -139,13 +139,13 @@ CHANGES = {
     "the layout is a list": ({"expert_parallel": [1]}, "its expert_parallel is a list, not a dict"),
     "the layout has text for a size": ({"expert_parallel": {"size": "two"}}, "its expert_parallel is file 0 of 'two'"),
     "the layout has no such file": ({"expert_parallel": {"size": 2, "index": 2}}, "its expert_parallel is file 2 of 2"),
-    "the layout has text for a save": ({"expert_parallel": {"size": 2, "save": "x"}}, "is of save 'x', which is no number"),
+    "the layout has text for a save": ({"expert_parallel": {"size": 2, "save": "x"}}, "is of save 'x', which is not a number"),
     "the layout has text for indices": ({"expert_parallel": {"optimizer": "all"}}, "with the optimizer indices 'all'"),
     "the optimizer is a list": ({"last_optimizer_state": [1]}, "its last_optimizer_state is a list, not a dict"),
     "its states are numbers": ({"last_optimizer_state": {"state": {0: 5}}}, "its last_optimizer_state is without"),
     "its groups are a number": ({"last_optimizer_state": {"param_groups": 3}}, "its last_optimizer_state is without"),
     "the history is text": ({"optimizer_history": "long"}, "its optimizer_history is a str, not a list"),
-    "its updates are text": ({"optimizer_history": [{"num_updates": "many"}]}, "its optimizer_history is no list of what"),
+    "its updates are text": ({"optimizer_history": [{"num_updates": "many"}]}, "its optimizer_history is not a list of what"),
     "the extra state is text": ({"extra_state": "none"}, "its extra_state is a str, not a dict"),
     "the model is a number": ({"model": 3}, "'model' is missing or unfit"),
     "there is no model": ({"model": None}, "'model' is missing or unfit"),
@@ -158,12 +158,12 @@ def test_an_entry_of_the_wrong_type_is_named(kind, tmp_path):
     path = str(tmp_path / "m.pt")
     torch.save({"model": {}, "optimizer_history": [{}], "extra_state": {}, **change}, path)
     for read in (read_checkpoint, checkpoint_utils.load_checkpoint_to_cpu):
-        with pytest.raises(ConfigurationError, match=f"m.pt is no checkpoint of fairseq: .*{sentence}.*; use another file"):
+        with pytest.raises(ConfigurationError, match=f"m.pt is not a fairseq checkpoint: .*{sentence}.*; use another file"):
             read(path)
 
 
 RUNS = {
-    "no model": (lambda state: state.pop("model"), "m.pt is no checkpoint of fairseq: 'model' is missing"),
+    "no model": (lambda state: state.pop("model"), "m.pt is not a fairseq checkpoint: 'model' is missing"),
     "another criterion": (
         lambda state: state["optimizer_history"][-1].update(criterion_name="x"),
         "m.pt does not go with this run .Criterion does not match.*--reset-optimizer",
