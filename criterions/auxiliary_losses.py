@@ -10,7 +10,7 @@ average the auxiliary losses by sample size, whatever the number of batches.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
@@ -44,6 +44,9 @@ class AuxiliaryLossConfig(FairseqDataclass):
 class AuxiliaryLosses:
     """Mixin, to stand before a FairseqCriterion in the bases; its dataclass extends AuxiliaryLossConfig."""
 
+    aux_weights: Dict[str, float]
+    balance_weight: float
+
     @classmethod
     def build_criterion(cls, cfg: AuxiliaryLossConfig, task: Any):
         """See FairseqCriterion. Raises ConfigurationError for numbers out of range."""
@@ -53,7 +56,8 @@ class AuxiliaryLosses:
                 raise ConfigurationError(sentence)
         # fairseq calls reduce_metrics on the class: a class of this criterion's own can carry its load log
         state = {"load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None}
-        criterion = super().build_criterion.__func__(type(cls.__name__, (cls,), state), cfg, task)
+        own = type(cls.__name__, (cls,), state)
+        criterion = super().build_criterion.__func__(own, cfg, task)  # type: ignore[misc]  # of the class behind this one
         criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight}
         criterion.balance_weight = cfg.moe_balance_loss_weight
         return criterion
@@ -70,7 +74,7 @@ class AuxiliaryLosses:
         layers = named_moe_layers(model)
         for _, layer in layers:
             layer.routing = None  # a layer skipped by LayerDrop must not report its last batch again
-        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)  # type: ignore[misc]  # as above
         if not layers:
             return loss, sample_size, logging_output
         logging_output.update(routing_log([layer for _, layer in layers], sample_size))
@@ -80,7 +84,7 @@ class AuxiliaryLosses:
             loss = loss + sample_size * self.auxiliary_loss([layer for _, layer in layers])
         return loss, sample_size, logging_output
 
-    def auxiliary_loss(self, layers: List[MoELayer]) -> Tensor:
+    def auxiliary_loss(self, layers: List[MoELayer]) -> Union[Tensor, int]:
         """The weighted sum over the layers that ran: a scalar with gradient. All but the z-loss weigh as balance does.
 
         A loss of weight 0 is left out: one that overflows would make it NaN.
@@ -96,7 +100,7 @@ class AuxiliaryLosses:
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
         """fairseq's own metrics, then the routers'."""
-        super().reduce_metrics(logging_outputs)
+        super().reduce_metrics(logging_outputs)  # type: ignore[misc]  # of the class behind this one
         totals = sum_routing_logs(logging_outputs)
         if totals:
             log_routing_metrics(totals, sum(log.get("sample_size", 0) for log in logging_outputs))

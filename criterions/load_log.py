@@ -43,7 +43,7 @@ class LoadLog:
 
     def _write(self, num_updates: int) -> None:
         load, self.sum = self.sum, None
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if load is None or dist.is_initialized() and dist.get_rank() != 0:
             return
         line = {"num_updates": num_updates, "layers": self.layers, "load": load.round().long().tolist()}
         with self.path.open("a", encoding="utf-8") as file:

@@ -32,7 +32,7 @@ def write_whole(path: Path, content: Union[str, bytes]) -> None:
         finish(unfinished, target)
 
 
-def is_special(path: os.PathLike) -> bool:
+def is_special(path: Union[str, os.PathLike]) -> bool:
     """Whether there is something by that name that is neither a file nor a folder: a device, pipe or socket."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 

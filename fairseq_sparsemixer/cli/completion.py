@@ -37,4 +37,4 @@ def _mark_paths(parser: argparse.ArgumentParser, by_metavar: dict) -> None:
             for command in action.choices.values():
                 _mark_paths(command, by_metavar)
         elif action.metavar in by_metavar:
-            action.complete = by_metavar[action.metavar]
+            action.complete = by_metavar[action.metavar]  # type: ignore[attr-defined]  # where shtab looks for it

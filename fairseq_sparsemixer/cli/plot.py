@@ -74,8 +74,8 @@ def _write(images: Dict[Path, bytes], out: Path, json_file: Optional[Path], figu
                 finished.append((unfinished, str(path)))
             if json_file is not None:
                 write_json(json_file, figures)
-            for unfinished, path in finished:
-                finish(unfinished, path)
+            for unfinished, name in finished:
+                finish(unfinished, name)
     except (OSError, ValueError) as error:
         if made and os.path.isdir(out) and not os.listdir(out):
             out.rmdir()

@@ -46,7 +46,7 @@ class CheckpointingTrainer(Trainer):
         if not self.cfg.checkpoint.no_save and not self.tpu:
             self._by_master(lock_existing, self.cfg.checkpoint.save_dir)
         if self.sharded:
-            self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self.expert_group.size)
+            self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self._ranks.size)
 
     def consolidate_optimizer(self) -> None:
         """Called by fairseq on every rank before some of them save: the time for collectives."""
@@ -68,9 +68,7 @@ class CheckpointingTrainer(Trainer):
             gathering.fill_in(state, list(self._expert_weights()), self._gathered)
             self._gathered = None
         if self.has_experts:
-            place = (
-                {"size": self.expert_group.size, "index": self.expert_group.index} if self.sharded else {"size": 1, "index": 0}
-            )
+            place = {"size": self._ranks.size, "index": self._ranks.index} if self.sharded else {"size": 1, "index": 0}
             state[LAYOUT] = {**place, "save": self._save, "optimizer": self._expert_indices()}
         return state
 
@@ -131,9 +129,9 @@ class CheckpointingTrainer(Trainer):
 
     def _own_shard(self, filename: str) -> str:
         """The file to read in a run with --sharded-checkpoints: its shard, or else one of the whole model."""
-        whole = filename.replace(suffix(self.expert_group.index) + ".pt", ".pt")
-        self._by_master(shards.mend, whole, self.expert_group.size)
-        shard = shards.shard_path(whole, self.expert_group.index)
+        whole = filename.replace(suffix(self._ranks.index) + ".pt", ".pt")
+        self._by_master(shards.mend, whole, self._ranks.size)
+        shard = shards.shard_path(whole, self._ranks.index)
         return whole if os.path.exists(whole) and not os.path.exists(shard) else shard
 
     def _require_on_all_ranks(self, filename: str) -> None:
@@ -187,12 +185,17 @@ class CheckpointingTrainer(Trainer):
     @property
     def checkpoint_suffix(self) -> str:
         """See Trainer; `-rank-N` with --sharded-checkpoints, N the rank's place in its group."""
-        return super().checkpoint_suffix + (suffix(self.expert_group.index) if self.sharded else "")
+        return super().checkpoint_suffix + (suffix(self._ranks.index) if self.sharded else "")
 
     @property
     def should_save_checkpoint_on_current_rank(self) -> bool:
         """See Trainer; with --sharded-checkpoints, every rank of the first group."""
-        return self.expert_group.first_group if self.sharded else super().should_save_checkpoint_on_current_rank
+        return self._ranks.first_group if self.sharded else super().should_save_checkpoint_on_current_rank
+
+    @property
+    def _ranks(self) -> ExpertGroup:
+        assert self.expert_group is not None  # as in every sharded run
+        return self.expert_group
 
     def _expert_weights(self) -> Dict[str, Dict[str, Tensor]]:
         """This rank's experts by name, in the model and in its copies (see layout)."""

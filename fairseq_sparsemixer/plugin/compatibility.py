@@ -9,7 +9,7 @@ from fairseq.nan_detector import NanDetector
 def restore_numpy_long() -> None:
     """Give numpy its `compat.long` back (gone from numpy 2), by which fairseq splits text at line ends."""
     if not hasattr(numpy, "compat"):
-        numpy.compat = SimpleNamespace(long=int)
+        numpy.compat = SimpleNamespace(long=int)  # type: ignore[attr-defined]  # that is the point
 
 
 def look_for_nans_forward_only() -> None:

@@ -10,7 +10,7 @@ import sys
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import fairseq_cli.train
 from fairseq.logging import metrics
@@ -207,6 +207,7 @@ def install() -> None:
 
     In processes that fairseq spawns, it imports the user-dir again before it builds a trainer.
     """
-    for module in (fairseq_cli.train, sys.modules.get("__main__"), sys.modules.get("__mp_main__")):
+    modules: Tuple[Any, ...] = (fairseq_cli.train, sys.modules.get("__main__"), sys.modules.get("__mp_main__"))
+    for module in modules:
         if getattr(module, "Trainer", None) is Trainer:
             module.Trainer = MoETrainer

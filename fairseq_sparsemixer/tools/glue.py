@@ -10,7 +10,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast
 
 import torch
 from fairseq.criterions.sentence_prediction import SentencePredictionConfig
@@ -251,7 +251,7 @@ def _write_labels(folder: Path, split: str, labels: List[Optional[str]], task: G
         classes = Dictionary()
         for label in task.classes:
             classes.add_symbol(label)
-        _write_tokens(folder, split, labels, classes)
+        _write_tokens(folder, split, cast(List[str], labels), classes)  # all of them, or none, are None
     else:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{split}.label").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")

@@ -66,14 +66,14 @@ def plot_expert_load(runs: Sequence[Run], path: Path) -> bool:
 
 def draw_expert_load(runs: Sequence[Run]) -> Optional[Figure]:
     """A heatmap for each run with experts: layers x experts, the share of a layer's tokens. None: no run has any."""
-    runs = [run for run in runs if run.load is not None]
-    if not runs:
+    loads = [(run.name, run.load) for run in runs if run.load is not None]
+    if not loads:
         return None
-    rows = sum(len(run.load.layers) for run in runs)
-    figure = Figure(figsize=(6.4, 1.1 * len(runs) + 0.45 * rows), layout="constrained")
-    panels = figure.subplots(len(runs), squeeze=False, height_ratios=[len(run.load.layers) for run in runs])[:, 0]
-    for run, axes in zip(runs, panels):
-        _heatmap(axes, run.name, run.load.layers, run.load.total())
+    heights = [len(load.layers) for _, load in loads]
+    figure = Figure(figsize=(6.4, 1.1 * len(loads) + 0.45 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(loads), squeeze=False, height_ratios=heights)[:, 0]
+    for (name, load), axes in zip(loads, panels):
+        _heatmap(axes, name, load.layers, load.total())
     return figure
 
 

@@ -71,7 +71,7 @@ def follow(command: Sequence[str], log: Path, read: Callable[[str], None]) -> No
         start = file.seek(0, os.SEEK_END)
         # at SIGINT fairseq-preprocess ends its workers, too
         with running(command, first=signal.SIGINT, **pipe) as process:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 file.write(line)
                 read(line)
             process.wait()
@@ -119,7 +119,7 @@ def _started(command: Sequence[str], environment: Dict[str, str], streams: Dict[
 
 def first_failure(processes: Sequence[subprocess.Popen], grace: float) -> Optional[int]:
     """Wait until all have ended, or `grace` seconds after one has failed: the number of that one; None where none has."""
-    deadline = None
+    deadline = 0.0  # once one has failed
     failed: Optional[int] = None
     while any(process.poll() is None for process in processes):
         if failed is None:

@@ -35,7 +35,7 @@ def read_note(folder: Path) -> Optional[Note]:
     """The note of a folder; None where there is none, or one that is damaged."""
     path = folder / NOTE
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        content: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     valid = isinstance(content, dict) and isinstance(content.get("settings"), str) and isinstance(content.get("finished"), bool)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
@@ -156,7 +156,7 @@ class _Entry(NamedTuple):
             self.refuse(name, self.values.get(name), "is no number of updates")
         return int(number)
 
-    def refuse(self, name: str, value: Any, reason: str) -> None:
+    def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
         raise ConfigurationError(f"{self.place}: {name} {str(value)[:40]!r} {reason}; correct the line, or take it out")
 
 

@@ -7,7 +7,7 @@ and written by both locales: word order, number formats, plural forms and the 24
 
 import datetime
 import random
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Literal, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.corpus import Corpus, Pair
@@ -32,7 +32,7 @@ MEASURES = (
 ).split()
 DURATIONS = ("second", "minute", "hour", "day", "week", "month", "year")
 CURRENCIES = "USD EUR GBP JPY CHF SEK NOK DKK PLN CZK HUF RUB TRY INR CNY KRW BRL MXN CAD AUD NZD ZAR EGP ILS THB".split()
-LIST_STYLES = ("standard", "standard", "or")
+LIST_STYLES: Tuple[Literal["standard", "or"], ...] = ("standard", "standard", "or")
 
 Writer = Callable[[Locale], str]  # writes one drawn item in the language of a locale
 
@@ -61,7 +61,8 @@ def _number(rng: random.Random) -> float:
 
 
 def _measure(rng: random.Random) -> Writer:
-    value, unit, length = _number(rng), rng.choice(MEASURES), rng.choice(("long", "long", "short"))
+    value, unit = _number(rng), rng.choice(MEASURES)
+    length: Literal["long", "short"] = rng.choice(("long", "long", "short"))
     return lambda locale: format_unit(value, unit, length, locale=locale)
 
 
@@ -76,7 +77,8 @@ def _duration(rng: random.Random) -> Writer:
 
 
 def _money(rng: random.Random) -> Writer:
-    value, currency, style = _number(rng), rng.choice(CURRENCIES), rng.choice(("name", "name", "standard"))
+    value, currency = _number(rng), rng.choice(CURRENCIES)
+    style: Literal["name", "standard"] = rng.choice(("name", "name", "standard"))
     return lambda locale: format_currency(value, currency, locale=locale, format_type=style)
 
 

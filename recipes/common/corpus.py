@@ -7,7 +7,7 @@ import zlib
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Dict, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import IO, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
@@ -32,7 +32,7 @@ class Lines(NamedTuple):
     lines: Iterable[str]
 
 
-def write_corpus(corpus: Dict[str, Iterable[Pair]], folder: Path, languages: Sequence[str] = LANGUAGES) -> Dict[str, int]:
+def write_corpus(corpus: Mapping[str, Iterable[Pair]], folder: Path, languages: Sequence[str] = LANGUAGES) -> Dict[str, int]:
     """folder/SPLIT.LANGUAGE for each split and language; the number of pairs of each split."""
     return {split: write_pairs(pairs, folder, split, languages) for split, pairs in corpus.items()}
 
@@ -54,7 +54,7 @@ def read_split(folder: Path, split: str, languages: Sequence[str] = LANGUAGES) -
     return read_pairs(*(read_file(folder / f"{split}.{language}") for language in languages), may_be_empty=True)
 
 
-def read_pairs(source: Lines, target: Lines, may_be_empty: bool = False) -> Iterator[Pair]:
+def read_pairs(source: Lines, target: Lines, *, may_be_empty: bool = False) -> Iterator[Pair]:
     """The pairs of two parallel files. Raises ConfigurationError, with file and line, for text that is not parallel.
 
     may_be_empty: hand empty lines on, as training text from the web has them, to be left out by `clean`.

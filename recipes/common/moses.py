@@ -42,7 +42,7 @@ def detokeniser(language: str) -> Callable[[str], str]:
     return lambda tokens: moses.detokenize(tokens.split())
 
 
-def tokenise_pairs(pairs: Iterable[Pair], source: Tokeniser, target: Tokeniser, workers: int = 1) -> Iterator[Pair]:
+def tokenise_pairs(pairs: Iterable[Pair], source: Tokeniser, target: Tokeniser, *, workers: int = 1) -> Iterator[Pair]:
     """Each pair in tokens, in order, by several processes."""
     if workers == 1:
         yield from (Pair(source(pair.source), target(pair.target)) for pair in pairs)

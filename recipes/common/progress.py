@@ -92,7 +92,9 @@ class _Display:
             self.bar.stop()
 
     def read(self, line: str) -> None:
-        advance = None if self.meter is None else self.meter.read_line(line)
+        if self.meter is None:
+            return
+        advance = self.meter.read_line(line)
         if advance is None:
             return
         if self.bar is not None:

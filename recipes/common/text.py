@@ -1,14 +1,14 @@
 """Text of one language: WikiText's archives, checked and written a line a line."""
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable
+from typing import Any, Callable, Dict, Iterable, Mapping
 
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.corpus import SPLITS, read_member
 
-Splits = Dict[str, Iterable[str]]  # lines by split
+Splits = Mapping[str, Iterable[str]]  # lines by split
 
 
 def read_wikitext(folder: Path, archive: str, members: Dict[str, str]) -> Splits:

@@ -62,7 +62,8 @@ def make_data(read: Callable[[], Splits], vocabulary: int, workers: int, folder:
     """folder/raw, folder/pieces and folder/bin."""
     raw, pieces = folder / "raw", folder / "pieces"
     write_splits(read(), raw, console)
-    sample = {"input_sentence_size": 1_000_000, "shuffle_input_sentence": True}  # more takes memory, and changes little
+    # more takes memory, and changes little
+    sample: Dict[str, Any] = {"input_sentence_size": 1_000_000, "shuffle_input_sentence": True}
     model = learn_pieces([raw / "train"], pieces, vocabulary, **sample)
     for split in SPLITS:
         segment_file(model, raw / split, pieces / split)

@@ -7,6 +7,7 @@ have to be asked for: fetch them from gluebenchmark.com/tasks, and give --raw-di
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -106,7 +107,7 @@ def evaluate(session: Session) -> None:
         title = f"{options.task} on {split}"
         session.command(title, folder, command, {"command": command, "checkpoint": age(checkpoint)})
         if not options.dry_run:
-            figures = last_figures(folder / "console.log", lambda line, split=split: read_figures(line, split))
+            figures = last_figures(folder / "console.log", partial(read_figures, split=split))
             session.results({"task": options.task, "split": split, **figures}, f"-{split}")
 
 

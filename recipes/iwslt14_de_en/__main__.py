@@ -41,7 +41,8 @@ def prepare(session: Session) -> None:
     def read() -> Tuple[List[Pair], List[Pair]]:
         if small:
             corpus = smoke.small_corpus(SMOKE_SIZES)  # English to German
-            return tuple([Pair(pair.target, pair.source) for pair in corpus[split]] for split in ("train", "test"))
+            training, test = ([Pair(pair.target, pair.source) for pair in corpus[split]] for split in ("train", "test"))
+            return training, test
         folder = fetch(session, URLS)
         return read_training(folder), read_test(folder)
 

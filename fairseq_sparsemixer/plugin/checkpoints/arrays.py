@@ -46,7 +46,8 @@ class PlainArray(numpy.ndarray):
         _, shape, plain, by_column, content = state
         if not isinstance(plain, PlainType) or not isinstance(content, bytes):
             raise NoNumbers("the content of an array is not plain numbers")
-        super().__setstate__((1, tuple(shape), plain.kind, bool(by_column), content))
+        whole = (1, tuple(shape), plain.kind, bool(by_column), content)
+        super().__setstate__(whole)  # type: ignore[arg-type]  # numpy's annotation asks for a bool of its own
 
     def __reduce__(self) -> Any:
         return numpy.array(self, subok=False).__reduce__()

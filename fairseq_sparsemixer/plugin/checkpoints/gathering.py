@@ -11,10 +11,13 @@ from fairseq_sparsemixer.plugin.checkpoints.layout import counts_experts
 
 
 class Gathered(NamedTuple):
-    """models: tensors of all E experts by name, for each model asked. optimizer: {parameter index: {state name: tensor}}."""
+    """models: tensors of all E experts by name, for each model asked. optimizer: {parameter index: {state name: tensor}}.
 
-    models: List[Dict[str, Tensor]]
-    optimizer: Dict[int, Dict[str, Tensor]]
+    On other ranks than 0 there is None for each tensor.
+    """
+
+    models: List[Dict[str, Optional[Tensor]]]
+    optimizer: Dict[int, Dict[str, Optional[Tensor]]]
 
 
 def gather_experts(
@@ -29,8 +32,8 @@ def gather_experts(
     )
 
 
-def _gather_optimizer(optimizer: torch.optim.Optimizer, expert_group: ExpertGroup) -> Dict[int, Dict[str, Tensor]]:
-    gathered: Dict[int, Dict[str, Tensor]] = {}
+def _gather_optimizer(optimizer: torch.optim.Optimizer, expert_group: ExpertGroup) -> Dict[int, Dict[str, Optional[Tensor]]]:
+    gathered: Dict[int, Dict[str, Optional[Tensor]]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
         if hasattr(parameter, "expert"):

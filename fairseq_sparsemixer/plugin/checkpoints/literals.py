@@ -56,10 +56,10 @@ def _value(node: ast.AST, depth: int) -> Any:
         raise ValueError("nested too deeply")
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, type(None))):
         return node.value
-    if type(node) in CONTAINERS:
+    if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
         return CONTAINERS[type(node)](_value(item, depth - 1) for item in node.elts)
     if isinstance(node, ast.Dict) and None not in node.keys:
-        return {_value(key, depth - 1): _value(value, depth - 1) for key, value in zip(node.keys, node.values)}
+        return {_value(key, depth - 1): _value(value, depth - 1) for key, value in zip(node.keys, node.values) if key}
     if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
         return UNARY[type(node.op)](_value(node.operand, depth - 1))
     if isinstance(node, ast.BinOp) and type(node.op) in BINARY:

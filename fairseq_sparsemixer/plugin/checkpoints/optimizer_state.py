@@ -71,7 +71,7 @@ def _unflattened(entry: Entry, shapes: Dict[str, torch.Size]) -> Dict[str, Entry
 def _joined(parts: List[Entry], name: str, join: Callable[[List[Tensor], str], Tensor]) -> Entry:
     result = {}
     for key, value in parts[0].items():
-        values = [part.get(key) for part in parts]
+        values: List[Any] = [part.get(key) for part in parts]
         if _per_weight(value):
             result[key] = join(values, name)
         elif any(other != value for other in values):

@@ -208,7 +208,7 @@ def _drop_copies(state: Dict[str, Any]) -> None:
 def read_data_only(module: ModuleType) -> None:
     """Have a module of fairseq that reads files read them as data, which runs no code."""
     if module.__name__ in READERS:
-        module.torch = _Torch("torch")
+        module.torch = _Torch("torch")  # type: ignore[attr-defined]  # each of these imports it
 
 
 def install() -> None:

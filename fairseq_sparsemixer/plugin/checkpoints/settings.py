@@ -63,14 +63,15 @@ class _Guard(MetaPathFinder):
         spec = PathFinder.find_spec(name, path, target) if name.startswith("fairseq.") else None
         if spec is None or not hasattr(spec.loader, "get_code") or not hasattr(spec.loader, "exec_module"):
             return spec
-        run = spec.loader.exec_module
+        loader: Any = spec.loader
+        run = loader.exec_module
 
         def exec_module(module: Any) -> None:
             self.before(module)
             run(module)
             self.after(module)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 

@@ -87,11 +87,12 @@ def _saves_by_age(states: List[Dict[str, Any]]) -> List[Optional[int]]:
 
 def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
     """A file of that save for each of the ranks, its own where that will do; None where one is missing."""
-    found = []
+    found: List[str] = []
     for index, path in enumerate(paths):
-        found.append(_find(path, index, len(paths), save))
-        if found[-1] is None:
+        file = _find(path, index, len(paths), save)
+        if file is None:
             return None
+        found.append(file)
     states = {path: read_checkpoint(path) for path in found}
     return found if _of_one_save(states) else None
 

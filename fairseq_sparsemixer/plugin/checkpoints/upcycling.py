@@ -74,7 +74,8 @@ def _configuration(state: Dict[str, Any]) -> Dict[str, Any]:
     if state.get("args") is None:
         raise ConfigurationError("the checkpoint does not say what model it is of (neither cfg nor args)")
     cfg = convert_namespace_to_omegaconf(copy.deepcopy(state["args"]))  # as fairseq < 0.10 wrote it
-    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    configuration: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return configuration
 
 
 def _with_experts(model: Any, options: MoEOptions) -> Any:

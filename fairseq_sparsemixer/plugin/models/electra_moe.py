@@ -180,7 +180,7 @@ class ElectraMoEModel(RobertaMoEModel):
         if target is None:
             return super().forward(src_tokens, *args, **kwargs)
         padding_idx = self.encoder.dictionary.pad()
-        logits, _ = self.generator(src_tokens, masked_tokens=target.ne(padding_idx))
+        logits, _ = self.generator(src_tokens, masked_tokens=target.ne(padding_idx))  # type: ignore[misc]  # pre-training has one
         tokens, replaced = corrupt(src_tokens, target, logits, padding_idx)
         scores, _ = self.encoder(tokens)
         return ElectraOutput(logits, scores, replaced)

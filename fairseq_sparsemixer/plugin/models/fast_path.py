@@ -31,7 +31,7 @@ class NoFastPath:
     """Mixed into an encoder layer, before fairseq's class."""
 
     def __init__(self, cfg: Any, return_fc: bool = False):
-        super().__init__(cfg, return_fc=return_fc)
+        super().__init__(cfg, return_fc=return_fc)  # type: ignore[call-arg]  # of the class behind this one
         if hasattr(self, "can_use_fastpath"):
             self.can_use_fastpath = False
             for name in COPIES:
@@ -41,7 +41,8 @@ class NoFastPath:
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
         for name in COPIES:
             state_dict.pop(prefix + name, None)
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # past fairseq's, which would make the copies
+        # past fairseq's, which would make the copies
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # type: ignore[arg-type]  # a layer, once mixed in
 
 
 class DenseEncoderLayer(NoFastPath, TransformerEncoderLayerBase):

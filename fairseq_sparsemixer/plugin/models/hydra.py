@@ -21,7 +21,7 @@ def check_option_names(options: Any, model: BaseFairseqModel, architecture: Call
     model.add_args(parser)
     architecture(filled)
     known = {action.dest for action in parser._actions} | set(vars(filled)) | {"_name", "base_layers"}
-    for name in options:
+    for name in map(str, options):
         if name not in known:
             close = get_close_matches(name, sorted(known), n=1)
             remedy = f"did you mean {close[0]}?" if close else "options have the names of fairseq-train's flags"

@@ -99,5 +99,5 @@ class ChecksCheckpoints:
     ):
         """See BaseFairseqModel. Ends with one sentence when the checkpoint's experts do not match the flags."""
         state_dict = prune(state_dict, model_cfg)
-        check_checkpoint_fits(self, state_dict)
-        return super().load_state_dict(state_dict, strict, model_cfg, args)
+        check_checkpoint_fits(self, state_dict)  # type: ignore[arg-type]  # a model, once mixed in
+        return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]  # of the class behind this one

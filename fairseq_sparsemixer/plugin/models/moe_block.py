@@ -53,6 +53,8 @@ class _NoLayer(_NoWeights, nn.Identity):
 class _FeedForward(_NoWeights, nn.Module):
     """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask and the ids are left here beforehand."""
 
+    moe: MoELayer
+
     def __init__(self, moe: MoELayer):
         super().__init__()
         self.moe = moe
@@ -84,12 +86,17 @@ class _FeedForward(_NoWeights, nn.Module):
 def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
     """Let the layers of a stack whose gate asks for them know the ids [B, T] of the tokens they are about to see."""
     for layer in layers:
-        if isinstance(getattr(layer, "fc1", None), _FeedForward) and layer.fc1.moe.gate.wants_token_ids:
-            layer.fc1.token_ids = token_ids.t()
+        feed_forward = getattr(layer, "fc1", None)
+        if isinstance(feed_forward, _FeedForward) and feed_forward.moe.gate.wants_token_ids:
+            feed_forward.token_ids = token_ids.t()
 
 
 class _MoEBlock:
     """What both kinds of layer share: the hooks that build the feed-forward network, and the way of the padding mask."""
+
+    fc1: _FeedForward
+    moe_cfg: Any
+    training: bool
 
     def _prepare(self, cfg: Any) -> None:
         # plain attributes, set before fairseq's constructor calls the build hooks; a decoder layer keeps no cfg itself
@@ -98,7 +105,7 @@ class _MoEBlock:
     def _finish(self, base: Type[nn.Module]) -> None:
         self.activation_fn = _identity  # the experts have applied both
         self.activation_dropout_module = nn.Identity()
-        name_dropout(self, base.__name__)
+        name_dropout(self, base.__name__)  # type: ignore[arg-type]  # a layer, once mixed in
         self.fc1.dropout_name = base.__name__
 
     def build_fc1(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
@@ -188,5 +195,5 @@ class RemembersUpdates:
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called by fairseq with the updates done so far."""
-        super().set_num_updates(num_updates)
+        super().set_num_updates(num_updates)  # type: ignore[misc]  # of the class behind this one
         self.num_updates = num_updates

@@ -68,7 +68,7 @@ def _scale_term(study: FidelityStudy, by_label: Dict[str, Fidelity]) -> List[str
 
 
 def _argmax_rule(study: FidelityStudy) -> List[str]:
-    pairs = {}
+    pairs: Dict[str, Dict[bool, Fidelity]] = {}
     for found in study.figures:
         if found.method.argmax_rule is not None:
             pairs.setdefault(found.method.name, {})[found.method.argmax_rule] = found

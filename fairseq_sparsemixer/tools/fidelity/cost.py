@@ -26,7 +26,8 @@ def production_router(method: Method) -> Optional[Tuple[str, Dict[str, Any]]]:
 
 def relative_times(methods: List[Method], num_experts: int, seed: int) -> Dict[str, float]:
     """Time of a step relative to the switch router's, by label: the fastest of several rounds of all layers in turn."""
-    routers = {method.label: production_router(method) for method in methods if production_router(method)}
+    found = ((method.label, production_router(method)) for method in methods)
+    routers = {label: router for label, router in found if router is not None}
     routers["reference"] = ("switch", {})
     distinct = [router for index, router in enumerate(routers.values()) if router not in list(routers.values())[:index]]
     with torch.random.fork_rng(devices=[]):

@@ -37,7 +37,7 @@ def masked_softmax(problem: Problem) -> Tensor:
         return logits.softmax(-1)
     top = logits.max(-1, keepdim=True).values
     gap = top - logits
-    stays = gap <= 2 * problem.jitter_eps * torch.maximum(logits.abs(), top.expand_as(logits))
+    stays = gap <= 2 * problem.mask_eps * torch.maximum(logits.abs(), top.expand_as(logits))
     return torch.where(stays, logits, logits.new_tensor(float("-inf"))).softmax(-1)
 
 

@@ -41,7 +41,7 @@ def enumerated_moments(method: Method, problem: Problem) -> Moments:
 
 def sampled_moments(method: Method, problem: Problem, draws: int, seed: int) -> Moments:
     """Mean and covariance over `draws` draws of every token. The same seed gives every method the same noise."""
-    total, product, done = torch.zeros_like(problem.logits), 0.0, 0
+    total, product, done = torch.zeros_like(problem.logits), problem.logits.new_zeros(()), 0
     history: List[Tuple[int, Tensor]] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,7 +107,7 @@ def fidelity(method: Method, moments: Moments, exact: ExactGradient, problem: Pr
         bias_full=_ratio((moments.mean - full).norm().item(), full.norm().item()),
         noise_aim=_ratio(noise, aim.norm().item()),
         noise_full=_ratio(noise, full.norm().item()),
-        z=None if moments.draws is None else _z(moments, aim),
+        z=None if moments.draws is None else _z(moments, moments.draws, aim),
         cosine=_ratio((moments.mean * full).sum().item(), moments.mean.norm().item() * full.norm().item()),
         variance=_ratio(variance.sum().item(), full.square().sum().item()),
         projection_bias=_ratio((moments.mean.t() @ problem.tokens - projection).norm().item(), projection.norm().item()),
@@ -115,12 +115,12 @@ def fidelity(method: Method, moments: Moments, exact: ExactGradient, problem: Pr
     )
 
 
-def _z(moments: Moments, aim: Tensor) -> float:
+def _z(moments: Moments, draws: int, aim: Tensor) -> float:
     """Under no bias, N |mean - aim|^2 has the mean tr C and the variance 2 tr C^2, C the covariance of one draw."""
     covariance = moments.covariance
     expected = covariance.diagonal(dim1=1, dim2=2).sum().item()
     spread = (2 * covariance.square().sum().item()) ** 0.5
-    excess = moments.draws * (moments.mean - aim).square().sum().item() - expected
+    excess = draws * (moments.mean - aim).square().sum().item() - expected
     return _ratio(excess, spread)
 
 

@@ -62,7 +62,7 @@ class Method:
 class SampledExpert(Method):
     """One of estimators.ESTIMATORS: the expert drawn from pi, the node by the coin."""
 
-    estimator: Optional[Estimator] = None
+    estimator: Estimator = None  # type: ignore[assignment]  # always given; a default because fields before it have one
 
     def sample(self, problem: Problem, draws: int) -> Tensor:
         def losses(logits: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Reinforce(Method):
 class Deterministic(Method):
     """A router that draws nothing, by its routing function of logits [S, E]."""
 
-    routing: Optional[Callable[[Tensor], Routing]] = None
+    routing: Callable[[Tensor], Routing] = None  # type: ignore[assignment]  # as in SampledExpert
 
     def sample(self, problem: Problem, draws: int) -> Tensor:
         return self.outcomes(problem).gradient.expand(draws, -1, -1)

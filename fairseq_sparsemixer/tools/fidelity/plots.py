@@ -23,7 +23,7 @@ COLOURS = {
 }
 OTHER = "#666666"  # an estimator that has no colour here yet
 MARKERS = {"switch": "s", "euler": "^", "midpoint": "o", "heun3": "D", "inf": "v", "reinforce": "P", "reinforce-baseline": "X"}
-STYLE = {
+STYLE: Dict[Any, Any] = {
     "font.size": 9,
     "axes.axisbelow": True,
     "axes.spines.top": False,

@@ -31,7 +31,7 @@ class Problem:
     @property
     def mask_eps(self) -> float:
         """The jitter as the gates take it: infinite where nothing is masked."""
-        return self.jitter_eps if self.masked else float("inf")
+        return float("inf") if self.jitter_eps is None else self.jitter_eps
 
     @property
     def masked(self) -> bool:

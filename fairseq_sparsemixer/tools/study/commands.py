@@ -45,6 +45,7 @@ def train_command(study: Study, run: Run, folder: Path) -> List[str]:
 def test_command(study: Study, folder: Path) -> List[str]:
     """What scores the best checkpoint of a run on the test split."""
     best = str(folder / CHECKPOINTS / "checkpoint_best.pt")
+    assert study.test is not None
     program = PROGRAMS[study.test.metric]
     ours = {"user-dir": USER_DIR, "path": best, "gen-subset": "test", "cpu": not torch.cuda.is_available()}
     ours["task"] = study.flags.get("task")

@@ -85,8 +85,8 @@ def _speedup(study: Study, results: Dict[str, Any], path: Path) -> Path:
         levels = np.linspace(reference.losses[0], min(reference.losses), LEVELS)
         for group in groups:
             curve = Curve.mean(_members(results, group))
-            points = [(level, reference.first_below(level), curve.first_below(level)) for level in levels]
-            points = [(level, theirs.updates / own.updates) for level, theirs, own in points if theirs and own]
+            reached = [(level, reference.first_below(level), curve.first_below(level)) for level in levels]
+            points = [(level, theirs.updates / own.updates) for level, theirs, own in reached if theirs and own]
             axis.plot(*zip(*points), color=colours[group["router"]], label=as_text(group["router"])) if points else None
         axis.invert_xaxis()
         axis.set_xlabel("validation loss reached")

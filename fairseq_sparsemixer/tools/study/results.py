@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
@@ -77,11 +77,11 @@ def _group_figures(name: str, members: List[Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def _mean_and_deviation(values: List[Optional[float]]) -> Optional[Dict[str, Optional[float]]]:
-    values = [value for value in values if value is not None]
-    if not values:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "deviation": deviation}
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "deviation": deviation}
 
 
 def _baseline(study: Study, groups: List[Dict[str, Any]], group: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -109,10 +109,11 @@ def _bootstrap(study: Study, out: Path, members: List[Dict[str, Any]], baseline:
     seeds = sorted({member["seed"] for member in members} & {member["seed"] for member in baseline})
     if not seeds:
         return None
+    assert study.test is not None
     references = read_references(study.test) * len(seeds)
-    systems = []
+    systems: List[Tuple[str, Sequence[str]]] = []
     for name, side in (("baseline", baseline), ("router", members)):
         folders = {member["seed"]: out / "runs" / member["run"] for member in side}
         systems.append((name, [line for seed in seeds for line in read_hypotheses(folders[seed] / "test.txt")]))
-    _, scores = PairedTest(systems, {"BLEU": BLEU()}, [references], test_type="bs", n_samples=RESAMPLES)()
-    return scores["BLEU"][1].p_value
+    result: Any = PairedTest(systems, {"BLEU": BLEU()}, [references], test_type="bs", n_samples=RESAMPLES)()
+    return result[1]["BLEU"][1].p_value

@@ -37,4 +37,5 @@ def read_hypotheses(output: Path) -> List[str]:
 
 def read_references(test: Test) -> List[str]:
     """The reference, a sentence a line."""
+    assert test.reference is not None  # of every test by BLEU
     return read_sentences(test.reference)

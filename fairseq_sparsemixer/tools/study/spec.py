@@ -150,7 +150,7 @@ def check_flags(path: Path, study: Study) -> None:
 def _test(path: Path, content: Dict[str, Any]) -> Test:
     unknown = set(content) - {entry.name for entry in fields(Test)}
     require(path, not unknown, f"has test: {_first(unknown)}, an unknown key; known are metric, reference, flags")
-    metric = content.get("metric")
+    metric: Any = content.get("metric")
     require(path, metric in METRICS, f"has test: metric: {metric}; choose from {_list(METRICS)}")
     reference = content.get("reference")
     if metric == "bleu":
