@@ -67,7 +67,7 @@ setup(
             *("pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "scipy>=1.10", "tensorboardX>=2.6"),
             *("Babel>=2.13", "sacremoses>=0.0.53"),  # of recipes/requirements.txt
         ],
-        "dev": ["codespell>=2.4", "mypy>=1.18", "pre-commit>=4", "ruff>=0.17.6,<0.18", "types-PyYAML"],
+        "dev": ["codespell>=2.4", "mypy>=1.18", "pre-commit>=4", "ruff>=0.17.6,<0.18", "types-PyYAML", "types-tabulate"],
     },
     entry_points={"console_scripts": ["fairseq-sparsemixer=fairseq_sparsemixer.cli:main"]},
 )

@@ -107,6 +107,7 @@ print("registered")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [
     "import fairseq_sparsemixer; fairseq_sparsemixer.register(); fairseq_sparsemixer.register()",
     "import fairseq_sparsemixer, importlib.util; importlib.util.find_spec('fairseq'); import fairseq",

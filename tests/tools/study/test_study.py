@@ -15,6 +15,8 @@ from fairseq_sparsemixer.tools.study import runner
 from fairseq_sparsemixer.tools.study.results import _baseline, gather
 from fairseq_sparsemixer.tools.study.spec import read_study
 
+pytestmark = pytest.mark.slow
+
 SPEC = {
     "title": "played",
     "data": "bin",
