@@ -4,7 +4,7 @@ Names are those of fairseq's `moe` branch where it has them. L MoE layers, E exp
 """
 
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -50,10 +50,19 @@ def sum_routing_logs(logging_outputs: List[Dict[str, Any]]) -> Dict[str, Tensor]
     return {name[len(PREFIX) :]: sum(log[name] for log in logging_outputs if name in log).detach() for name in sorted(names)}
 
 
+def on_host(totals: Dict[str, Tensor], sample_size: Any) -> Tuple[Dict[str, Tensor], Any]:
+    """The same in float64 on the CPU, and the sample size as a number: one copy from the device, and one wait, for all."""
+    given = torch.as_tensor(sample_size)
+    device = next(iter(totals.values())).device
+    flat = torch.cat([value.reshape(-1).double() for value in totals.values()] + [given.to(device).reshape(1).double()]).cpu()
+    *parts, size = flat.split([value.numel() for value in totals.values()] + [1])
+    return {name: part.view(totals[name].shape) for name, part in zip(totals, parts)}, size.item()
+
+
 def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
     """Hand the figures to fairseq's metrics. All are means over the MoE layers, but losses, which are sums over them."""
-    weight = sample_size
-    divisor = sample_size if torch.is_tensor(sample_size) else max(sample_size, 1)
+    totals, weight = on_host(totals, sample_size)
+    divisor = max(weight, 1)
     for name in (name for name in totals if name.startswith(AUX)):
         short = name[len(AUX) :]
         metrics.log_scalar(AUX_METRICS.get(short, f"moe_{short}_loss"), totals[name].sum() / divisor, weight, round=3)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, can_group, feed_forward_by_expert, feed_forward_grouped
+from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, feed_forward_by_expert
 from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
+from fairseq_sparsemixer.moe.grouped import can_group, feed_forward_grouped
 
 
 def geglu(inner: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Experts(nn.Module):
 
         Counts that takes_device_counts allows to stay a tensor may sum to less: the rows behind give zeros.
         """
-        dtype = self._precision(rows)
+        dtype = self.precision(rows)
         weights = Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(dtype)
         rows, dropout = rows.to(dtype), self.dropout if self.training or self.drop_at_inference else 0.0
         if torch.is_tensor(counts):
@@ -86,9 +87,9 @@ class Experts(nn.Module):
 
     def takes_device_counts(self, rows: Tensor) -> bool:
         """Whether counts may, and should, stay on the device of these rows: nothing then waits for the host."""
-        return can_group(rows.device, self._precision(rows), *self.weight_in.shape[1:], *self.weight_out.shape[1:])
+        return can_group(rows.device, self.precision(rows), *self.weight_in.shape[1:], *self.weight_out.shape[1:])
 
-    def _precision(self, rows: Tensor) -> torch.dtype:
+    def precision(self, rows: Tensor) -> torch.dtype:
         """What to compute in: as torch.nn.functional.linear, autocast's precision where it is on."""
         device = rows.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype

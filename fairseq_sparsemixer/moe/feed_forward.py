@@ -1,9 +1,7 @@
-"""The arithmetic of stacked feed-forward networks: two implementations that agree, for rows grouped by expert.
+"""The arithmetic of stacked feed-forward networks as a loop over the experts that have rows, their counts on the host.
 
-    by_expert    a loop over the experts that have rows, with their counts on the host; anywhere
-    grouped      all experts in one kernel, with their counts on the device; bfloat16 on GPUs that have it
-
-N rows, E experts, model dimension M, hidden dimension H; I is H, or 2H for gated activations.
+Runs anywhere; grouped.py does the same in one kernel for all experts, where there is one. N rows, E experts, model
+dimension M, hidden dimension H; I is H, or 2H for gated activations.
 """
 
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
@@ -53,9 +51,6 @@ def _round_up(count: int) -> int:
     """To one of sixteen sizes between a power of two and the next; below 32 every number is one."""
     step = 1 << max(count.bit_length() - 5, 0)
     return -(-count // step) * step
-
-
-# ---------------------------------------------------------------------------------------------- by expert
 
 
 def feed_forward_by_expert(
@@ -111,7 +106,7 @@ class _ByExpert(torch.autograd.Function):
         for index, (expert, count, where) in enumerate(groups):
             kept = saved[index * width : (index + 1) * width]
             grad_hidden = _linear(grad[where], weight_out[expert])
-            hidden, grad_inner = _activation_backward(kept, grad_hidden, ctx.activation, ctx.dropout)
+            hidden, grad_inner = activation_backward(kept, grad_hidden, ctx.activation, ctx.dropout)
             if needs_weights:
                 own, incoming, own_grad = rows[where][:count], grad[where][:count], grad_inner[:count]
                 torch.mm(hidden[:count].t(), incoming, out=grad_out[expert])
@@ -135,15 +130,15 @@ def _run_by_expert(
     out = rows.new_empty(rows.size(0), weights.weight_out.size(2))
     for expert, _, where in groups_of(counts, _by_onednn(rows)):
         inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert])
-        hidden, kept = _activation_forward(inner, activation, dropout)
+        hidden, kept = activation_forward(inner, activation, dropout)
         if keep is not None:
             keep.append(kept)
         out[where] = _linear(hidden, weights.weight_out[expert].t(), weights.bias_out[expert])
     return out
 
 
-def _activation_forward(inner: Tensor, activation: Activation, dropout: float) -> Tuple[Tensor, Tuple[Tensor, ...]]:
-    """inner [n, I], overwritten for relu -> hidden [n, H], and what _activation_backward needs.
+def activation_forward(inner: Tensor, activation: Activation, dropout: float) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+    """inner [n, I], overwritten for relu -> hidden [n, H], and what activation_backward needs.
 
     For relu that is the result alone: zero where the unit or the dropout was off.
     """
@@ -158,7 +153,7 @@ def _activation_forward(inner: Tensor, activation: Activation, dropout: float) -
     return _drop(hidden, keep, dropout), (inner, keep)
 
 
-def _activation_backward(
+def activation_backward(
     kept: Sequence[Tensor], grad_hidden: Tensor, activation: Activation, dropout: float
 ) -> Tuple[Tensor, Tensor]:
     """hidden [n, H] again, and the gradient of inner [n, I]."""
@@ -198,40 +193,3 @@ def _by_onednn(rows: Tensor) -> bool:
 # torch.compile, takes about 3/4 of MKL's time, with the bias on top; but it prepares a kernel for each number of rows
 # that it meets, for longer than a small product takes. Hence the rounding (benchmarks/NOTES.md).
 USE_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-# ---------------------------------------------------------------------------------------------- grouped
-
-
-def can_group(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether torch's grouped matrix product takes weights of these sizes: bfloat16, compute capability 8.0, 16-byte rows."""
-    return (
-        hasattr(F, "grouped_mm")
-        and device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and all(size % 8 == 0 for size in sizes)
-    )
-
-
-def feed_forward_grouped(rows: Tensor, weights: Weights, counts: Tensor, activation: Activation, dropout: float = 0.0) -> Tensor:
-    """As feed_forward_by_expert, without a look at the host: counts [E] int64 on the device may sum to less than N.
-
-    The rows behind the last expert's give zeros and get a zero gradient.
-    """
-    num_experts = counts.size(0)
-    offsets = counts.cumsum(0)
-    position = torch.arange(rows.size(0), device=rows.device)
-    expert = torch.searchsorted(offsets, position, right=True)  # [N], E behind the last expert
-    idle = (expert == num_experts).unsqueeze(1)
-    offsets = offsets.to(torch.int32)
-
-    def linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # an embedding: its gradient adds up rows in a fixed order, and leaves the idle ones, garbage in the product, out
-        bias = F.embedding(expert, F.pad(bias, (0, 0, 0, 1)), padding_idx=num_experts)
-        return F.grouped_mm(rows, weight, offs=offsets) + bias
-
-    # the product leaves idle rows, and their gradients, unwritten: cut off on either side
-    hidden = linear(rows.masked_fill(idle, 0), weights.weight_in, weights.bias_in)
-    hidden = F.dropout(activation(hidden), dropout)
-    return linear(hidden, weights.weight_out, weights.bias_out).masked_fill(idle, 0)

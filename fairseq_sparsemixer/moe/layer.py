@@ -83,10 +83,13 @@ class MoELayer(MOELayer):
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Tensor:
         """tokens [S, M] through the experts that the routing gives them, wherever they are -> [S, M]."""
+        tokens = tokens.to(self.experts.precision(tokens))  # before they are copied and sent: under autocast, half the bytes
+        on_device = self.experts.takes_device_counts(tokens)
         if self.expert_group is None:
-            return dispatch_locally(tokens, routing, self.experts, self.experts.takes_device_counts(tokens))
-        dispatch = dispatch_all_to_all if routing.dropped is None else dispatch_equal_split
-        return dispatch(tokens, routing, self.experts, self.expert_group)
+            return dispatch_locally(tokens, routing, self.experts, on_device)
+        if routing.dropped is None:
+            return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device)
+        return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device)
 
     def shard_experts(self, expert_group: ExpertGroup) -> None:
         """Keep this rank's share of the experts; forward then is a collective of the group.

@@ -141,9 +141,9 @@ def form_expert_group(size: int, timeout: Optional[timedelta] = None, timer: Opt
 
 
 def _own_group(partition: List[List[int]], rank: int, timeout: Optional[timedelta]) -> Any:
-    """Torch wants every rank to take part in making every group."""
-    made = [dist.new_group(ranks, timeout=timeout) for ranks in partition]
-    return next(group for group, ranks in zip(made, partition) if rank in ranks)
+    """This rank's group of the partition; only its own ranks meet to make it, whatever the size of the cluster."""
+    ranks = next(ranks for ranks in partition if rank in ranks)
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
 class AllToAllRows(torch.autograd.Function):

@@ -20,7 +20,7 @@ from fairseq_sparsemixer.tools.glue import TASKS, prepare
 
 pytestmark = pytest.mark.distributed
 
-USER_DIR = Path(electra_moe.__file__).parent.parent
+USER_DIR = Path(electra_moe.__file__).parents[2]
 UPDATES = 5
 FLAGS = (
     "--num-experts 4 --router switch --jitter-eps 0 --balance-scope global --dropout 0 --attention-dropout 0"

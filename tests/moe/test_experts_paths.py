@@ -1,6 +1,7 @@
 """Every way of running the experts, and of dispatching to them, gives the numbers of the others."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fairseq_sparsemixer import build_moe_layer
-from fairseq_sparsemixer.moe import feed_forward
+from fairseq_sparsemixer.moe import feed_forward, grouped
 from fairseq_sparsemixer.moe.dispatch import dispatch_locally
 from fairseq_sparsemixer.moe.experts import ACTIVATIONS, GATED_ACTIVATIONS, Experts
-from fairseq_sparsemixer.moe.feed_forward import Weights, feed_forward_by_expert, feed_forward_grouped, groups_of
+from fairseq_sparsemixer.moe.feed_forward import Weights, feed_forward_by_expert, groups_of
 from fairseq_sparsemixer.moe.gates import GATES
+from fairseq_sparsemixer.moe.grouped import can_group, feed_forward_grouped
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 ALL_ACTIVATIONS = {**ACTIVATIONS, **GATED_ACTIVATIONS}
@@ -199,14 +201,49 @@ def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, traini
 
 
 @pytest.mark.parametrize("device, dtype, sizes, capability, takes", [
-    ("cuda", torch.bfloat16, (64, 256), (8, 0), True),
+    ("cuda", torch.bfloat16, (64, 256), (8, 0), False),
+    ("cuda", torch.bfloat16, (64, 256), (8, 9), False),
     ("cuda", torch.bfloat16, (64, 256), (9, 0), True),
+    ("cuda", torch.bfloat16, (64, 256), (10, 0), True),
+    ("cuda", torch.bfloat16, (64, 256), (12, 0), False),
     ("cuda", torch.bfloat16, (64, 256), (7, 5), False),
-    ("cuda", torch.bfloat16, (64, 250), (8, 0), False),
-    ("cuda", torch.float32, (64, 256), (8, 0), False),
+    ("cuda", torch.bfloat16, (64, 250), (9, 0), False),
+    ("cuda", torch.float32, (64, 256), (9, 0), False),
     ("cpu", torch.bfloat16, (64, 256), (8, 0), False),
 ])  # fmt: skip
 def test_where_the_grouped_product_runs(device, dtype, sizes, capability, takes, monkeypatch):
     monkeypatch.setattr(F, "grouped_mm", None, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert feed_forward.can_group(torch.device(device), dtype, *sizes) is takes
+    assert can_group(torch.device(device), dtype, *sizes) is takes
+
+
+def hopper_product(a, b, offs):
+    """The grouped product as a GPU leaves it: NaN in the rows behind the last group."""
+    out = torch._grouped_mm(a, b, offs=offs)
+    if a.dim() == 2 and b.dim() == 3:
+        out[int(offs[-1]) :] = math.nan
+    return out
+
+
+def blackwell_product(a, b, offs):
+    """The same, and NaN in the weight gradient of a group without rows."""
+    out = hopper_product(a, b, offs)
+    if b.dim() == 2:
+        out[offs.diff(prepend=offs.new_zeros(1)) == 0] = math.nan
+    return out
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("product, cleans", [(hopper_product, False), (blackwell_product, True)])
+@pytest.mark.parametrize("name", ALL_ACTIVATIONS)
+def test_what_a_gpu_leaves_unwritten_reaches_nothing(product, cleans, name, monkeypatch):
+    counts, tail = [3, 0, 2], 4
+    weights = make_weights(3, 8, 16, name in GATED_ACTIVATIONS)
+    rows, upstream = torch.randn(5 + tail, 8, requires_grad=True), torch.randn(5 + tail, 8)
+    used = rows.detach()[:5].requires_grad_()
+    loop = run(feed_forward_by_expert, used, weights, counts, ALL_ACTIVATIONS[name], upstream[:5])
+    monkeypatch.setattr(F, "grouped_mm", product)
+    monkeypatch.setattr(grouped, "_leaves_garbage", lambda device: cleans)
+    out, grad_rows, *grads = run(feed_forward_grouped, rows, weights, torch.tensor(counts), ALL_ACTIVATIONS[name], upstream)
+    torch.testing.assert_close([out[:5], grad_rows[:5], *grads], loop, rtol=1e-5, atol=1e-5)
+    assert not out[5:].any() and not grad_rows[5:].any()

@@ -26,7 +26,7 @@ from fairseq_sparsemixer.plugin.trainer import MoETrainer
 pytestmark = pytest.mark.sweep
 
 TIMEOUT, MARGIN = 8, 60
-USER_DIR = Path(lost_ranks.__file__).parent
+USER_DIR = Path(lost_ranks.__file__).parents[1]
 FLAGS = [
     *(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, "--required-batch-size-multiple", "1",
     "--no-progress-bar", "--max-update", "4", "--save-interval-updates", "2", "--collective-timeout", str(TIMEOUT),

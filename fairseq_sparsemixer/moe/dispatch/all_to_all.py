@@ -4,7 +4,7 @@ Ranks G, local experts L = E / G. Rows plan sorted by expert, so that those of o
 sorted by (sender, local expert), and are put in the order of the local experts for the computation.
 """
 
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from fairseq_sparsemixer.moe.parallel import AllToAllRows, ExpertGroup
 
 
 class ExchangePlan(NamedTuple):
-    """send, receive: rows to and from each rank [G]. order: [N] received rows by local expert. counts: rows of each [L]."""
+    """send, receive: rows to and from each rank [G]. order: [N] received rows by local expert; None: they are in order.
+
+    counts: rows of each local expert [L], on the host and on the device.
+    """
 
     send: List[int]
     receive: List[int]
-    order: Tensor
+    order: Optional[Tensor]
     counts: List[int]
+    device_counts: Tensor
 
 
 @torch.no_grad()
@@ -40,8 +44,9 @@ def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> ExchangePlan:
     return ExchangePlan(
         send=send.sum(1).tolist(),
         receive=receive.sum(1).tolist(),
-        order=_by_local_expert(incoming, int(receive.sum())),
+        order=None if incoming.size(1) == 1 else _by_local_expert(incoming, int(receive.sum())),
         counts=receive.sum(0).tolist(),
+        device_counts=incoming.sum(0),
     )
 
 
@@ -51,7 +56,9 @@ def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
     return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
 
 
-def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup) -> Tensor:
+def dispatch_all_to_all(
+    tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup, counts_on_device: bool = False
+) -> Tensor:
     """As dispatch_locally, with experts spread over the ranks of a group; every rank of it must call this.
 
     tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's share of the experts.
@@ -61,8 +68,12 @@ def dispatch_all_to_all(tokens: Tensor, routing: Routing, experts: ExpertsFuncti
     plan = plan_exchange(counts, expert_group)
     pairs = pairs[: sum(plan.send)]
     arrived = AllToAllRows.apply(gather(tokens, pairs, k), plan.send, plan.receive, expert_group)
-    outputs = experts(_permute(arrived, plan.order), plan.counts)
-    home = AllToAllRows.apply(_permute(outputs, invert(plan.order)), plan.receive, plan.send, expert_group)
+    received = plan.device_counts if counts_on_device else plan.counts
+    if plan.order is None:
+        outputs = experts(arrived, received)
+    else:
+        outputs = _permute(experts(_permute(arrived, plan.order), received), invert(plan.order))
+    home = AllToAllRows.apply(outputs, plan.receive, plan.send, expert_group)
     return combine(home, routing, pairs, tokens.size(0))
 
 

@@ -27,7 +27,8 @@ class _Scale(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         rows, weight, scale = ctx.saved_tensors
-        product = rows * grad  # [N, M]
+        # the router's gradient is a sum over M: in half precision it would lose digits, and overflow long before the rest
+        product = rows.to(torch.promote_types(rows.dtype, torch.float32)) * grad  # [N, M]
         if scale is None:
             grad_weight, grad_scale = product.sum(-1), None
         else:

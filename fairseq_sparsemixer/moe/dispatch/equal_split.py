@@ -36,7 +36,9 @@ class _MeasuredAllToAll(torch.autograd.Function):
             return _AllToAll.backward(ctx, grad)[1], None
 
 
-def dispatch_equal_split(tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup) -> Tensor:
+def dispatch_equal_split(
+    tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup, counts_on_device: bool = False
+) -> Tensor:
     """As dispatch_all_to_all, in blocks of C rows an expert; every rank of the group must call this.
 
     C is the largest number of rows that any rank of the group has for any expert after dropping: the gates drop by the
@@ -50,7 +52,9 @@ def dispatch_equal_split(tokens: Tensor, routing: Routing, experts: ExpertsFunct
     slots = _slots(counts, capacity, routed)
     blocks = scatter_rows(gather(tokens, pairs, k), slots, num_experts * capacity, 1)  # [E * C, M], zeros where there is no row
     arrived = _MeasuredAllToAll.apply(blocks, expert_group).view(expert_group.size, local, capacity, model_dim)
-    outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), [expert_group.size * capacity] * local)
+    rows = expert_group.size * capacity
+    received = torch.full((local,), rows, device=tokens.device) if counts_on_device else [rows] * local
+    outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), received)
     outputs = outputs.view(local, expert_group.size, capacity, model_dim).transpose(0, 1)  # [G, L, C, M]
     home = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), expert_group), slots, 1)  # [N, M]
     return combine(home, routing, pairs, tokens.size(0))

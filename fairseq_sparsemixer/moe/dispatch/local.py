@@ -15,9 +15,14 @@ def dispatch_locally(tokens: Tensor, routing: Routing, experts: ExpertsFunction,
     """tokens [S, M] through their experts: sum over choices of combine_weight * expert(token), times output_scale, [S, M].
 
     `experts` maps rows [N, M] grouped by expert, and the counts by expert, to [N, M]. With counts_on_device it gets
-    N = S * k rows, those that are not routed at the end, and counts as a tensor: nothing waits for the host.
+    N = S * k rows, or max_routed of the routing, those that are not routed at the end, and counts as a tensor: nothing
+    waits for the host.
     """
     k = routing.expert_index.size(1)
-    pairs, counts = order_pairs(routing) if counts_on_device else sort_pairs(routing)
+    if counts_on_device:
+        pairs, counts = order_pairs(routing)
+        pairs = pairs[: routing.max_routed]
+    else:
+        pairs, counts = sort_pairs(routing)
     outputs = experts(gather(tokens, pairs, k), counts)  # [N, M]
     return combine(outputs, routing, pairs, tokens.size(0))

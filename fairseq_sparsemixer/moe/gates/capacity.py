@@ -31,6 +31,15 @@ def expert_capacity(num_tokens: Union[int, Tensor], num_experts: int, capacity_f
     return torch.ceil(share * (1 - ROUNDING)).long()
 
 
+def most_routed(num_choices: int, num_experts: int, capacity_factor: float, num_columns: int) -> int:
+    """E * C for num_choices choices, were none of them padding: an upper bound on those that run, known on the host.
+
+    num_columns: all entries of the expert_index, which the bound does not exceed.
+    """
+    per_expert = math.ceil(num_choices * capacity_factor / num_experts * (1 - ROUNDING))
+    return min(num_experts * per_expert, num_columns)
+
+
 @torch.no_grad()
 def _dropped(routing: Routing, capacity_factor: float) -> Tensor:
     top_k = routing.expert_index.size(1)
@@ -43,4 +52,9 @@ def _dropped(routing: Routing, capacity_factor: float) -> Tensor:
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     """The same routing with the choices beyond each expert's capacity marked as dropped, at weight zero."""
     dropped = _dropped(routing, capacity_factor)  # [S, k]
-    return replace(routing, combine_weight=routing.combine_weight.masked_fill(dropped, 0), dropped=dropped)
+    return replace(
+        routing,
+        combine_weight=routing.combine_weight.masked_fill(dropped, 0),
+        dropped=dropped,
+        max_routed=most_routed(dropped.numel(), routing.num_experts, capacity_factor, dropped.numel()),
+    )

@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.gates.capacity import expert_capacity, require_capacity_factor
+from fairseq_sparsemixer.moe.gates.capacity import expert_capacity, most_routed, require_capacity_factor
 from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding
 from fairseq_sparsemixer.moe.gates.losses import router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -26,7 +26,7 @@ def picked_tokens(probabilities: Tensor, padding_mask: Optional[Tensor], capacit
     """[S, E] bool: which tokens each expert picks by probabilities [S, E]. Ties go to the earlier token."""
     num_tokens, num_experts = probabilities.shape
     scores = probabilities
-    real = torch.tensor(num_tokens, device=scores.device)
+    real = torch.full((), num_tokens, dtype=torch.int64, device=scores.device)
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask.unsqueeze(-1), -1)
         real = (~padding_mask).sum()
@@ -49,6 +49,7 @@ def expert_choice_routing(logits: Tensor, padding_mask: Optional[Tensor], capaci
         probabilities=probabilities.detach(),
         padding_mask=padding_mask,
         skipped=~picked,
+        max_routed=most_routed(*probabilities.shape, capacity_factor, num_columns=probabilities.numel()),
     )
 
 

@@ -23,6 +23,7 @@ class Routing:
     num_chosen: the first columns that are the gate's choice; columns behind them run for the gradient's sake, at weight
         zero (dense_st). None: all are.
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
+    max_routed: an upper bound on the choices that run, known on the host without looking at the device; None: S * k.
     """
 
     expert_index: Tensor
@@ -34,6 +35,7 @@ class Routing:
     output_scale: Optional[Tensor] = None
     num_chosen: Optional[int] = None
     skipped: Optional[Tensor] = None
+    max_routed: Optional[int] = None
 
     @property
     def num_experts(self) -> int:
@@ -49,7 +51,8 @@ class Routing:
     def num_real_tokens(self) -> Tensor:
         """Scalar int64: the tokens that are not padding."""
         if self.padding_mask is None:
-            return torch.tensor(len(self.expert_index), device=self.expert_index.device)
+            # torch.tensor would copy from the host, and wait
+            return torch.full((), len(self.expert_index), dtype=torch.int64, device=self.expert_index.device)
         return (~self.padding_mask).sum()
 
     def queue_positions(self) -> Tensor:

@@ -24,7 +24,7 @@ TINY = 1e-8  # keeps divisions by sums finite, as in Megatron-Core
 def sinkhorn(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
     """[S, E]: exp(logits) scaled to row sums 1 / S and column sums 1 / E; rows of padding are 0, and S counts none of them."""
     kernel = (logits - logits.amax(-1, keepdim=True)).exp()  # rows may be scaled at will: nothing overflows
-    rows = torch.tensor(float(len(logits)), dtype=kernel.dtype, device=kernel.device)
+    rows = torch.full((), len(logits), dtype=kernel.dtype, device=kernel.device)
     if padding_mask is not None:
         kernel = kernel.masked_fill(padding_mask.unsqueeze(-1), 0)
         rows = (~padding_mask).sum().to(kernel.dtype)

@@ -46,9 +46,14 @@ def _gather_optimizer(optimizer: torch.optim.Optimizer, expert_group: ExpertGrou
 
 def _gather(share: Tensor, expert_group: ExpertGroup) -> Optional[Tensor]:
     """share [E / G, ...] of each rank -> [E, ...] on the CPU of rank 0, None elsewhere."""
-    parts = [torch.empty_like(share) for _ in range(expert_group.size)] if expert_group.index == 0 else None
-    dist.gather(share.contiguous(), parts, dst=0, group=expert_group.group)
-    return torch.cat([part.cpu() for part in parts]) if parts else None
+    if expert_group.index > 0:
+        dist.send(share.contiguous(), dst=0, group=expert_group.group)
+        return None
+    parts, arriving = [share.cpu()], torch.empty_like(share)
+    for rank in range(1, expert_group.size):  # one at a time: a GPU has no room for all experts
+        dist.recv(arriving, src=rank, group=expert_group.group)
+        parts.append(arriving.to("cpu", copy=True))
+    return torch.cat(parts)
 
 
 def fill_in(state: Dict[str, Any], names: List[str], gathered: Gathered) -> None:

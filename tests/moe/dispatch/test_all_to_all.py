@@ -1,9 +1,11 @@
 """Both ways of sending tokens to experts on other ranks, against experts that are all here."""
 
+from functools import partial
 from typing import List, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor
 from torch import distributed as dist
@@ -15,8 +17,10 @@ from fairseq_sparsemixer.moe.parallel import CollectiveTimer, form_expert_group
 
 pytestmark = pytest.mark.distributed
 
-M, H = 6, 10
+M, H = 8, 16
 DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split}
+if hasattr(F, "grouped_mm"):  # as on a GPU, where counts stay on the device
+    DISPATCHERS.update({f"{name}, grouped": partial(send, counts_on_device=True) for name, send in list(DISPATCHERS.items())})
 
 
 class Case(NamedTuple):
@@ -40,6 +44,7 @@ CASES = [
     Case("all padding on one rank", [5, 9], padding=1.0),
     Case("some padding, some dropped", [40, 25], k=2, num_experts=8, dropped=0.3, padding=0.2),
     Case("everything dropped", [3, 4], dropped=1.0),
+    Case("one expert a rank", [7, 5], num_experts=2, k=2),
     *[
         Case(f"random {n}", torch.randint(0, 12, (2,), generator=torch.Generator().manual_seed(n)).tolist(), 2 + 2 * (n % 4),
              k=1 + n % 2, dropped=0.1 * (n % 3), padding=0.2 * (n % 2))

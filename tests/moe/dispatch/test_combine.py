@@ -50,3 +50,21 @@ def test_half_precision_rows_leave_float32_gradients_to_weights_and_scale():
     out = combine(torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16), decision, pairs, TOKENS)
     out.sum().backward()
     assert out.dtype == torch.bfloat16 and weight.grad.dtype == scale.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_routers_gradient_is_summed_in_float32(dtype):
+    rows, upstream = torch.randn(6, 4096).to(dtype), 100 * torch.randn(6, 4096).to(dtype)
+    weight = torch.rand(6, 1, requires_grad=True)
+    routing = Routing(torch.zeros(6, 1, dtype=torch.int64), weight, probabilities=torch.ones(6, 1))
+    combine(rows, routing, torch.arange(6), 6).backward(upstream)
+    exact = (rows.double() * upstream.double()).sum(-1, keepdim=True)
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-4, atol=1e-2)
+
+
+def test_a_large_gradient_in_half_precision_does_not_overflow_the_routers():
+    rows, upstream = torch.full((2, 64), 100.0, dtype=torch.float16), torch.full((2, 64), 1740.0, dtype=torch.float16)
+    weight = torch.rand(2, 1, requires_grad=True)
+    routing = Routing(torch.zeros(2, 1, dtype=torch.int64), weight, probabilities=torch.ones(2, 1))
+    combine(rows, routing, torch.arange(2), 2).backward(upstream)
+    assert weight.grad.tolist() == [[64 * 100 * 1740.0]] * 2

@@ -79,3 +79,21 @@ def test_dropped_tokens_send_no_gradient_to_the_router():
     logits = torch.tensor([[1.0, 0]] * 4, requires_grad=True)
     gate.route(logits).combine_weight.sum().backward()
     assert (logits.grad.abs().sum(1) > 0).tolist() == [True, False, False, False]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    experts=st.integers(1, 8),
+    factor=st.floats(0.1, 10),
+    seed=st.integers(0, 99),
+    share=st.floats(0, 1),
+)
+def test_no_more_is_routed_than_the_host_was_told(tokens, experts, factor, seed, share):
+    torch.manual_seed(seed)
+    padding = torch.rand(tokens) < share
+    for name, options in (("switch", {}), ("expert_choice", {}), ("sparsemixer", {})):
+        routing = build_gate(name, 4, experts, capacity_factor=factor, **options)(torch.randn(tokens, 4), padding)
+        unrouted = routing.unrouted()
+        assert int((~unrouted).sum()) <= routing.max_routed <= routing.expert_index.numel()
+        assert routing.max_routed <= max(experts * math.ceil(factor * tokens / experts), 0)
