@@ -15,7 +15,7 @@ FAIRSEQ = [
     "fairseq==0.12.2; python_version < '3.11'",
 ]
 # what plot, study, glue and completion need beyond training
-TOOLS = ["matplotlib>=3.7", "sacrebleu>=2.3", "sentencepiece>=0.1.99", "shtab>=1.6"]
+TOOLS = ["matplotlib>=3.7", "sacrebleu>=2.3", "sentencepiece>=0.1.99", "shtab>=1.6", "tabulate>=0.9"]
 
 
 def absolute(link: "re.Match") -> str:

@@ -11,6 +11,7 @@ import torch
 from fairseq.sequence_generator import SequenceGenerator
 
 from benchmarks import measuring, models
+from fairseq_sparsemixer.tools.tables import markdown_table
 
 
 def measure(options: argparse.Namespace, batch: int) -> Dict[str, Any]:
@@ -53,7 +54,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     options = build_parser().parse_args(arguments)
     cases = [measure(options, batch) for batch in options.batch]
     print(
-        measuring.table(
+        markdown_table(
             ["batch", "dense tokens/s", f"{options.router} tokens/s", "x slower", "spread"],
             [
                 [case["batch"], *case["tokens_a_second"].values(), case["slower_than_dense"], max(case["spread"].values())]

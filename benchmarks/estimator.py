@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 
 from benchmarks import contenders, measuring
+from fairseq_sparsemixer.tools.tables import markdown_table
 
 ROUTERS = ("switch", "sparsemixer")
 
@@ -78,7 +79,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     torch.manual_seed(0)
     result = {"layer": compare(layer_steps(options), options.rounds), "model": compare(model_steps(options), options.rounds)}
     print(
-        measuring.table(
+        markdown_table(
             ["step of", "switch ms", "sparsemixer ms", "spread", "overhead"],
             [
                 [name, case["switch_ms"], case["sparsemixer_ms"], f"{case['spread']:.0%}", f"{case['overhead']:+.1%}"]

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import contenders, measuring
 from benchmarks.contenders import Contender, NotRunnable, Shape
+from fairseq_sparsemixer.tools.tables import markdown_table
 
 PRESETS: Dict[str, Dict[str, Any]] = {
     "quick": {"tokens": [1024, 4096], "experts": [8, 32, 64], "dims": [(512, 2048)], "top_k": [1], "rounds": 5},
@@ -128,7 +129,7 @@ def report(cases: List[Dict[str, Any]]) -> str:
         for name, f in case["layers"].items()
     ]
     header = ["S", "E", "k", "M", "H", "layer", "ms", "spread", "x dense", "peak MB", "host syncs"]
-    return measuring.table(header, rows)
+    return markdown_table(header, rows)
 
 
 def plot(cases: List[Dict[str, Any]], path: Path) -> None:

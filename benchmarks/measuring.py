@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import math
 import platform
 import time
 from datetime import date
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,9 +138,7 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> Optional
     """The slope of a least-squares line through (log size, log value); None for fewer than two sizes."""
     if len(set(sizes)) < 2:
         return None
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def hardware() -> Dict[str, Any]:
@@ -157,12 +155,6 @@ def _memory_gb() -> Optional[float]:
         return round(int(line.split()[1]) / 2**20, 1)
     except (OSError, IndexError, ValueError):
         return None
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def write_json(path: Path, result: Dict[str, Any]) -> None:

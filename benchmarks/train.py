@@ -23,6 +23,7 @@ from benchmarks import measuring
 from fairseq_sparsemixer.moe.layer import MoELayer
 from fairseq_sparsemixer.tools.programs import run
 from fairseq_sparsemixer.tools.runs import TRAIN_LOG, read_run
+from fairseq_sparsemixer.tools.tables import markdown_table
 
 STAGES = ("gate", "auxiliary loss", "dispatch", "experts", "combine")
 
@@ -164,9 +165,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         "slower_than_dense": round(words["dense"] / words[options.router], 3),
         "shares": {stage: round(share, 4) for stage, share in shares.items()},
     }
-    print(measuring.table(["model", "words/s"], list(words.items())))
+    print(markdown_table(["model", "words/s"], list(words.items())))
     rows = [[stage, f"{share:.1%}"] for stage, share in shares.items()]
-    print(measuring.table(["stage", "share of forward and backward"], rows))
+    print(markdown_table(["stage", "share of forward and backward"], rows))
     if options.out:
         measuring.write_json(options.out / "train.json", result)
 

@@ -10,6 +10,7 @@ EXTRAS = {  # by import package, the extra in setup.py
     "sacrebleu": "tools",
     "sentencepiece": "tools",
     "shtab": "tools",
+    "tabulate": "tools",
 }
 
 

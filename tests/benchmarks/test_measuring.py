@@ -51,7 +51,3 @@ def test_results_carry_the_hardware_and_the_date(tmp_path):
     measuring.write_json(tmp_path / "new" / "result.json", {"cases": []})
     written = json.loads((tmp_path / "new" / "result.json").read_text())
     assert {"date", "device", "torch"} <= set(written["hardware"]) and written["cases"] == []
-
-
-def test_a_table_is_markdown():
-    assert measuring.table(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -1,8 +1,9 @@
 """Order of convergence: how fast an estimator's error in the choice term falls as the ODE step a = pi_i f_i shrinks."""
 
 from dataclasses import dataclass
-from math import log2
 from typing import List, Optional, Sequence
+
+import numpy as np
 
 from fairseq_sparsemixer.tools.fidelity.exact import exact_gradient
 from fairseq_sparsemixer.tools.fidelity.measure import EXACT, enumerated_moments
@@ -45,7 +46,5 @@ def fitted_order(steps: Sequence[float], errors: Sequence[float]) -> Optional[fl
     """The least-squares slope of log error over log step at the smallest steps; None when they are exact to rounding."""
     if max(error / step for step, error in zip(steps, errors)) < EXACT:
         return None
-    x = [log2(step) for step in steps[-FITTED:]]
-    y = [log2(max(error, 1e-300)) for error in errors[-FITTED:]]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    x, y = np.log2(steps[-FITTED:]), np.log2(np.maximum(errors[-FITTED:], 1e-300))
+    return float(np.polyfit(x, y, 1)[0])

@@ -2,6 +2,8 @@
 
 from typing import Any, Dict, List, Optional
 
+from fairseq_sparsemixer.tools.tables import NOTHING, cell, markdown_table
+
 COLUMNS = (
     "router",
     "experts",
@@ -28,7 +30,7 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
     return [
         [
             group["router"],
-            "–" if group["num_experts"] is None else str(group["num_experts"]),
+            cell("{}", group["num_experts"]),
             str(group["seeds"]),
             _spread(group["valid_loss"], 3),
             _spread(group["test"], 2),
@@ -45,20 +47,16 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
 
 def markdown(results: Dict[str, Any]) -> str:
     """The table with its title and what the columns mean."""
-    lines = [f"## {results['title']}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows(results)), ""]
+    lines = [f"## {results['title']}", "", markdown_table(COLUMNS, rows(results)), ""]
     return "\n".join([*lines, NOTE.format(baseline=results["baseline"]), "", *results["machines"], ""])
 
 
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _number(value: Optional[float], digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return cell(f"{{:.{digits}f}}", value)
 
 
 def _spread(figure: Optional[Dict[str, Optional[float]]], digits: int) -> str:
     if figure is None:
-        return "–"
+        return NOTHING
     deviation = figure["deviation"]
     return _number(figure["mean"], digits) + ("" if deviation is None else f" ± {deviation:.{digits}f}")
