@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, Dict, List, Optional, Tuple
 
 import fairseq_cli.train
+from fairseq import utils
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
@@ -40,6 +41,8 @@ from fairseq_sparsemixer.plugin.refusals import (
 from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards, refusing_generation
 
 logger = logging.getLogger(__name__)
+
+SEEDS_A_RANK = 1_000_003  # more than the updates of a run; torch on a CPU looks at the lower 32 bits of a seed alone
 
 
 class MoETrainer(CheckpointingTrainer):
@@ -126,6 +129,13 @@ class MoETrainer(CheckpointingTrainer):
         dist.all_gather_object(gathered, own, group=self.data_parallel_process_group)
         logs, *sums = zip(*gathered)
         return list(chain.from_iterable(logs)), [sum(values) for values in sums]
+
+    def _set_seed(self) -> None:
+        # fairseq seeds every rank alike: all would draw the same noise for tokens that differ
+        super()._set_seed()
+        if self.moe_layers and self.data_parallel_rank > 0:
+            seed = self.cfg.common.seed + self.get_num_updates()
+            utils.set_torch_seed(seed + SEEDS_A_RANK * self.data_parallel_rank)
 
     def set_num_updates(self, num_updates: int) -> None:
         """See Trainer, which calls this once after each optimizer step that was not skipped; the selection biases step too."""

@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import fairseq_cli.train
 import pytest
+import torch
 from fairseq.trainer import Trainer
 
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -77,3 +78,18 @@ def test_a_rank_out_of_memory_ends_the_run_where_others_wait_for_it(step, group,
     trainer.expert_group = None if group is None else SimpleNamespace(timer=None)
     getattr(trainer, step)([], given)
     assert seen == [handed]
+
+
+@pytest.mark.parametrize("layers, differ", [([object()], True), ([], False)])
+def test_ranks_draw_noise_of_their_own_where_there_are_experts(layers, differ):
+    def drawn(rank):
+        on_rank = type("OnRank", (MoETrainer,), {"data_parallel_rank": rank})
+        trainer = on_rank.__new__(on_rank)
+        trainer.cfg = SimpleNamespace(common=SimpleNamespace(seed=7))
+        trainer.moe_layers, trainer._num_updates = layers, 3
+        trainer._set_seed()
+        return torch.rand(8)
+
+    assert torch.equal(drawn(0), torch.rand(8, generator=torch.Generator().manual_seed(10)))  # as one process draws
+    assert torch.equal(drawn(0), drawn(1)) is not differ
+    assert torch.equal(drawn(1), drawn(1)) and torch.equal(drawn(1), drawn(2)) is not differ
