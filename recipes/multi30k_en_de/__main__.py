@@ -6,15 +6,10 @@ sentencepiece's pieces; sacreBLEU on test_2016_flickr.
 
 import argparse
 from pathlib import Path
-from typing import Callable
-
-from rich.console import Console
 
 from recipes.common import smoke, translation
-from recipes.common.binarisation import translation_command
-from recipes.common.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
-from recipes.common.progress import run_program
-from recipes.common.segmentation import learn_pieces, segment_file
+from recipes.common.corpus import LANGUAGES, Corpus
+from recipes.common.pairs import make_data
 from recipes.common.session import Recipe, Session, entry
 from recipes.common.sources import fetch, say_source
 from recipes.common.training import USER_DIR, age, checkpoint_of, train
@@ -65,18 +60,6 @@ def prepare(session: Session) -> None:
 
     does = f"{source}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
     session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if small else options.workers)
-
-
-def make_data(read: Callable[[], Corpus], vocabulary: int, workers: int, folder: Path, console: Console) -> None:
-    """folder/raw, folder/pieces and folder/bin."""
-    raw, pieces, binary = folder / "raw", folder / "pieces", folder / "bin"
-    sizes = write_corpus(read(), raw)
-    console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " pairs", highlight=False)
-    model = learn_pieces([raw / f"train.{language}" for language in LANGUAGES], pieces, vocabulary)
-    for split in SPLITS:
-        for language in LANGUAGES:
-            segment_file(model, raw / f"{split}.{language}", pieces / f"{split}.{language}")
-    run_program(translation_command(pieces, binary, workers), folder / "console.log", console)
 
 
 def train_model(session: Session) -> None:

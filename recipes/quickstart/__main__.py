@@ -8,24 +8,45 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
+import yaml
 from rich.console import Console
 
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.moe.gates import DENSE, gate_class
 from fairseq_sparsemixer.options import in_flags
-from fairseq_sparsemixer.tools.runs import read_run
+from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
+from fairseq_sparsemixer.tools.study.commands import test_command, train_command
+from fairseq_sparsemixer.tools.study.runner import progress_display, run_study
+from fairseq_sparsemixer.tools.study.spec import Study, read_study
+from fairseq_sparsemixer.tools.study.spec_file import merged, read_spec_file
 from recipes.common.cldr import make_cldr
+from recipes.common.corpus import Corpus
+from recipes.common.pairs import make_data
+from recipes.common.progress import format_command, script
 from recipes.common.session import check_numbers, file_errors_said, keep_apart, run_as_program
 from recipes.common.steps import run_step
 from recipes.multi30k_en_de.raw_text import read_multi30k
-from recipes.quickstart import pipeline
 from recipes.quickstart.report import report
 
+STUDY = Path(__file__).with_name("study.yaml")
 ROUTERS = ("dense", "switch", "sparsemixer")
+BASELINE = "switch"
 WIDTH = 120  # where there is no terminal
 LEAST_PAIRS = 1_000  # there are some 900 bare names
 HELD_OUT = 500  # pairs in CLDR's valid and test split; fewer beside a small training split
+
+
+class Text(NamedTuple):
+    """Raw text, and what suits it. source: what it is made from, so that other text is another step."""
+
+    title: str
+    read: Callable[[], Corpus]
+    source: Dict[str, Any]
+    vocabulary: int
+    flags: Dict[str, Any]
 
 
 def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
@@ -40,7 +61,7 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
     options = parser.parse_args(arguments)
-    check_numbers(options, {"updates": 1, "pairs": LEAST_PAIRS, "seed": 0})
+    check_numbers(options, {"updates": 1, "pairs": LEAST_PAIRS, "seed": 1})
     with in_flags():
         for router in options.routers:
             if router != DENSE:
@@ -60,35 +81,58 @@ def main(arguments: Optional[List[str]] = None) -> None:
 def compare(options: argparse.Namespace, out: Path) -> None:
     """Prepare the data, train and translate with each router, and report."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-
-    # Data. Multi30k has more words, in freer sentences: it takes more updates, and dropout.
-    if options.raw_dir is None:
-        name, vocabulary, updates, dropout = "Unicode CLDR, English-German", 1000, options.updates or 400, 0.0
-        held_out = min(HELD_OUT, options.pairs // 40)
-        sizes = {"train": options.pairs, "valid": held_out, "test": held_out}
-        make_corpus, source = partial(make_cldr, sizes, options.seed), {"sizes": sizes, "seed": options.seed}
-    else:
-        name, vocabulary, updates, dropout = "Multi30k, English-German", 4000, options.updates or 3000, 0.1
-        make_corpus, source = partial(read_multi30k, options.raw_dir), {"raw": str(options.raw_dir.resolve())}
-    data = out / "data"
-    settings = {**source, "vocabulary": vocabulary}
-    prepared = run_step(f"data: {name}", data, settings, console, pipeline.prepare, make_corpus, vocabulary)
-
-    # Model, optimiser, evaluation: everything but the router is the same.
-    results, runs = [], []
-    for router in options.routers:
-        run, test = out / router, out / f"{router}-test"
-        command = pipeline.train_command(data, run, router, updates, dropout, options.seed)
-        settings = {"command": command, "data": prepared}
-        trained = run_step(f"train {router}", run, settings, console, pipeline.train, command, updates)
-        settings = {"search": pipeline.SEARCH, "model": trained}
-        checkpoint = run / "checkpoint_best.pt"
-        run_step(f"translate with {router}", test, settings, console, pipeline.translate, data, checkpoint)
-        results.append({"router": router, **pipeline.score(data, run, test / "translation.txt")})
-        runs.append(read_run(run))
-
+    text = text_of(options)
+    settings = {**text.source, "vocabulary": text.vocabulary}
+    make = partial(make_data, text.read, text.vocabulary, 1, split_digits=True)
+    run_step(f"data: {text.title}", out / "data", settings, console, make)
+    study = write_study(options, text, out / "study.yaml")
+    show(study, out, console)
+    with progress_display(console) as progress:
+        failures = run_study(study, out, workers=1, progress=progress)
+    if failures:
+        raise ConfigurationError("; ".join(failures))
     console.rule("[bold]results[/]", align="left")
-    report(results, runs, name, out / "results", console)
+    report(study, out, console)
+
+
+def text_of(options: argparse.Namespace) -> Text:
+    """The raw text that was asked for. Multi30k has more words, in freer sentences: it takes more updates, and dropout."""
+    if options.raw_dir is not None:
+        source: Dict[str, Any] = {"raw": str(options.raw_dir.resolve())}
+        flags: Dict[str, Any] = {"max-update": options.updates or 3000, "dropout": 0.1}
+        return Text("Multi30k, English-German", partial(read_multi30k, options.raw_dir), source, 4000, flags)
+    held_out = min(HELD_OUT, options.pairs // 40)
+    sizes = {"train": options.pairs, "valid": held_out, "test": held_out}
+    source = {"sizes": sizes, "seed": options.seed}
+    flags = {"max-update": options.updates} if options.updates else {}
+    return Text("Unicode CLDR, English-German", partial(make_cldr, sizes, options.seed), source, 1000, flags)
+
+
+def write_study(options: argparse.Namespace, text: Text, path: Path) -> Study:
+    """study.yaml with the data, seed, budget and routers that were asked for."""
+    routers = list(dict.fromkeys(options.routers))
+    content = {
+        **merged(read_spec_file(STUDY), {"flags": text.flags, "test": {"reference": "data/raw/test.de"}}),
+        "title": text.title,
+        "data": "data/bin",
+        "variants": {router: {"router": router} for router in routers},
+        "seeds": [options.seed],
+        "baseline": BASELINE if BASELINE in routers else routers[0],
+    }
+    write_whole(path, yaml.safe_dump(content, sort_keys=False))
+    return read_study(path)
+
+
+def show(study: Study, out: Path, console: Console) -> None:
+    """Say of each run that it was done before, or print the commands that it is."""
+    for run in study.runs():
+        folder = run_folder(out, run)
+        if is_finished(folder):
+            console.print(f"[green]✓[/] train {run.router}, translate [dim](done before, in {folder})[/]")
+            continue
+        console.rule(f"[bold]train {run.router}, translate[/]", align="left")
+        for name, *words in (train_command(study, run, folder), test_command(study, folder)):
+            console.print(format_command([script(name), *words]), style="cyan", soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from fairseq_sparsemixer.tools.study.spec import PROGRAMS, Run, Study
 USER_DIR = str(Path(fairseq_sparsemixer.__file__).parent)
 MODULES = {"fairseq-train": "train", "fairseq-generate": "generate", "fairseq-eval-lm": "eval_lm"}
 CHECKPOINTS, RESULT, COMMAND = "checkpoints", "result.json", "command.txt"
+BEST = f"{CHECKPOINTS}/checkpoint_best.pt"
 
 
 def as_arguments(flags: Dict[str, Any]) -> List[str]:
@@ -44,10 +45,9 @@ def train_command(study: Study, run: Run, folder: Path) -> List[str]:
 
 def test_command(study: Study, folder: Path) -> List[str]:
     """What scores the best checkpoint of a run on the test split."""
-    best = str(folder / CHECKPOINTS / "checkpoint_best.pt")
     assert study.test is not None
     program = PROGRAMS[study.test.metric]
-    ours = {"user-dir": USER_DIR, "path": best, "gen-subset": "test", "cpu": not torch.cuda.is_available()}
+    ours = {"user-dir": USER_DIR, "path": folder / BEST, "gen-subset": "test", "cpu": not torch.cuda.is_available()}
     ours["task"] = study.flags.get("task")
     return [program, str(study.data), *as_arguments({**ours, **study.test.flags})]
 

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from queue import Queue
 from threading import Event
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -33,6 +34,7 @@ from fairseq_sparsemixer.tools.study.spec import Run, Study
 
 REFRESH = 0.5  # seconds between two looks at a log
 LOCK = "lock"  # in the folder of a run
+LINES = 10  # of a run's advance, where there is no terminal for a bar
 TAIL = 16384  # bytes of a log that surely hold its last line of figures
 
 
@@ -51,6 +53,12 @@ def devices(workers: Optional[int]) -> List[Dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, cores // workers))}] * workers
 
 
+def _environment(place: Dict[str, str]) -> Dict[str, str]:
+    """That of a run's programs in one of the places. Threads are as many as the user has set, where that was done."""
+    kept = {name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"}
+    return {**child_environment(), **place, **kept}
+
+
 def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: Optional[Progress] = None) -> List[str]:
     """Train and score every run that has no result yet. Returns one sentence for each run that failed; the others go on.
 
@@ -67,7 +75,7 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
     def work(run: Run) -> Optional[str]:
         place = places.get()
         try:
-            failure = _train_and_score(study, run, run_folder(out, run), {**child_environment(), **place}, progress, stopping)
+            failure = _train_and_score(study, run, run_folder(out, run), _environment(place), progress, stopping)
         except Stopped:
             return None
         except ConfigurationError as error:
@@ -87,14 +95,15 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
             stopping.set()  # before the pool waits for its threads: only an interruption finds any at work
 
 
-def progress_display() -> Progress:
-    """A bar a run, in updates."""
+def progress_display(console: Optional[Console] = None) -> Progress:
+    """A bar a run, in updates; where there is no terminal, a line now and then instead (see _watch)."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
+        console=console,
     )
 
 
@@ -110,7 +119,7 @@ def _train_and_score(
         begun = time.time()
         # the programs hold the lock as well: where they outlive this process, the next study waits for them
         call = partial(programs.run, environment=environment, interval=REFRESH, keep=[lock.fileno()])
-        watch = _watch(study, run, folder, progress, stopping)
+        watch = _watch(run, folder, progress, stopping)
         try:
             call(executable(train_command(study, run, folder)), output, "ab", watch=watch)
         except ProgramFailed as failure:
@@ -150,22 +159,34 @@ def _end_if(stopping: Event) -> None:
         raise Stopped
 
 
-def _watch(study: Study, run: Run, folder: Path, progress: Optional[Progress], stopping: Event) -> Callable[[], None]:
-    """A function that moves the run's bar to the last update in its log, and raises Stopped when the study is being ended."""
+def _watch(run: Run, folder: Path, progress: Optional[Progress], stopping: Event) -> Callable[[], None]:
+    """A function that shows the last update in the run's log, and raises Stopped when the study is being ended."""
     if progress is None:
         return partial(_end_if, stopping)
     updates = run.flags.get("max-update")
     bar = progress.add_task(run.name, total=updates, loss="")
+    lines = not progress.console.is_terminal and isinstance(updates, (int, float))
+    said = 0
 
     def watch() -> None:
+        nonlocal said
         _end_if(stopping)
-        log = folder / TRAIN_LOG
-        if log.exists():
-            with log.open("rb") as file:
-                file.seek(max(0, log.stat().st_size - TAIL))
-                tail = file.read().decode("utf-8", "replace")
-            done = re.findall(r'"(?:train_)?num_updates": "(\d+)"', tail)
-            losses = re.findall(r'"(?:train_)?loss": "([\d.]+)"', tail)
-            progress.update(bar, completed=int(done[-1]) if done else 0, loss=f"loss {losses[-1]}" if losses else "")
+        done, loss = _last_update(folder / TRAIN_LOG)
+        progress.update(bar, completed=done, loss=loss)
+        if lines and done >= min(said + updates / LINES, updates) > said:
+            said = done
+            progress.console.print(f"{run.name}: {done}/{updates} updates, {loss}", markup=False, highlight=False)
 
     return watch
+
+
+def _last_update(log: Path) -> Tuple[int, str]:
+    """The number of updates in the last lines of a log, and the loss in words."""
+    if not log.exists():
+        return 0, ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL))
+        tail = file.read().decode("utf-8", "replace")
+    done = re.findall(r'"(?:train_)?num_updates": "(\d+)"', tail)
+    losses = re.findall(r'"(?:train_)?loss": "([\d.]+)"', tail)
+    return int(done[-1]) if done else 0, f"loss {losses[-1]}" if losses else ""

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.quickstart.__main__ import main, parse_options
+from fairseq_sparsemixer.tools.study.scores import read_hypotheses
+from recipes.quickstart.__main__ import main, parse_options, text_of, write_study
+
+RUN = "runs/sparsemixer-e4-seed1"
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +35,23 @@ def test_it_ends_with_figures_and_plots(quickstart):
 
 @pytest.mark.slow
 def test_every_test_sentence_is_translated(quickstart):
-    lines = (quickstart / "sparsemixer-test" / "translation.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_hypotheses(quickstart / RUN / "test.txt")
     assert len(lines) == len((quickstart / "data" / "raw" / "test.de").read_text(encoding="utf-8").splitlines()) == 30
 
 
 @pytest.mark.slow
 def test_a_second_run_does_nothing_again(quickstart, capsys):
-    checkpoint = quickstart / "sparsemixer" / "checkpoint_last.pt"
+    checkpoint = quickstart / RUN / "checkpoints" / "checkpoint_last.pt"
     before = checkpoint.stat().st_mtime_ns
     main(["--out", str(quickstart), "--pairs", "1200", "--updates", "40", "--routers", "sparsemixer"])
     assert checkpoint.stat().st_mtime_ns == before
-    assert capsys.readouterr().out.count("done before") == 3
+    assert capsys.readouterr().out.count("done before") == 2  # the data, and the run with its translation
+
+
+@pytest.mark.slow
+def test_it_is_a_study_that_can_be_reported_as_one(quickstart, capsys):
+    assert cli.main(["study", str(quickstart / "study.yaml"), "--out", str(quickstart), "--report-only"]) == 0
+    assert "Unicode CLDR, English-German" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -52,3 +62,16 @@ def test_a_second_run_does_nothing_again(quickstart, capsys):
 def test_what_makes_no_experiment_is_refused_before_anything_is_done(flags, message):
     with pytest.raises(ConfigurationError, match=message):
         parse_options(flags.split())
+
+
+def test_the_study_has_the_routers_budget_and_seed_that_were_asked_for(tmp_path):
+    (tmp_path / "data" / "bin").mkdir(parents=True)
+    (tmp_path / "data" / "raw").mkdir()
+    (tmp_path / "data" / "raw" / "test.de").write_text("gut\n", encoding="utf-8")
+    options = parse_options("--routers dense sparsemixer_v2 --updates 7 --seed 3 --raw-dir raw".split())
+    study = write_study(options, text_of(options), tmp_path / "study.yaml")
+    assert [run.name for run in study.runs()] == ["dense-seed3", "sparsemixer_v2-e4-seed3"]
+    assert (study.flags["max-update"], study.flags["dropout"], study.title) == (7, 0.1, "Multi30k, English-German")
+    assert study.data == (tmp_path / "data" / "bin").resolve() and study.baseline == "dense"
+    options = parse_options([])
+    assert write_study(options, text_of(options), tmp_path / "study.yaml").flags["max-update"] == 400

@@ -1,0 +1,26 @@
+"""Sentence pairs in sentencepiece's pieces, binarised."""
+
+from pathlib import Path
+from typing import Any, Callable
+
+from rich.console import Console
+
+from recipes.common.binarisation import translation_command
+from recipes.common.corpus import LANGUAGES, SPLITS, Corpus, write_corpus
+from recipes.common.progress import run_program
+from recipes.common.segmentation import learn_pieces, segment_file
+
+
+def make_data(read: Callable[[], Corpus], vocabulary: int, workers: int, folder: Path, console: Console, **options: Any) -> None:
+    """folder/raw, folder/pieces (of both languages together) and folder/bin. options: sentencepiece's."""
+    raw, pieces = folder / "raw", folder / "pieces"
+    corpus = read()
+    sizes = write_corpus(corpus, raw)
+    first = corpus["test"][0]
+    console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " pairs", highlight=False)
+    console.print(f"the first of the test: {first.source!r} -> {first.target!r}", highlight=False, markup=False)
+    model = learn_pieces([raw / f"train.{language}" for language in LANGUAGES], pieces, vocabulary, **options)
+    for split in SPLITS:
+        for language in LANGUAGES:
+            segment_file(model, raw / f"{split}.{language}", pieces / f"{split}.{language}")
+    run_program(translation_command(pieces, folder / "bin", workers), folder / "console.log", console)
