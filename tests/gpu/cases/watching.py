@@ -1,0 +1,54 @@
+"""What the cases measure of a run on fake CUDA tensors."""
+
+import contextlib
+from collections import Counter
+from typing import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VIEWS = {  # and what else launches no kernel
+    "view", "_unsafe_view", "reshape", "expand", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "permute",
+    "split", "unbind", "as_strided", "diagonal", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "split_with_sizes",
+    "_reshape_alias", "narrow", "unfold", "sym_size", "set_", "chunk", "resize_", "is_same_size", "_local_scalar_dense",
+}  # fmt: skip
+WAITING = {"nonzero", "masked_select", "bincount", "_unique2", "_local_scalar_dense"}
+
+
+class Watch(TorchDispatchMode):
+    """Counts launches on the device (aten ops but views), waits for it, and the most rows that a product gives.
+
+    answer: stands for a number that is read from the device.
+    """
+
+    def __init__(self, answer: Callable[[], int] = lambda: 1):
+        super().__init__()
+        self.answer, self.launches, self.waits, self.rows = answer, Counter(), [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in WAITING and any(isinstance(value, torch.Tensor) and value.is_cuda for value in args):
+            self.waits.append(name)
+        if name == "_local_scalar_dense":
+            return self.answer()
+        out = func(*args, **kwargs)
+        if name == "_to_copy" and out.device.type != args[0].device.type and not kwargs.get("non_blocking"):
+            self.waits.append(f"copy from {args[0].device.type} to {out.device.type}")
+        results = [value for value in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(value, torch.Tensor)]
+        if name not in VIEWS and any(value.is_cuda for value in results):
+            self.launches[name] += 1
+        if name in ("_grouped_mm", "mm", "addmm") and args[-2 if name != "addmm" else 1].dim() == 2:
+            self.rows = max(self.rows, *(value.size(0) for value in results if value.dim() == 2), 0)
+        return out
+
+
+@contextlib.contextmanager
+def autocast(dtype):
+    """torch.autocast for CUDA, which asks the driver what it can do."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)

@@ -1,0 +1,52 @@
+"""CUDA without a GPU: fake tensors on "cuda" in a CPU build of torch, so that tests see what would run there.
+
+`python fake_cuda.py SHIM pytest-arguments...` loads the compiled shim.cpp before torch, and runs pytest.
+"""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+HERE = Path(__file__).parent
+
+
+def torch_folder() -> Path:
+    """Where torch is installed; not imported."""
+    return Path(importlib.util.find_spec("torch").origin).parent
+
+
+def why_not() -> Optional[str]:
+    """The reason that there can be no shim here; None where there can."""
+    if shutil.which("g++") is None:
+        return "no C++ compiler"
+    if "+cpu" not in (torch_folder() / "version.py").read_text(encoding="utf-8"):
+        return "torch is not a CPU build: a CUDA build has hooks of its own"
+    return None
+
+
+def build(folder: Path) -> Path:
+    """Compile the shim for the installed torch; the library. Raises CalledProcessError."""
+    torch, library = torch_folder(), folder / "libfakecuda.so"
+    include, lib = torch / "include", torch / "lib"
+    includes = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+    linked = [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    command = ["g++", "-O1", "-std=c++20", "-shared", "-fPIC", *includes, str(HERE / "shim.cpp"), "-o", str(library), *linked]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return library
+
+
+def load(library: str) -> None:
+    """Before torch is imported: it asks for its hooks once."""
+    ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+
+
+if __name__ == "__main__":
+    load(sys.argv[1])
+    import pytest
+
+    sys.exit(pytest.main(sys.argv[2:]))

@@ -1,0 +1,32 @@
+"""The CUDA path on fake tensors: cases/ in a process whose torch believes in a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_cuda
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+CASES = Path(__file__).parent / "cases"
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """The compiled library; skips where it cannot be made."""
+    reason = fake_cuda.why_not()
+    if reason:
+        pytest.skip(reason)
+    try:
+        return fake_cuda.build(tmp_path_factory.mktemp("shim"))
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"the shim does not compile against this torch: {error.stderr.splitlines()[0] if error.stderr else error}")
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in CASES.glob("case_*.py")))
+def test_cases(case, shim):
+    command = [sys.executable, fake_cuda.__file__, str(shim), "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore",
+               "-o", "addopts=", str(CASES / case)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout[-6000:], done.stderr[-2000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
