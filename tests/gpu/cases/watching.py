@@ -7,11 +7,13 @@ from typing import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = {  # and what else launches no kernel
-    "view", "_unsafe_view", "reshape", "expand", "t", "transpose", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "permute",
-    "split", "unbind", "as_strided", "diagonal", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "split_with_sizes",
-    "_reshape_alias", "narrow", "unfold", "sym_size", "set_", "chunk", "resize_", "is_same_size", "_local_scalar_dense",
-}  # fmt: skip
+VIEWS = set(  # and what else launches no kernel
+    """
+    view _unsafe_view reshape expand t transpose slice select unsqueeze squeeze detach alias permute split
+    unbind as_strided diagonal lift_fresh empty empty_like new_empty empty_strided split_with_sizes
+    _reshape_alias narrow unfold sym_size set_ chunk resize_ is_same_size _local_scalar_dense
+    """.split()
+)
 WAITING = {"nonzero", "masked_select", "bincount", "_unique2", "_local_scalar_dense"}
 
 
