@@ -72,6 +72,7 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
         for inputs in islice(model_inputs(options, model, task), min(options.sentences, sys.maxsize)):
             model(**inputs)
             for name, layer in layers:
+                assert layer.routing is not None
                 load[name] += layer.routing.statistics()["load"].sum(0).float()
     return {name: tokens.tolist() for name, tokens in load.items()}
 

@@ -4,7 +4,7 @@ Rows arrive grouped by expert: rows [N, M] and counts, N_e rows for each expert 
 """
 
 import math
-from typing import Dict, Sequence, Union
+from typing import Any, Dict, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class Experts(nn.Module):
         for name, parameter in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(parameter.detach().narrow(0, first, count).clone()))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.named_parameters():
             whole = state_dict.get(prefix + name)
             if whole is not None and whole.size(0) == self.num_experts:

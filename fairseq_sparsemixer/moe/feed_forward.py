@@ -4,7 +4,7 @@ Runs anywhere; grouped.py does the same in one kernel for all experts, where the
 dimension M, hidden dimension H; I is H, or 2H for gated activations.
 """
 
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Group(NamedTuple):
     """The first `count` of `rows` belong to this expert; the others are later experts', there to round the number up."""
 
     expert: int
-    count: int
+    count: int  # type: ignore[assignment]  # nobody counts the entries of this tuple
     rows: slice
 
 
@@ -67,7 +67,8 @@ def feed_forward_by_expert(
     Gradients of the weights are put into `memory`, when given.
     """
     if torch.is_grad_enabled():
-        return _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradBufferPool())
+        out: Tensor = _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradBufferPool())
+        return out
     return _run_by_expert(rows, weights, counts, activation, dropout, keep=None)
 
 
@@ -79,9 +80,10 @@ class _ByExpert(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor,
+    def forward(ctx: Any, rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor,
                 counts: Sequence[int], activation: Activation, dropout: float, memory: GradBufferPool) -> Tensor:  # fmt: skip
-        weights, keep = Weights(weight_in, bias_in, weight_out, bias_out), []
+        weights = Weights(weight_in, bias_in, weight_out, bias_out)
+        keep: List[Tuple[Tensor, ...]] = []
         out = _run_by_expert(rows, weights, counts, activation, dropout, keep)
         ctx.save_for_backward(rows, weight_in, weight_out, *(tensor for hidden in keep for tensor in hidden))
         ctx.counts, ctx.activation, ctx.dropout, ctx.memory = counts, activation, dropout, memory
@@ -89,13 +91,13 @@ class _ByExpert(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         rows, weight_in, weight_out, *saved = ctx.saved_tensors
         groups = groups_of(ctx.counts, _by_onednn(rows))
         grad = grad.contiguous()
         needs_rows, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
-        grad_rows = torch.empty_like(rows) if needs_rows else None
-        grad_in = grad_bias_in = grad_out = grad_bias_out = None
+        grad_rows: Any = torch.empty_like(rows) if needs_rows else None
+        grad_in = grad_bias_in = grad_out = grad_bias_out = None  # type: Any
         if needs_weights:
             grad_in, grad_out = ctx.memory.like("in", weight_in), ctx.memory.like("out", weight_out)
             grad_bias_in, grad_bias_out = grad_in.new_empty(grad_in.shape[::2]), grad_out.new_empty(grad_out.shape[::2])
@@ -181,7 +183,8 @@ def _scale(dropout: float) -> float:
 def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O]."""
     if _by_onednn(rows):  # without its own relu, which turns a NaN into 0 and hides what went wrong
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return product
     return F.linear(rows, weight, bias)
 
 

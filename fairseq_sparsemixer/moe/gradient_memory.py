@@ -6,7 +6,7 @@ blocks of that size to the system and maps them anew in every step, which costs 
 
 import mmap
 import sys
-from typing import Any, Dict
+from typing import Any, Dict, Tuple, Type
 
 import torch
 from torch import Tensor
@@ -36,5 +36,5 @@ class GradBufferPool:
     def __deepcopy__(self, memo: Dict[int, Any]) -> "GradBufferPool":
         return GradBufferPool()
 
-    def __reduce__(self):
+    def __reduce__(self) -> Tuple[Type["GradBufferPool"], Tuple[()]]:
         return GradBufferPool, ()

@@ -3,7 +3,7 @@
 For bfloat16 on GPUs that have torch's grouped matrix product. Names and shapes are those of feed_forward.py.
 """
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ def feed_forward_grouped(rows: Tensor, weights: Weights, counts: Tensor, activat
 
     The rows behind the last expert's give zeros and get a zero gradient.
     """
-    return _Grouped.apply(rows, *weights, counts, activation, dropout)
+    out: Tensor = _Grouped.apply(rows, *weights, counts, activation, dropout)
+    return out
 
 
 class _Grouped(torch.autograd.Function):
@@ -44,7 +45,7 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor,
+    def forward(ctx: Any, rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor,
                 counts: Tensor, activation: Activation, dropout: float) -> Tensor:  # fmt: skip
         ends = counts.cumsum(0)
         place = torch.arange(rows.size(0), device=rows.device)
@@ -60,7 +61,7 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         rows, weight_in, weight_out, counts, ends, behind, *kept = ctx.saved_tensors
         grad = grad.contiguous()
         grad_hidden = F.grouped_mm(grad, weight_out.transpose(1, 2), offs=ends)
@@ -84,6 +85,6 @@ def _weight_gradients(inputs: Tensor, grad: Tensor, counts: Tensor, ends: Tensor
     return weight, bias
 
 
-def _leaves_garbage(device: Optional[torch.device]) -> bool:
+def _leaves_garbage(device: torch.device) -> bool:
     """Whether the product leaves the result of a group without rows unwritten: Blackwell's does (pytorch#172439)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == BLACKWELL

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.moe.gates import Routing, build_gate
+from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 from fairseq_sparsemixer.names import transformer_layer
 
@@ -29,7 +29,7 @@ with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old n
     from fairscale.nn.moe import MOELayer
 
 
-class MoELayer(MOELayer):
+class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
     """A feed-forward layer of E experts behind a gate, in the place of fairscale's MOELayer.
 
     The forward is linear in tokens, and needs neither a process group nor a token count divisible by anything.
@@ -38,7 +38,7 @@ class MoELayer(MOELayer):
     every token counts as padding: a rank that has run out of data takes part in the collectives, and in nothing else.
     """
 
-    def __init__(self, gate: nn.Module, experts: nn.Module, shared_experts: Optional[nn.Module] = None):
+    def __init__(self, gate: Gate, experts: Experts, shared_experts: Optional[Experts] = None):
         nn.Module.__init__(self)  # fairscale's own __init__ asks for a process group
         self.gate = gate
         self.experts = experts
@@ -99,7 +99,7 @@ class MoELayer(MOELayer):
         self.expert_group = expert_group
         self.experts.shard(expert_group.index * self.num_local_experts, self.num_local_experts)
         for parameter in self.experts.parameters():
-            parameter.expert = True
+            parameter.expert = True  # type: ignore[attr-defined]  # fairscale's mark
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script asks each module first
@@ -132,7 +132,7 @@ def shard_experts(model: nn.Module, expert_group: ExpertGroup) -> None:
     # torch's DistributedDataParallel reads this list: experts differ by rank
     model._ddp_params_and_buffers_to_ignore = [
         name for name, parameter in model.named_parameters() if hasattr(parameter, "expert")
-    ]
+    ]  # type: ignore[assignment]  # torch sets the name in this way, too
 
 
 def build_moe_layer(
@@ -143,7 +143,7 @@ def build_moe_layer(
     activation: Union[str, Callable[[Tensor], Tensor]] = "relu",
     dropout: float = 0.0,
     num_shared_experts: int = 0,
-    **gate_options,
+    **gate_options: Any,
 ) -> MoELayer:
     """A layer of num_experts experts model_dim -> hidden_dim -> model_dim behind the gate `router`.
 

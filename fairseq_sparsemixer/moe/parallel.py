@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class RankGroup:
 
     handle: Any
 
-    def __deepcopy__(self, memo: dict) -> "RankGroup":
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "RankGroup":
         return self
 
 
@@ -85,7 +85,7 @@ class ExpertGroup:
         """W / G."""
         return self.world_size // self.size
 
-    def __deepcopy__(self, memo: dict) -> "ExpertGroup":
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "ExpertGroup":
         return self  # process groups cannot be copied, and a copied model talks to the same ranks
 
     @contextmanager
@@ -153,12 +153,12 @@ class AllToAllRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, send: Sequence[int], receive: Sequence[int], expert_group: ExpertGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], expert_group: ExpertGroup) -> Tensor:
         ctx.send, ctx.receive, ctx.expert_group = list(send), list(receive), expert_group
         return _exchange(rows, ctx.send, ctx.receive, expert_group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
         return _exchange(grad, ctx.receive, ctx.send, ctx.expert_group), None, None, None
 
 
@@ -176,14 +176,14 @@ class SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group.handle if isinstance(group, RankGroup) else group
         total = tensor.clone()
         dist.all_reduce(total, group=ctx.group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         total = grad.clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

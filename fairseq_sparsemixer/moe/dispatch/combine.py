@@ -1,6 +1,6 @@
 """Back to the tokens: the experts' outputs, weighted and added up."""
 
-from typing import Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ class _Scale(torch.autograd.Function):
     """rows [N, M] times weight [N], times scale [M] where there is one. Backward needs one product for both gradients."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, scale: Optional[Tensor]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Optional[Tensor]) -> Tensor:
         ctx.save_for_backward(rows, weight, scale)
         return _scaled(rows, weight, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         rows, weight, scale = ctx.saved_tensors
         # the router's gradient is a sum over M: in half precision it would lose digits, and overflow long before the rest
         product = rows.to(torch.promote_types(rows.dtype, torch.float32)) * grad  # [N, M]

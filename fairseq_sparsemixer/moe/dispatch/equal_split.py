@@ -5,6 +5,7 @@ loose capacity, all_to_all.py sends less. The exchange is fairscale's.
 """
 
 import warnings
+from typing import Any, Tuple
 
 import torch
 from torch import Tensor
@@ -25,13 +26,14 @@ class _MeasuredAllToAll(torch.autograd.Function):
     """fairscale's all-to-all of rows [E * C, M], on the group's timer."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, expert_group: ExpertGroup) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, expert_group: ExpertGroup) -> Tensor:
         ctx.expert_group = expert_group
         with expert_group.measured(rows.device):
-            return _AllToAll.forward(ctx, expert_group.group, rows)
+            received: Tensor = _AllToAll.forward(ctx, expert_group.group, rows)
+        return received
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         with ctx.expert_group.measured(grad.device):
             return _AllToAll.backward(ctx, grad)[1], None
 
@@ -61,12 +63,13 @@ def dispatch_equal_split(
 
 
 @torch.no_grad()
-def _agree_on_capacity(counts: Tensor, expert_group: ExpertGroup):
+def _agree_on_capacity(counts: Tensor, expert_group: ExpertGroup) -> Tuple[int, int]:
     """C over the group, at least 1, and the number of rows on this rank."""
     capacity = counts.max().clamp(min=1)
     with expert_group.measured(counts.device):
         dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=expert_group.group)
-    return torch.stack([capacity, counts.sum()]).tolist()
+    agreed, routed = torch.stack([capacity, counts.sum()]).tolist()
+    return agreed, routed
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ def dispatch_locally(tokens: Tensor, routing: Routing, experts: ExpertsFunction,
     waits for the host.
     """
     k = routing.expert_index.size(1)
+    counts: Union[Sequence[int], Tensor]
     if counts_on_device:
         pairs, counts = order_pairs(routing)
         pairs = pairs[: routing.max_routed]

@@ -10,7 +10,7 @@ scores; here it stands on the logits, where arg-max, top-k and sampled selection
 """
 
 import math
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ class _CountInBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, combine_weight: Tensor, load: Tensor, balancer: "SelectionBias") -> Tensor:
+    def forward(ctx: Any, combine_weight: Tensor, load: Tensor, balancer: "SelectionBias") -> Tensor:
         ctx.load, ctx.balancer = load, balancer
         return combine_weight.view_as(combine_weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
         ctx.balancer.add(ctx.load * grad.any())
         return grad, None, None
 
@@ -42,6 +42,8 @@ class SelectionBias(nn.Module):
 
     Raises ValueError for a rate that is negative or not finite.
     """
+
+    bias: Tensor
 
     def __init__(self, num_experts: int, rate: float):
         super().__init__()
@@ -55,7 +57,8 @@ class SelectionBias(nn.Module):
 
     def watch(self, routing: Routing) -> Tensor:
         """routing's combine_weight; its backward counts what each expert was chosen for, dropped or not."""
-        return _CountInBackward.apply(routing.combine_weight, routing.chosen_count().sum(0), self)
+        watched: Tensor = _CountInBackward.apply(routing.combine_weight, routing.chosen_count().sum(0), self)
+        return watched
 
     def add(self, load: Tensor) -> None:
         """load [E] of one more micro-batch."""

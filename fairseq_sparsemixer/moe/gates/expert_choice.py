@@ -38,6 +38,7 @@ def picked_tokens(probabilities: Tensor, padding_mask: Optional[Tensor], capacit
 
 def expert_choice_routing(logits: Tensor, padding_mask: Optional[Tensor], capacity_factor: float) -> Routing:
     """Each expert's choice among the tokens of logits [S, E]."""
+    num_tokens, num_experts = logits.shape
     probabilities = logits.softmax(-1)  # [S, E]
     expert_index = logits.detach().argsort(dim=-1, descending=True, stable=True)  # [S, E]
     picked = picked_tokens(probabilities, padding_mask, capacity_factor).gather(1, expert_index)  # [S, E], by column
@@ -49,7 +50,7 @@ def expert_choice_routing(logits: Tensor, padding_mask: Optional[Tensor], capaci
         probabilities=probabilities.detach(),
         padding_mask=padding_mask,
         skipped=~picked,
-        max_routed=most_routed(*probabilities.shape, capacity_factor, num_columns=probabilities.numel()),
+        max_routed=most_routed(num_tokens, num_experts, capacity_factor, num_columns=probabilities.numel()),
     )
 
 

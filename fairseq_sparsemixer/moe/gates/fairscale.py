@@ -5,6 +5,7 @@ from typing import Optional, Tuple
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.gates.gate import Gate
+from fairseq_sparsemixer.moe.gates.routing import Routing
 
 
 class FairscaleGate(nn.Module):
@@ -17,4 +18,5 @@ class FairscaleGate(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """See the class. SparseMixer's omega, which multiplies the output of a layer, is left to the caller."""
-        return self.gate(tokens).to_fairscale(self.capacity)
+        routing: Routing = self.gate(tokens)
+        return routing.to_fairscale(self.capacity)

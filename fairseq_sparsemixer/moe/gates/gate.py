@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ class Gate(nn.Module):
     Raises ValueError for fewer than one expert, or an option out of range.
     """
 
+    router: ClassVar[str]  # its name, which register_gate sets
     top_k = 1  # experts a token; a gate that can choose more takes it as an option
     causal = True  # at inference, a token's routing depends on no other token: fit for autoregressive decoders
     wants_token_ids = False  # whether models should hand the ids of the tokens down to it
@@ -87,6 +88,7 @@ class Gate(nn.Module):
 
     def limit(self, routing: Routing) -> Routing:
         """The routing with what exceeds the capacity dropped."""
+        assert self.capacity_factor is not None
         return limit_capacity(routing, self.capacity_factor)
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:

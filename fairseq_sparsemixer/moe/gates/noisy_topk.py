@@ -72,7 +72,8 @@ def probability_of_choice(logits: Tensor, noisy: Tensor, top_k: int, noise: Opti
         return chosen.to(logits.dtype)
     # the k-th largest of the other experts: for one of the top k, that is the (k + 1)-th of all
     threshold = torch.where(chosen, best.values[:, top_k:], best.values[:, top_k - 1 : top_k])
-    return torch.special.ndtr((logits - threshold) / noise.std)
+    probability: Tensor = torch.special.ndtr((logits - threshold) / noise.std)
+    return probability
 
 
 @register_gate("noisy_topk")
@@ -82,7 +83,7 @@ class NoisyTopKGate(Gate):
     `route(logits)` is without noise; `route(logits, noise_std=...)` with it, in training. Raises ValueError for a bad top_k.
     """
 
-    def __init__(self, model_dim: int, num_experts: int, top_k: int = 2, **balancing):
+    def __init__(self, model_dim: int, num_experts: int, top_k: int = 2, **balancing: Any):
         super().__init__(model_dim, num_experts, **balancing)
         self.top_k = require_top_k(top_k, num_experts)
         self.noise_projection = nn.Linear(model_dim, num_experts, bias=False)

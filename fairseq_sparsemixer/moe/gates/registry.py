@@ -1,18 +1,19 @@
 """The routers by name: what `--router` accepts."""
 
 import inspect
-from typing import Dict, List, Type
+from typing import Any, Callable, Dict, List, Type, TypeVar
 
 from fairseq_sparsemixer.moe.gates.gate import Gate
 
+GateType = TypeVar("GateType", bound=Gate)
 GATES: Dict[str, Type[Gate]] = {}
 DENSE = "dense"  # `--router dense` is not a gate: the model keeps fairseq's own feed-forward layers
 
 
-def register_gate(name: str):
+def register_gate(name: str) -> Callable[[Type[GateType]], Type[GateType]]:
     """Class decorator: makes a Gate selectable as `--router name`."""
 
-    def register(cls: Type[Gate]) -> Type[Gate]:
+    def register(cls: Type[GateType]) -> Type[GateType]:
         if name in GATES or name == DENSE:
             raise ValueError(f"a router named {name} is registered already")
         GATES[name] = cls
@@ -44,7 +45,7 @@ def routers_with(option: str) -> List[str]:
     return [name for name in sorted(GATES) if option in gate_options(name)]
 
 
-def build_gate(name: str, model_dim: int, num_experts: int, **options) -> Gate:
+def build_gate(name: str, model_dim: int, num_experts: int, **options: Any) -> Gate:
     """Build the gate `name` for tokens of width model_dim and num_experts experts.
 
     Raises ValueError for an unknown gate (the known ones are listed), an option it does not take, or a bad value.

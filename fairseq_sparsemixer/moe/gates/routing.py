@@ -29,7 +29,7 @@ class Routing:
     expert_index: Tensor
     combine_weight: Tensor
     aux_losses: Dict[str, Tensor] = field(default_factory=dict)
-    probabilities: Optional[Tensor] = None
+    probabilities: Tensor = None  # type: ignore[assignment]  # every gate gives them; a default as the field before has one
     padding_mask: Optional[Tensor] = None
     dropped: Optional[Tensor] = None
     output_scale: Optional[Tensor] = None

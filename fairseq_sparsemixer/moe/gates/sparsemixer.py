@@ -112,7 +112,7 @@ class SparseMixerGate(Gate):
         jitter_eps: float = 0.1,
         gradient_estimator: str = "midpoint",
         estimator_at_argmax: bool = False,
-        **balancing,
+        **balancing: Any,
     ):
         super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps)

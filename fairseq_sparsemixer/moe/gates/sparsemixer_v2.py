@@ -67,7 +67,7 @@ class SparseMixerV2Gate(Gate):
         jitter_eps: float = 0.1,
         gradient_estimator: str = "heun3",
         estimator_at_argmax: bool = False,
-        **balancing,
+        **balancing: Any,
     ):
         super().__init__(model_dim, num_experts, **balancing)
         self.top_k = require_top_k(top_k, num_experts)

@@ -45,7 +45,7 @@ class SwitchGate(Gate):
     Raises ValueError for any other.
     """
 
-    def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, **balancing):
+    def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, **balancing: Any):
         super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps, most=1)
 

@@ -71,8 +71,9 @@ def trained_problem(
         if tokens >= max_tokens:
             break
     inputs = torch.cat([context.inputs for context in contexts])[:max_tokens]
-    if jitter_eps is None and hasattr(moe.gate, "estimator"):
-        jitter_eps = moe.gate.jitter_eps  # the routers that sample mask by it; others add noise
+    gate: Any = moe.gate
+    if jitter_eps is None and hasattr(gate, "estimator"):
+        jitter_eps = gate.jitter_eps  # the routers that sample mask by it; others add noise
     return Problem(
         tokens=inputs,
         logits=moe.gate.logits(inputs).detach(),
@@ -107,11 +108,12 @@ def record_context(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample
     with double_softmax(), torch.no_grad():
         criterion(model, sample, reduce=False)
     hook.remove()
+    assert moe.routing is not None
     inputs, outcome = (seen[name].flatten(0, -2) for name in ("inputs", "outcome"))  # [T, M]: a batch of one
     outputs = every_expert(moe, inputs)
     chosen = outputs[torch.arange(len(inputs)), moe.routing.expert_index.squeeze(1)]  # one expert a token
     routed = moe.routing.combine_weight * chosen
-    others = [(other.gate, other.routing) for _, other in named_moe_layers(model) if other is not moe]
+    others = [(layer.gate, layer.routing) for _, layer in named_moe_layers(model) if layer is not moe and layer.routing]
     return FrozenContext(sample, inputs, outputs, outcome, outcome - routed, others)
 
 
@@ -120,7 +122,7 @@ def every_expert(moe: MoELayer, inputs: Tensor) -> Tensor:
     """What each expert makes of each token of inputs [T, M], scaled as the layer scales its output: [T, E, M]."""
     count, E = len(inputs), moe.gate.num_experts
     outputs = moe.experts(inputs.repeat(E, 1), [count] * E).view(E, count, -1)
-    if moe.routing.output_scale is not None:
+    if moe.routing is not None and moe.routing.output_scale is not None:
         outputs = outputs * moe.routing.output_scale
     return outputs.transpose(0, 1)
 
@@ -196,7 +198,7 @@ def frozen(context: FrozenContext, moe: MoELayer, y: Tensor, position: Tensor) -
 def repeat_routing(routing: Routing, count: int) -> Routing:
     """The routing of the positions [T] of one sentence, for `count` copies of it side by side, [T count]."""
 
-    def repeat(value: Optional[Tensor]) -> Optional[Tensor]:
+    def repeat(value: Any) -> Any:
         return None if value is None else value.repeat_interleave(count, 0)
 
     return replace(

@@ -163,7 +163,7 @@ def _watch(run: Run, folder: Path, progress: Optional[Progress], stopping: Event
     """A function that shows the last update in the run's log, and raises Stopped when the study is being ended."""
     if progress is None:
         return partial(_end_if, stopping)
-    updates = run.flags.get("max-update")
+    updates: Any = run.flags.get("max-update")
     bar = progress.add_task(run.name, total=updates, loss="")
     lines = not progress.console.is_terminal and isinstance(updates, (int, float))
     said = 0
