@@ -18,11 +18,6 @@ for found in sorted(ROOT.parent.glob("*/data/multi30k")):  # real text in a fold
 torch.set_num_threads(1)  # tensors here are tiny: more threads cost more than they give
 
 
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random state."""
