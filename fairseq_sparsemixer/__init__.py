@@ -1,7 +1,7 @@
 """fairseq-sparsemixer: Mixture-of-Experts training in fairseq. This folder is both the package and the `--user-dir`.
 
-Four packages, each of which imports only those above it: moe (layers and routers, in torch and fairscale), plugin (what
-meets fairseq; with criterions), tools (studies, fidelity, plots, inspection) and cli (one module a command).
+Four packages, each importing only the ones before it: moe (layers and routers, on torch and fairscale only), plugin (the
+fairseq integration, with criterions), tools (studies, fidelity, plots, inspection) and cli (one module per command).
 """
 
 import sys
@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 if not Path(__file__).with_name("criterions").is_dir() and (_REPOSITORY / "criterions" / "__init__.py").is_file():
-    # in a clone, criterions/ stands beside this folder; asked for by name, another clone's might come that is installed
+    # in a clone, criterions/ is beside this folder; importing it by name could pick up another, installed clone
     __path__.append(str(_REPOSITORY))
 
-_HOME = {  # of the public names, the module; torch takes seconds to load, so that each is loaded when it is asked for
+_HOME = {  # public name -> module, imported on first access because torch takes seconds to load
     "ESTIMATORS": "moe.estimators",
     "Gate": "moe.gates",
     "MoELayer": "moe.layer",
@@ -46,12 +46,12 @@ def __dir__() -> List[str]:
 
 
 def register() -> None:
-    """Register models, criterions and trainer with fairseq, as `--user-dir` does. Needs fairseq; may be called again."""
+    """Register models, criterions and trainer with fairseq, as `--user-dir` does. Needs fairseq; idempotent."""
     import_module(f"{__name__}.plugin.registration").register()
 
 
 class _WaitForFairseq(MetaPathFinder):
-    """Registers as soon as something imports fairseq, so that the order of the two imports does not matter."""
+    """Registers once fairseq is imported, so that the order of the two imports does not matter."""
 
     def find_spec(self, name: str, path: Any = None, target: Optional[ModuleType] = None) -> Optional[ModuleSpec]:
         """See MetaPathFinder. None for every other module."""
@@ -62,7 +62,7 @@ class _WaitForFairseq(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # fairscale spells torch.cuda.amp's old names
+                warnings.simplefilter("ignore", FutureWarning)  # fairscale uses deprecated torch.cuda.amp names
                 execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)

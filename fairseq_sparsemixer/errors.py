@@ -1,10 +1,10 @@
-"""The error a command line ends with."""
+"""The error that a command exits with."""
 
 
 class ConfigurationError(SystemExit, ValueError):
-    """A flag, file or checkpoint that cannot be used: ends the program with one sentence instead of a traceback.
+    """An unusable flag, file or checkpoint: exits with one sentence instead of a traceback.
 
-    As a ValueError it is also what library callers expect to catch.
+    It is also a ValueError, which is what library callers expect to catch.
     """
 
     def __init__(self, message: str):
@@ -12,4 +12,4 @@ class ConfigurationError(SystemExit, ValueError):
         self.message = message
 
     def __reduce__(self):
-        return type(self), (self.message,)  # a process that reports it to another must not prefix it twice
+        return type(self), (self.message,)  # unpickling in another process must not add the prefix twice

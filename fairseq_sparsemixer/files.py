@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 import os
 import secrets
@@ -11,17 +11,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-UNFINISHED = ".tmp"  # ends the name of a file that is being written
+UNFINISHED = ".tmp"  # suffix of files still being written
 
 
 def write_whole(path: Path, content: Union[str, bytes]) -> None:
-    """Give `path` this content in one piece: whoever reads it, whenever the writer is killed, finds the old one or the new.
+    """Replace the content of `path` atomically: readers see the old content or the new, even if the writer is killed.
 
-    A link stays one, and the file that it names gets the content. A device or pipe is written to. Raises OSError.
+    A symbolic link is kept and its target replaced. A device or pipe is written to directly. Raises OSError.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_special(path):
-        # a pipe that nobody reads is an error instead of a wait
+        # a pipe without a reader raises an error instead of blocking
         with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
             os.set_blocking(file.fileno(), True)
             file.write(data)
@@ -33,12 +33,12 @@ def write_whole(path: Path, content: Union[str, bytes]) -> None:
 
 
 def is_special(path: Union[str, os.PathLike]) -> bool:
-    """Whether there is something by that name that is neither a file nor a folder: a device, pipe or socket."""
+    """Whether `path` exists and is neither a file nor a folder: a device, pipe or socket."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def overwritten(read: Iterable[str], written: Iterable[str]) -> Optional[str]:
-    """The first file to write that is one of those to read, under whatever name; None where there is none."""
+    """The first path in `written` that is the same file as one in `read`, links resolved; None if there is none."""
     for path in written:
         if os.path.exists(path) and any(os.path.exists(source) and os.path.samefile(source, path) for source in read):
             return path
@@ -47,9 +47,9 @@ def overwritten(read: Iterable[str], written: Iterable[str]) -> Optional[str]:
 
 @contextmanager
 def unfinished_beside(path: str) -> Iterator[str]:
-    """The name of a new file beside `path`, which no other writer has; it is gone afterwards unless `finish` renamed it.
+    """Yield the name of a new, unique file beside `path`; it is deleted on exit unless `finish` renamed it.
 
-    It is locked for this while: see is_abandoned. Raises OSError.
+    The file is locked in the meantime: see is_abandoned. Raises OSError.
     """
     unfinished = f"{path}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}"
     descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -63,14 +63,14 @@ def unfinished_beside(path: str) -> Iterator[str]:
 
 
 def finish(unfinished: str, path: str) -> None:
-    """Give a file that is written its name, once its bytes are on the disk. Raises OSError."""
+    """Flush a written file to disk, then rename it to `path`. Raises OSError."""
     _flush_to_disk(unfinished)
     os.replace(unfinished, path)
-    _flush_to_disk(os.path.dirname(os.path.abspath(path)))  # the name as well
+    _flush_to_disk(os.path.dirname(os.path.abspath(path)))  # makes the rename durable
 
 
 def is_abandoned(unfinished: str) -> bool:
-    """Whether nobody writes this file any more; False where that cannot be told."""
+    """Whether no process is still writing this file; False if that cannot be determined."""
     try:
         descriptor = os.open(unfinished, os.O_RDWR)
     except OSError:
@@ -82,10 +82,10 @@ def is_abandoned(unfinished: str) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed, or until its process is gone; False where another has it, or locks are unknown."""
+    """Lock an open file until it is closed or its process exits; False if another holds the lock or locks are unsupported."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):  # taken, or a file system or platform without locks
+    except (OSError, AttributeError):  # held by another, or no locks on this file system or platform
         return False
     return True
 

@@ -1,20 +1,20 @@
-"""What a model's state dict calls the parts of an MoE layer."""
+"""Names of an MoE layer's parts in a model's state dict."""
 
 from typing import Iterable
 
-LAYER = ".fc1.moe"  # behind the name of the transformer layer that it stands in
+LAYER = ".fc1.moe"  # follows the name of the enclosing transformer layer
 EXPERTS = ".experts."  # in the name of every parameter of an expert
 FIRST_WEIGHT, LAST_WEIGHT = ".experts.weight_in", ".experts.weight_out"  # [E, M, H] and [E, H, M]
 SHARED_EXPERTS = ".moe.shared_experts."
 GATE = ".moe.gate."
-PROJECTION = ".gate.projection.weight"  # [E, M], the router's
+PROJECTION = ".gate.projection.weight"  # [E, M], of the router
 
 
 def transformer_layer(moe_layer: str) -> str:
-    """The name of the transformer layer around the MoE layer of that name; the name itself for a layer on its own."""
+    """The name of the transformer layer that encloses this MoE layer; the name itself for a standalone layer."""
     return moe_layer[: -len(LAYER)] if moe_layer.endswith(LAYER) else moe_layer
 
 
 def count_layers(names: Iterable[str]) -> int:
-    """The MoE layers among the parameters of these names."""
+    """The number of MoE layers among these parameter names."""
     return sum(name.endswith(FIRST_WEIGHT) for name in names)

@@ -1,4 +1,4 @@
-"""The flags of a Mixture-of-Experts model. Loads neither torch nor fairseq: `--help` and completion read them, too."""
+"""The flags of a Mixture-of-Experts model. Imports neither torch nor fairseq, so that `--help` and completion stay fast."""
 
 import re
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Dict, Iterator, Optional
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
-# as registered in moe/gates, moe/estimators.py and moe/experts.py
+# must match the registrations in moe/gates, moe/estimators.py and moe/experts.py
 ROUTERS = "dense, base, dense_st, expert_choice, gshard, hash, noisy_topk, sinkhorn, sparsemixer, sparsemixer_v2, switch"
 ESTIMATORS = "switch, euler, midpoint, heun3, inf"
 ACTIVATIONS = "relu, gelu, silu, geglu, swiglu"
@@ -15,9 +15,9 @@ ACTIVATIONS = "relu, gelu, silu, geglu, swiglu"
 
 @dataclass
 class MoEOptions:
-    """Mixed into a model's dataclass: one field a flag, its help text the documentation.
+    """Mixin for a model's dataclass: one field per flag, documented by its help text.
 
-    A field with the metadata `option` is handed to the router under that name; `refusal` says why a router may take none.
+    A field with `option` in its metadata is passed to the router under that name; `refusal` says why a router rejects it.
     """
 
     router: str = field(
@@ -135,9 +135,9 @@ class MoEOptions:
     )
 
 
-# by the name of the router's option, the field of the flag that sets it
+# router option -> the field of the flag that sets it
 FIELDS: Dict[str, Field] = {flag.metadata["option"]: flag for flag in fields(MoEOptions) if "option" in flag.metadata}
-FLAGS = {  # by the names that the core knows them by
+FLAGS = {  # parameter name in the core -> flag
     **{flag.name: f"--{flag.name.replace('_', '-')}" for flag in fields(MoEOptions)},
     **{option: f"--{flag.name.replace('_', '-')}" for option, flag in FIELDS.items()},
     "activation": "--expert-activation",
@@ -147,7 +147,7 @@ NAMED = re.compile(rf"\b({'|'.join(FLAGS)})=(?=\S)")
 
 @contextmanager
 def in_flags() -> Iterator[None]:
-    """The core's ValueErrors as ConfigurationErrors: `num_experts=0 must ...` becomes `--num-experts 0 must ...`."""
+    """Turn the core's ValueErrors into ConfigurationErrors: `num_experts=0 must ...` becomes `--num-experts 0 must ...`."""
     try:
         yield
     except ConfigurationError:

@@ -1,16 +1,16 @@
-"""What the numbers of flags may be. NaN fails every comparison, and so every check that is written as one that must hold."""
+"""Allowed ranges of numeric flags. NaN fails every comparison, so checks are written as conditions that must hold."""
 
 import math
 from typing import Any, Callable, NamedTuple
 
-YEAR = 31_536_000  # in seconds; more overflows the clocks of torch's backends
-TOO_LARGE = 2**31  # counts stay below: tensors take no others
+YEAR = 31_536_000  # seconds; larger values overflow the clocks of torch's backends
+TOO_LARGE = 2**31  # counts must stay below this limit of tensors
 
 
 class Rule(NamedTuple):
-    """`holds` for the numbers that are allowed; `must` completes the sentence "--flag value must ...".
+    """`holds` is true for allowed numbers; `must` completes the sentence "--flag value must ...".
 
-    whole: whether it has to be an integer.
+    whole: whether the number must be an integer.
     """
 
     holds: Callable[[Any], bool]
@@ -26,7 +26,7 @@ COUNT = Rule(lambda x: 1 <= x < TOO_LARGE, "be at least 1", whole=True)
 
 
 def broken_rule(flag: str, value: Any, rule: Rule, remedy: str = "") -> str:
-    """The sentence for a value that breaks the rule; empty for one that does not. A text or a truth value is not a number."""
+    """The error sentence if the value breaks the rule, else an empty string. Strings and booleans are not numbers."""
     kinds = int if rule.whole else (int, float)
     if isinstance(value, kinds) and not isinstance(value, bool) and rule.holds(value):
         return ""

@@ -1,1 +1,1 @@
-"""The Mixture-of-Experts layer, in torch and fairscale alone: gates decide, dispatch moves tokens, experts compute."""
+"""The Mixture-of-Experts layer, on torch and fairscale only: gates decide, dispatch moves tokens, experts compute."""

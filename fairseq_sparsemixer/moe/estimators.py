@@ -1,17 +1,17 @@
-"""Gradient estimators of the router: what multiplies an expert's output, and what the router learns from it.
+"""Router gradient estimators: the multiplier of an expert's output, and the gradient it sends to the router.
 
-The gradient term that Switch drops is a sum over experts of g(a) - g(0), with a = pi_i f_i, and each difference is an
-ODE step from 0 to a. An estimator is a quadrature of that step by the one expert that ran: it evaluates the
+The gradient term that Switch drops is a sum over experts of g(a) - g(0), with a = pi_i f_i. Each difference is an ODE
+step from 0 to a. An estimator approximates that step by quadrature with the one expert that ran: it evaluates the
 downstream loss g at s*a for a random node s, and sends `gain` times the gradient of the multiplier to the router.
 
-    estimator   node s                                gain   what it is in expectation over s
+    estimator   node s                                gain   in expectation over s
     switch      1                                     1      only the term that scales the chosen expert
     euler       1                                     2      first order for the dropped term, plus switch's term
     midpoint    1/2 or 1, equally likely              2      second order, plus switch's term (SparseMixer, arXiv 2310.00811)
     heun3       1 with probability 1/4, else 1/3      1      third order (GRIN, arXiv 2409.12136)
     inf         1, or uniform on [0, 1], equally      2      exact for any smooth g, plus switch's term
 
-For the arg-max expert the node is always 1 (first order), as both papers have it, where `first_order_argmax` is set.
+With `first_order_argmax`, the node is always 1 (first order) for the arg-max expert, as in both papers.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from typing import Callable, Dict, List, Tuple
 import torch
 from torch import Tensor
 
-HEUN_THIRD = 1 / 3  # the second node of Heun's third-order method, of weight 3/4
+HEUN_THIRD = 1 / 3  # second node of Heun's third-order method, with weight 3/4
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Estimator:
     """One row of the table above.
 
     `node` maps a uniform coin in [0, 1) to s; `quadrature` lists (s, probability) for expectations without sampling.
-    `keeps_scale_term`: whether the expectation holds the term that scales the chosen expert ("plus switch's term").
+    `keeps_scale_term`: whether the expectation includes the term that scales the chosen expert ("plus switch's term").
     """
 
     name: str
@@ -40,11 +40,11 @@ class Estimator:
 
     @property
     def deterministic(self) -> bool:
-        """Whether s is 1 whatever the coin."""
+        """Whether s is 1 for every coin."""
         return self.quadrature == ((1.0, 1.0),)
 
     def multiplier(self, probability: Tensor, coin: Tensor, is_argmax: Tensor) -> Tensor:
-        """The factor of the chosen expert's output, with the router's gradient attached.
+        """The factor on the chosen expert's output, carrying the router's gradient.
 
         Args: probability [...] of the chosen expert; coin [...] uniform in [0, 1); is_argmax [...] bool.
         Returns: [...], `probability * s`; its backward sends `gain` times the incoming gradient to `probability`.
@@ -57,9 +57,9 @@ class Estimator:
         return self.multiplier_at(probability, node.to(probability.dtype))
 
     def multiplier_at(self, probability: Tensor, node: Tensor) -> Tensor:
-        """The same for a node s [...] that is given rather than drawn."""
+        """The same for a given node s [...] instead of a drawn one."""
         value = probability.detach()
-        return value * node + self.gain * (probability - value)  # the second term is zero, and carries the gradient
+        return value * node + self.gain * (probability - value)  # the second term is zero and carries the gradient
 
 
 def _uniform_quadrature(points: int = 8) -> List[Tuple[float, float]]:
@@ -70,7 +70,7 @@ def _uniform_quadrature(points: int = 8) -> List[Tuple[float, float]]:
     return [((node + 1) / 2, weight / 2) for node, weight in zip(nodes.tolist(), weights.tolist())]
 
 
-# The nodes by the coin: functions with a name, so that a model can be pickled.
+# Coin -> node. Named functions, because a model must be picklable.
 def _one(coin: Tensor) -> Tensor:
     return torch.ones_like(coin)
 
@@ -84,7 +84,7 @@ def _third_or_one(coin: Tensor) -> Tensor:
 
 
 def _uniform_or_one(coin: Tensor) -> Tensor:
-    # below one half the coin, stretched back to [0, 1), is the uniform node itself
+    # a coin below one half, rescaled to [0, 1), is the uniform node itself
     return torch.where(coin < 0.5, 2 * coin, torch.ones_like(coin))
 
 
@@ -108,7 +108,7 @@ ESTIMATORS: Dict[str, Estimator] = {
 
 
 def get_estimator(name: str, first_order_argmax: bool = True) -> Estimator:
-    """The estimator of that name, with or without the arg-max rule. Raises ValueError, listing the names, for any other."""
+    """The named estimator, with or without the arg-max rule. Raises ValueError, listing the names, for an unknown one."""
     if name not in ESTIMATORS:
         raise ValueError(f"gradient_estimator={name} is unknown; choose from {', '.join(ESTIMATORS)}")
     return replace(ESTIMATORS[name], first_order_argmax=first_order_argmax)

@@ -1,6 +1,6 @@
-"""The expert feed-forward networks, stacked so that one tensor holds a weight of all experts.
+"""The expert feed-forward networks, stacked: each weight is one tensor for all experts.
 
-Rows arrive grouped by expert: rows [N, M] and counts, N_e rows for each expert e in order. feed_forward.py computes.
+Input rows [N, M] are grouped by expert; counts gives the N_e rows of each expert e, in order. feed_forward.py computes.
 """
 
 import math
@@ -16,13 +16,13 @@ from fairseq_sparsemixer.moe.grouped import can_group, feed_forward_grouped
 
 
 def geglu(inner: Tensor) -> Tensor:
-    """inner [..., 2H] -> [..., H]: one half, through gelu, times the other (arXiv 2002.05202)."""
+    """inner [..., 2H] -> [..., H]: gelu of the first half times the second (arXiv 2002.05202)."""
     gate, linear = inner.chunk(2, dim=-1)
     return F.gelu(gate) * linear
 
 
 def swiglu(inner: Tensor) -> Tensor:
-    """As geglu, through silu."""
+    """As geglu, with silu."""
     gate, linear = inner.chunk(2, dim=-1)
     return F.silu(gate) * linear
 
@@ -34,10 +34,10 @@ GATED_ACTIVATIONS: Dict[str, Activation] = {"geglu": geglu, "swiglu": swiglu}
 class Experts(nn.Module):
     """E feed-forward networks M -> H -> M.
 
-    Args: activation is a name of ACTIVATIONS or GATED_ACTIVATIONS (the hidden layer is then the product of an activated
-    and a linear projection), or any function of a tensor without parameters of its own; dropout in [0, 1] acts on the
-    hidden layer in training, and at inference, too, while `drop_at_inference` is set (Monte Carlo dropout). Raises
-    ValueError for others.
+    Args: activation is a name in ACTIVATIONS or GATED_ACTIVATIONS (for the latter, the hidden layer is the product of an
+    activated and a linear projection), or any parameter-free function of a tensor. dropout in [0, 1] acts on the hidden
+    layer in training, and also at inference while `drop_at_inference` is set (Monte Carlo dropout). Raises ValueError
+    for other values.
     """
 
     drop_at_inference = False
@@ -56,7 +56,7 @@ class Experts(nn.Module):
         self.gated = activation in GATED_ACTIVATIONS
         self.activation = resolve_activation(activation)
         if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout={dropout} must lie in [0, 1]; 0 switches it off")
+            raise ValueError(f"dropout={dropout} must lie in [0, 1]; 0 disables it")
         self.dropout = dropout
         self.gradient_memory = GradBufferPool()
         inner = 2 * hidden_dim if self.gated else hidden_dim
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each expert starts as two torch.nn.Linear do: uniform within 1 / sqrt(fan in)."""
+        """Initialise each expert like two torch.nn.Linear: uniform within 1 / sqrt(fan in)."""
         for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
             bound = 1 / math.sqrt(weight.size(1))
             nn.init.uniform_(weight, -bound, bound)
@@ -76,7 +76,7 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Union[Sequence[int], Tensor]) -> Tensor:
         """rows [N, M] grouped by expert -> [N, M]; counts [E] sum to N.
 
-        Counts that takes_device_counts allows to stay a tensor may sum to less: the rows behind give zeros.
+        If counts is a tensor (see takes_device_counts), it may sum to less; the remaining rows give zeros.
         """
         dtype = self.precision(rows)
         weights = Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(dtype)
@@ -86,16 +86,16 @@ class Experts(nn.Module):
         return feed_forward_by_expert(rows, weights, counts, self.activation, dropout, self.gradient_memory)
 
     def takes_device_counts(self, rows: Tensor) -> bool:
-        """Whether counts may, and should, stay on the device of these rows: nothing then waits for the host."""
+        """Whether counts can stay on the device of these rows, which avoids host synchronisation."""
         return can_group(rows.device, self.precision(rows), *self.weight_in.shape[1:], *self.weight_out.shape[1:])
 
     def precision(self, rows: Tensor) -> torch.dtype:
-        """What to compute in: as torch.nn.functional.linear, autocast's precision where it is on."""
+        """The compute dtype: autocast's if enabled, else that of `rows`, as torch.nn.functional.linear."""
         device = rows.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
     def shard(self, first: int, count: int) -> None:
-        """Keep `count` experts from `first` on; the others live on other ranks. Full checkpoints load into the share kept."""
+        """Keep `count` experts starting at `first`; other ranks hold the rest. Full checkpoints load into this shard."""
         self.first_expert = first
         for name, parameter in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(parameter.detach().narrow(0, first, count).clone()))
@@ -108,12 +108,12 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        experts, model_dim, _ = self.weight_in.shape  # experts: those kept here
+        experts, model_dim, _ = self.weight_in.shape  # experts: in this shard
         return f"num_experts={experts}, model_dim={model_dim}, hidden_dim={self.weight_out.size(1)}, gated={self.gated}"
 
 
 def resolve_activation(activation: Union[str, Activation]) -> Activation:
-    """The function behind a name. Raises ValueError for an unknown one, and for a module with parameters."""
+    """The activation function of that name. Raises ValueError for an unknown name or a module with parameters."""
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         raise ValueError(f"activation {activation} has parameters, which experts do not train; choose a plain function")
     if callable(activation):

@@ -1,6 +1,6 @@
-"""The arithmetic of stacked feed-forward networks as a loop over the experts that have rows, their counts on the host.
+"""Stacked feed-forward networks computed in a loop over the experts that have rows, with counts on the host.
 
-Runs anywhere; grouped.py does the same in one kernel for all experts, where there is one. N rows, E experts, model
+Runs on any device; grouped.py does the same in one kernel for all experts where available. N rows, E experts, model
 dimension M, hidden dimension H; I is H, or 2H for gated activations.
 """
 
@@ -24,12 +24,12 @@ class Weights(NamedTuple):
     bias_out: Tensor
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """All four in another precision, differentiably."""
+        """All four cast to another dtype, differentiably."""
         return Weights(*(tensor.to(dtype) for tensor in self))
 
 
 class Group(NamedTuple):
-    """The first `count` of `rows` belong to this expert; the others are later experts', there to round the number up."""
+    """The first `count` of `rows` belong to this expert; the rest belong to later experts and only round up the size."""
 
     expert: int
     count: int  # type: ignore[assignment]  # nobody counts the entries of this tuple
@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 
 def groups_of(counts: Sequence[int], rounded: bool = False) -> List[Group]:
-    """A Group for each expert that has rows, in order. What is computed for the rows behind its own is to be overwritten."""
+    """A Group for each expert that has rows, in order. Results for rows beyond a group's own must be overwritten."""
     groups, start, total = [], 0, sum(counts)
     for expert, count in enumerate(counts):
         if count:
@@ -48,7 +48,7 @@ def groups_of(counts: Sequence[int], rounded: bool = False) -> List[Group]:
 
 
 def _round_up(count: int) -> int:
-    """To one of sixteen sizes between a power of two and the next; below 32 every number is one."""
+    """Round up to one of sixteen sizes per power of two; counts below 32 stay as they are."""
     step = 1 << max(count.bit_length() - 5, 0)
     return -(-count // step) * step
 
@@ -63,8 +63,8 @@ def feed_forward_by_expert(
 ) -> Tensor:
     """rows [N, M] grouped by expert, counts [E] summing to N -> [N, M].
 
-    activation maps [n, I] to [n, H], row by row, and has no parameters of its own; dropout in [0, 1] acts on its result.
-    Gradients of the weights are put into `memory`, when given.
+    activation maps [n, I] to [n, H] row by row and has no parameters; dropout in [0, 1] acts on its result. Weight
+    gradients are allocated from `memory` if given.
     """
     if torch.is_grad_enabled():
         out: Tensor = _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradBufferPool())
@@ -73,10 +73,10 @@ def feed_forward_by_expert(
 
 
 class _ByExpert(torch.autograd.Function):
-    """One expert after the other, whole: its hidden layer is still in the cache when it is used again.
+    """Runs each expert to the end before the next, so that its hidden layer is still in the cache when it is read.
 
-    Any activation but relu is recomputed in the backward pass. Gradients are written straight into one buffer for all
-    experts; only the rows of idle experts are zero-filled.
+    Activations other than relu are recomputed in backward. Gradients are written directly into one buffer for all
+    experts; only the slices of idle experts are zero-filled.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ def _run_by_expert(
     dropout: float,
     keep: Optional[List[Tuple[Tensor, ...]]],
 ) -> Tensor:
-    """The forward pass; to `keep`, when given, it appends what each group's backward needs."""
+    """The forward pass; appends what each group's backward needs to `keep`, if given."""
     out = rows.new_empty(rows.size(0), weights.weight_out.size(2))
     for expert, _, where in groups_of(counts, _by_onednn(rows)):
         inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert])
@@ -140,9 +140,9 @@ def _run_by_expert(
 
 
 def activation_forward(inner: Tensor, activation: Activation, dropout: float) -> Tuple[Tensor, Tuple[Tensor, ...]]:
-    """inner [n, I], overwritten for relu -> hidden [n, H], and what activation_backward needs.
+    """inner [n, I] (overwritten for relu) -> hidden [n, H], and what activation_backward needs.
 
-    For relu that is the result alone: zero where the unit or the dropout was off.
+    relu needs only the result, which is zero where the unit was off or dropped.
     """
     if activation is F.relu:
         hidden = inner.relu_()
@@ -158,7 +158,7 @@ def activation_forward(inner: Tensor, activation: Activation, dropout: float) ->
 def activation_backward(
     kept: Sequence[Tensor], grad_hidden: Tensor, activation: Activation, dropout: float
 ) -> Tuple[Tensor, Tensor]:
-    """hidden [n, H] again, and the gradient of inner [n, I]."""
+    """hidden [n, H], recomputed, and the gradient of inner [n, I]."""
     if activation is F.relu:
         (hidden,) = kept
         grad_inner = torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
@@ -182,7 +182,7 @@ def _scale(dropout: float) -> float:
 
 def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O]."""
-    if _by_onednn(rows):  # without its own relu, which turns a NaN into 0 and hides what went wrong
+    if _by_onednn(rows):  # not fused with relu: oneDNN's relu turns NaN into 0 and hides the failure
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return product
     return F.linear(rows, weight, bias)
@@ -192,7 +192,7 @@ def _by_onednn(rows: Tensor) -> bool:
     return USE_ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
 
 
-# torch sends float32 products on a CPU to MKL or OpenBLAS. For the few rows of an expert oneDNN, which is there for
-# torch.compile, takes about 3/4 of MKL's time, with the bias on top; but it prepares a kernel for each number of rows
-# that it meets, for longer than a small product takes. Hence the rounding (benchmarks/NOTES.md).
+# torch uses MKL or OpenBLAS for float32 products on a CPU. For the few rows of an expert, oneDNN (shipped for
+# torch.compile) takes about 3/4 of MKL's time, bias included. But it prepares a kernel for each new number of rows,
+# which takes longer than a small product. Hence the rounding (benchmarks/NOTES.md).
 USE_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,7 +1,7 @@
-"""Memory for the gradients of all experts, kept from one backward pass to the next.
+"""Gradient buffers of the experts, reused between backward passes.
 
 A gradient of stacked experts takes tens of MB to GB, and fairseq drops gradients between updates. The C library returns
-blocks of that size to the system and maps them anew in every step, which costs more than computing what goes in.
+blocks of that size to the system and remaps them in every step, which costs more than computing their content.
 """
 
 import mmap
@@ -11,17 +11,17 @@ from typing import Any, Dict, Tuple, Type
 import torch
 from torch import Tensor
 
-WORTH_KEEPING = 1 << 20  # bytes: from 32 MB on glibc never keeps a block, below only where nothing free lies behind it
+WORTH_KEEPING = 1 << 20  # bytes; glibc never keeps blocks of 32 MB or more, and smaller ones only if no free block follows
 
 
 class GradBufferPool:
-    """One block for each name, handed out again as soon as no tensor uses it any more. CPU only: GPUs have an allocator."""
+    """One block per name, reused once no tensor refers to it. CPU only: on GPUs, torch's caching allocator does this."""
 
     def __init__(self) -> None:
         self._blocks: Dict[str, mmap.mmap] = {}
 
     def like(self, name: str, parameter: Tensor) -> Tensor:
-        """An uninitialised tensor of a parameter's shape and dtype, for its gradient."""
+        """An uninitialised tensor with the parameter's shape and dtype, for its gradient."""
         size = parameter.numel() * parameter.element_size()
         if parameter.device.type != "cpu" or size < WORTH_KEEPING or not hasattr(mmap, "MAP_PRIVATE"):
             return torch.empty_like(parameter)
@@ -30,8 +30,8 @@ class GradBufferPool:
         return torch.frombuffer(self._blocks[name], dtype=parameter.dtype).view(parameter.shape)
 
     def _in_use(self, name: str) -> bool:
-        # torch holds a reference to the block for as long as any tensor shares the storage made from it
-        return sys.getrefcount(self._blocks[name]) > 2  # the dictionary's, and the call's own
+        # torch holds a reference to the block while any tensor shares its storage
+        return sys.getrefcount(self._blocks[name]) > 2  # the dictionary's and this call's own
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "GradBufferPool":
         return GradBufferPool()

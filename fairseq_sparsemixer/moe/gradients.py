@@ -1,8 +1,8 @@
-"""Gradients of experts that are spread over ranks, on the scale of all other gradients.
+"""Gradients of sharded experts, on the same scale as all other gradients.
 
 An expert's gradient is already a sum over the tokens of its group's ranks, while data parallelism averages the others over
-all W ranks (and fairseq later multiplies everything by W / sample size). So: add up the replicas, divide by W, once an
-update. All of these functions are collectives.
+all W ranks (and fairseq later multiplies everything by W / sample size). So, once per update: sum over the replicas and
+divide by W. All functions here are collectives.
 """
 
 from typing import Iterable, List
@@ -15,7 +15,7 @@ from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
 def reduce_expert_gradients(model: nn.Module, expert_group: ExpertGroup) -> None:
-    """Sum over replicas, divided by W. A missing gradient counts as zero: every rank takes part in every sum."""
+    """Sum over replicas, divided by W. A missing gradient counts as zero, because every rank must join every sum."""
     for parameter in _experts(model.parameters()):
         if not parameter.requires_grad:
             continue
@@ -27,9 +27,9 @@ def reduce_expert_gradients(model: nn.Module, expert_group: ExpertGroup) -> None
 
 
 def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], expert_group: ExpertGroup) -> Tensor:
-    """The 2-norm of all gradients, equal on all ranks, from that of the parameters every rank has.
+    """The 2-norm of all gradients, equal on all ranks, given the norm of the replicated parameters' gradients.
 
-    `parameters` are this rank's, its experts among them: each expert of the group counts once.
+    `parameters` are this rank's, including its experts; each expert of the group counts once.
     """
     grads = [parameter.grad for parameter in _experts(parameters) if parameter.grad is not None]
     squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
@@ -39,9 +39,9 @@ def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], expert_gro
 
 
 def share_overflow(model: nn.Module, expert_group: ExpertGroup) -> None:
-    """Make an infinite or undefined expert gradient of one rank visible to all: torch's GradScaler looks only at its own."""
+    """Make an infinite or NaN expert gradient of one rank visible to all: torch's GradScaler checks only its own rank."""
     finite = [parameter.grad.isfinite().all() for parameter in _experts(model.parameters()) if parameter.grad is not None]
-    if not finite:  # on no rank: all experts are frozen
+    if not finite:  # the same on every rank: all experts are frozen
         return
     overflow = (~torch.stack(finite).all()).float()
     dist.all_reduce(overflow, group=expert_group.group)

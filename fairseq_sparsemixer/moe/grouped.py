@@ -1,6 +1,6 @@
-"""The arithmetic of stacked feed-forward networks in one kernel for all experts, their counts on the device.
+"""Stacked feed-forward networks computed in one kernel for all experts, with counts on the device.
 
-For bfloat16 on GPUs that have torch's grouped matrix product. Names and shapes are those of feed_forward.py.
+For bfloat16 on GPUs with torch's grouped matrix product. Names and shapes as in feed_forward.py.
 """
 
 from typing import Any, Optional, Tuple
@@ -12,13 +12,13 @@ from torch import Tensor
 from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, activation_backward, activation_forward
 
 HOPPER, BLACKWELL = 9, 10  # major compute capabilities
-ONES = 8  # columns: the grouped product wants rows of 16 bytes
+ONES = 8  # columns: the grouped product needs rows of 16 bytes
 
 
 def can_group(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
     """Whether torch has a grouped product kernel for these sizes: bfloat16, Hopper or Blackwell, rows of 16 bytes.
 
-    Elsewhere torch falls back to a loop over experts, which copies their sizes to the host.
+    Otherwise torch falls back to a loop over experts, which copies their sizes to the host.
     """
     return (
         hasattr(F, "grouped_mm")
@@ -32,16 +32,16 @@ def can_group(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
 def feed_forward_grouped(rows: Tensor, weights: Weights, counts: Tensor, activation: Activation, dropout: float = 0.0) -> Tensor:
     """As feed_forward_by_expert, without a host synchronisation: counts [E] int64 on the device may sum to less than N.
 
-    The rows behind the last expert's give zeros and get a zero gradient.
+    Rows after the last expert's give zeros and get a zero gradient.
     """
     out: Tensor = _Grouped.apply(rows, *weights, counts, activation, dropout)
     return out
 
 
 class _Grouped(torch.autograd.Function):
-    """Backward by hand: bias gradients are grouped products with ones, in a fixed order and without a float32 copy.
+    """Manual backward: bias gradients are grouped products with ones, in a fixed order and without a float32 copy.
 
-    The product leaves rows behind the last group unwritten, whatever they hold: they are cut off where they would leave.
+    The product leaves rows after the last group uninitialised: they are zeroed in everything that is returned.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class _Grouped(torch.autograd.Function):
                 counts: Tensor, activation: Activation, dropout: float) -> Tensor:  # fmt: skip
         ends = counts.cumsum(0)
         place = torch.arange(rows.size(0), device=rows.device)
-        expert = torch.searchsorted(ends, place, right=True)  # [N], E behind the last group
+        expert = torch.searchsorted(ends, place, right=True)  # [N], E after the last group
         behind = (expert == counts.size(0)).unsqueeze(1)
         expert, ends = expert.clamp_(max=counts.size(0) - 1), ends.to(torch.int32)
         inner = F.grouped_mm(rows, weight_in, offs=ends).add_(bias_in.index_select(0, expert))
@@ -86,5 +86,5 @@ def _weight_gradients(inputs: Tensor, grad: Tensor, counts: Tensor, ends: Tensor
 
 
 def _leaves_garbage(device: torch.device) -> bool:
-    """Whether the product leaves the result of a group without rows unwritten: Blackwell's does (pytorch#172439)."""
+    """Whether the product leaves the result of an empty group uninitialised, as on Blackwell (pytorch#172439)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == BLACKWELL

@@ -1,14 +1,14 @@
 """The Mixture-of-Experts layer: gate -> dispatch -> experts -> combine.
 
-Arguments and results carry the data. What goes beside them, because a framework calls in between, is this:
+Arguments and results carry the data. The exceptions, where a framework's call lies in between, are these attributes:
 
     set by                        attribute                               read by
     MoELayer.forward              MoELayer.routing                        criterions, for auxiliary losses and metrics
     trainer, before a dummy batch MoELayer.idle                           MoELayer.forward
-    trainer, at the start         MoELayer.expert_group                   MoELayer.dispatch
-    trainer, at the start         Gate.balance_group                      Gate.decide, for the balance loss
+    trainer, at start-up          MoELayer.expert_group                   MoELayer.dispatch
+    trainer, at start-up          Gate.balance_group                      Gate.decide, for the balance loss
     the backward pass             SelectionBias.load                      update_selection_biases, after the step
-    fairseq's layer (moe_block)   _FeedForward.padding_mask, token_ids    _FeedForward.forward: fairseq calls fc1 with x alone
+    fairseq's layer (moe_block)   _FeedForward.padding_mask, token_ids    _FeedForward.forward: fairseq calls fc1 with x only
     --retain-dropout              Experts.drop_at_inference               Experts.forward
 """
 
@@ -24,22 +24,22 @@ from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 from fairseq_sparsemixer.names import transformer_layer
 
-with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old names
+with warnings.catch_warnings():  # fairscale uses deprecated torch.cuda.amp names
     warnings.simplefilter("ignore", FutureWarning)
     from fairscale.nn.moe import MOELayer
 
 
 class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
-    """A feed-forward layer of E experts behind a gate, in the place of fairscale's MOELayer.
+    """A feed-forward layer of E experts behind a gate, a replacement for fairscale's MOELayer.
 
-    The forward is linear in tokens, and needs neither a process group nor a token count divisible by anything.
-    `routing` is the Routing of the last forward; None before the first. `shared_experts`, where there are some, run on
-    every token that is not padding, and are added unweighted (DeepSeekMoE, arXiv 2401.06066, Eq. 9). While `idle` is set,
-    every token counts as padding: a rank that has run out of data takes part in the collectives, and in nothing else.
+    The forward is linear in tokens, and needs no process group and no particular divisor of the token count. `routing` is
+    the Routing of the last forward; None before the first. `shared_experts`, if any, run on every token that is not padding
+    and are added unweighted (DeepSeekMoE, arXiv 2401.06066, Eq. 9). While `idle` is set, every token counts as padding: a
+    rank that has run out of data joins the collectives and contributes nothing else.
     """
 
     def __init__(self, gate: Gate, experts: Experts, shared_experts: Optional[Experts] = None):
-        nn.Module.__init__(self)  # fairscale's own __init__ asks for a process group
+        nn.Module.__init__(self)  # fairscale's __init__ requires a process group
         self.gate = gate
         self.experts = experts
         self.shared_experts = shared_experts
@@ -54,20 +54,20 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
 
     @property
     def num_local_experts(self) -> int:
-        """The experts that live on this rank."""
+        """The number of experts on this rank."""
         return self.gate.num_experts // (1 if self.expert_group is None else self.expert_group.size)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Tensor:
         """x [..., M], padding_mask [...] (True = padding), token_ids [...] if known -> [..., M], zero at padding.
 
-        Raises ValueError when the shapes do not fit.
+        Raises ValueError if the shapes do not match.
         """
         model_dim = self.gate.model_dim
         if x.size(-1) != model_dim:
-            raise ValueError(f"x has width {x.size(-1)}, and the layer was built for model_dim={model_dim}")
+            raise ValueError(f"x has width {x.size(-1)}, but the layer was built for model_dim={model_dim}")
         if padding_mask is not None:
             if padding_mask.shape != x.shape[:-1]:
-                raise ValueError(f"padding_mask is {tuple(padding_mask.shape)}, and x {tuple(x.shape)}")
+                raise ValueError(f"padding_mask of shape {tuple(padding_mask.shape)} does not match x of {tuple(x.shape)}")
             padding_mask = padding_mask.reshape(-1).bool()
         tokens = x.reshape(-1, model_dim)  # [S, M]
         if self.idle:
@@ -82,8 +82,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         return output.reshape(x.shape)
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """tokens [S, M] through the experts that the routing gives them, wherever they are -> [S, M]."""
-        tokens = tokens.to(self.experts.precision(tokens))  # before they are copied and sent: under autocast, half the bytes
+        """Run tokens [S, M] through the experts chosen by the routing, on whichever rank they are -> [S, M]."""
+        tokens = tokens.to(self.experts.precision(tokens))  # before copying and sending: under autocast, half the bytes
         on_device = self.experts.takes_device_counts(tokens)
         if self.expert_group is None:
             return dispatch_locally(tokens, routing, self.experts, on_device)
@@ -92,9 +92,9 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device)
 
     def shard_experts(self, expert_group: ExpertGroup) -> None:
-        """Keep this rank's share of the experts; forward then is a collective of the group.
+        """Keep only this rank's shard of the experts; forward then is a collective of the group.
 
-        The parameters kept are marked `expert`, by which fairseq and fairscale leave them out of gradient reduction.
+        Marks the remaining parameters as `expert`, so that fairseq and fairscale exclude them from gradient reduction.
         """
         self.expert_group = expert_group
         self.experts.shard(expert_group.index * self.num_local_experts, self.num_local_experts)
@@ -102,28 +102,30 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
             parameter.expert = True  # type: ignore[attr-defined]  # fairscale's mark
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # torch.jit.script asks each module first
-        raise NotImplementedError("torch.jit.script cannot compile an MoE layer, which runs as Python decides; use it as it is")
+        # torch.jit.script calls this on every module first
+        raise NotImplementedError(
+            "torch.jit.script cannot compile an MoE layer, whose control flow depends on data; use it unscripted"
+        )
 
     def __getstate__(self) -> Dict[str, Any]:
-        # a copy or a pickle of the layer (fairseq's EMA makes one) must not drag the last forward's graph along, nor its idleness
+        # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or its idle state
         return {**self.__dict__, "routing": None, "idle": False}
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:
-    """The MoE layers of a model, in its order."""
+    """The MoE layers of a model, in module order."""
     return [layer for layer in model.modules() if isinstance(layer, MoELayer)]
 
 
 def named_moe_layers(model: nn.Module) -> List[Tuple[str, MoELayer]]:
-    """(name, layer) of the same; the name is that of the transformer layer around it."""
+    """(name, layer) of each MoE layer; the name is that of the enclosing transformer layer."""
     return [(transformer_layer(name), layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer)]
 
 
 def shard_experts(model: nn.Module, expert_group: ExpertGroup) -> None:
     """Shard the experts of every layer of `model`, before it is wrapped for data parallelism; see MoELayer.shard_experts.
 
-    Raises ValueError for a layer whose experts cannot be shared out evenly.
+    Raises ValueError for a layer whose experts cannot be sharded evenly.
     """
     for layer in moe_layers(model):
         if layer.gate.num_experts % expert_group.size:
@@ -147,9 +149,8 @@ def build_moe_layer(
 ) -> MoELayer:
     """A layer of num_experts experts model_dim -> hidden_dim -> model_dim behind the gate `router`.
 
-    `activation` and `dropout` are the experts' (see Experts), gate_options the gate's (see build_gate). The
-    num_shared_experts experts that are always on are one network of their joint width, which is the same as their sum.
-    Raises ValueError, naming the option, for values that make no layer.
+    `activation` and `dropout` are passed to Experts, gate_options to build_gate. The num_shared_experts shared experts are
+    one network of their total width, which equals their sum. Raises ValueError, naming the option, for invalid values.
     """
     if num_shared_experts < 0:
         raise ValueError(f"num_shared_experts={num_shared_experts} must not be negative")

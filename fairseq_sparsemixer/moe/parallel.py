@@ -1,7 +1,7 @@
 """Expert parallelism: which ranks hold which experts, and the collectives between them.
 
-W ranks form groups of G consecutive ranks. A group holds the E experts once, E / G on each of its ranks; the W / G ranks
-at the same place of their groups hold replicas of the same experts.
+W ranks form groups of G consecutive ranks. A group holds the E experts once, E / G on each rank. The W / G ranks with the
+same index in their groups hold replicas of the same experts.
 """
 
 import math
@@ -17,14 +17,14 @@ from torch import distributed as dist
 
 
 class Elapsed(NamedTuple):
-    """Milliseconds: cpu of the calling thread, waiting included; cuda on the device's stream, 0 without one."""
+    """Milliseconds. cpu: wall time of the calling thread, waiting included. cuda: on the device's stream, 0 without one."""
 
     cpu: float
     cuda: float
 
 
 class CollectiveTimer:
-    """The time that all-to-alls take, forward and backward, since the last reading."""
+    """Time spent in all-to-alls (forward and backward) since the last read."""
 
     def __init__(self) -> None:
         self._cpu = 0.0
@@ -32,7 +32,7 @@ class CollectiveTimer:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Add the time of the block. Waits for nothing on the device."""
+        """Add the time of the block, without a device synchronisation."""
         events = None
         if device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -45,7 +45,7 @@ class CollectiveTimer:
             self._events.append(events)
 
     def read(self) -> Elapsed:
-        """The time so far; starts again from zero. Waits for the device."""
+        """Return the accumulated time and reset it to zero. Synchronises with the device."""
         if self._events:
             self._events[-1][1].synchronize()
         elapsed = Elapsed(self._cpu, sum(start.elapsed_time(stop) for start, stop in self._events))
@@ -55,7 +55,7 @@ class CollectiveTimer:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """A process group of torch's that a model keeps: torch can neither copy nor pickle one, and fairseq's EMA copies models."""
+    """A torch process group that a model can hold: torch cannot copy or pickle one, and fairseq's EMA copies models."""
 
     handle: Any
 
@@ -65,11 +65,11 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """Where this rank stands.
+    """This rank's position in expert parallelism.
 
-    size: G. index: this rank's place in its group. group: the G ranks that hold the experts once. replicas: the W / G
-    ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
-    timer: measures the all-to-alls; None leaves them unmeasured.
+    size: G. index: this rank's index in its group. group: the G ranks that together hold each expert once. replicas: the
+    W / G ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
+    timer: times the all-to-alls; None: no timing.
     """
 
     size: int
@@ -86,11 +86,11 @@ class ExpertGroup:
         return self.world_size // self.size
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "ExpertGroup":
-        return self  # process groups cannot be copied, and a copied model talks to the same ranks
+        return self  # process groups cannot be copied, and a copied model uses the same ranks
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[None]:
-        """The block's time on the timer, where there is one."""
+        """Time the block with the timer, if there is one."""
         if self.timer is None:
             yield
         else:
@@ -99,9 +99,9 @@ class ExpertGroup:
 
 
 def expert_parallel_size(requested: Optional[int], world_size: int, num_experts: int) -> int:
-    """G: the requested one, else the largest divisor of both world_size and num_experts.
+    """G: `requested` if given, else the greatest common divisor of world_size and num_experts.
 
-    Raises ValueError when the request does not divide both.
+    Raises ValueError if `requested` does not divide both.
     """
     if requested is None:
         return math.gcd(world_size, num_experts)
@@ -122,9 +122,9 @@ def expert_parallel_size(requested: Optional[int], world_size: int, num_experts:
 
 
 def form_expert_group(size: int, timeout: Optional[timedelta] = None, timer: Optional[CollectiveTimer] = None) -> ExpertGroup:
-    """Make the process groups; every rank of the default group must call it, with the same size G.
+    """Create the process groups; every rank of the default group must call it, with the same size G.
 
-    timeout: how long a collective waits for the other ranks; None is torch's default for the backend.
+    timeout: how long a collective waits for the other ranks; None: torch's default for the backend.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = [list(range(first, first + size)) for first in range(0, world_size, size)]
@@ -141,15 +141,15 @@ def form_expert_group(size: int, timeout: Optional[timedelta] = None, timer: Opt
 
 
 def _own_group(partition: List[List[int]], rank: int, timeout: Optional[timedelta]) -> Any:
-    """This rank's group of the partition; only its own ranks meet to make it, whatever the size of the cluster."""
+    """This rank's group in the partition; only the group's own ranks synchronise to create it, for any cluster size."""
     ranks = next(ranks for ranks in partition if rank in ranks)
     return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
 class AllToAllRows(torch.autograd.Function):
-    """Rows to other ranks and rows from them: the first send[0] rows go to rank 0 of the group, and so on.
+    """Exchange rows between ranks: the first send[0] rows go to rank 0 of the group, and so on.
 
-    rows [sum(send), M] -> [sum(receive), M], in the order of the ranks they come from. The backward sends gradients home.
+    rows [sum(send), M] -> [sum(receive), M], in the order of the sending ranks. Backward returns gradients to the senders.
     """
 
     @staticmethod
@@ -172,7 +172,7 @@ def _exchange(rows: Tensor, send: List[int], receive: List[int], expert_group: E
 class SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over the ranks of a RankGroup or process group.
 
-    Every rank's loss sends its gradient to every rank's tensor.
+    In backward, every rank's tensor gets the gradients of all ranks' losses.
     """
 
     @staticmethod

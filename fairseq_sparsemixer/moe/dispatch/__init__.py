@@ -1,4 +1,4 @@
-"""Where tokens go once they are routed. A dispatcher knows nothing of routers, and experts nothing of dispatchers."""
+"""Dispatchers: move routed tokens to experts and back. They are independent of routers, and experts of dispatchers."""
 
 from fairseq_sparsemixer.moe.dispatch.all_to_all import dispatch_all_to_all
 from fairseq_sparsemixer.moe.dispatch.equal_split import dispatch_equal_split

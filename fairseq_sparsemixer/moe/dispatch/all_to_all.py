@@ -1,7 +1,7 @@
-"""Experts live on several ranks: tokens plan to them and back. Dropless: ranks may send any number of rows, also none.
+"""Dispatch to experts sharded over several ranks. Dropless: a rank may send any number of rows, including none.
 
-Ranks G, local experts L = E / G. Rows plan sorted by expert, so that those of one rank are contiguous; they arrive
-sorted by (sender, local expert), and are put in the order of the local experts for the computation.
+G ranks, L = E / G local experts. Rows are sent sorted by expert, so that those for one rank are contiguous. They arrive
+sorted by (sender, local expert) and are reordered by local expert for the computation.
 """
 
 from typing import List, NamedTuple, Optional
@@ -18,9 +18,9 @@ from fairseq_sparsemixer.moe.parallel import AllToAllRows, ExpertGroup
 
 
 class ExchangePlan(NamedTuple):
-    """send, receive: rows to and from each rank [G]. order: [N] received rows by local expert; None: they are in order.
+    """send, receive: rows to and from each rank [G]. order: [N], sorts received rows by local expert; None: already sorted.
 
-    counts: rows of each local expert [L], on the host and on the device.
+    counts, device_counts: rows of each local expert [L], on the host and on the device.
     """
 
     send: List[int]
@@ -32,7 +32,7 @@ class ExchangePlan(NamedTuple):
 
 @torch.no_grad()
 def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> ExchangePlan:
-    """Tell every rank how many rows it will get for each of its experts, from counts [E], the rows this rank has.
+    """Exchange row counts, so that every rank knows how many rows each of its experts gets. counts [E]: this rank's rows.
 
     One host synchronisation, to read the sizes.
     """
@@ -51,7 +51,7 @@ def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> ExchangePlan:
 
 
 def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
-    """The permutation from (sender, local expert) to (local expert, sender), for incoming counts [G, L] of that total."""
+    """The permutation from (sender, local expert) to (local expert, sender) order; incoming [G, L] sums to `total`."""
     local_expert = torch.arange(incoming.size(1), device=incoming.device).repeat(incoming.size(0))  # [G * L]
     return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
 
@@ -59,9 +59,9 @@ def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
 def dispatch_all_to_all(
     tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup, counts_on_device: bool = False
 ) -> Tensor:
-    """As dispatch_locally, with experts spread over the ranks of a group; every rank of it must call this.
+    """As dispatch_locally, with experts sharded over the ranks of a group; every rank of the group must call it.
 
-    tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's share of the experts.
+    tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's shard of the experts.
     """
     k = routing.expert_index.size(1)
     pairs, counts = order_pairs(routing)

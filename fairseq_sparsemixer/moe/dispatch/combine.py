@@ -1,4 +1,4 @@
-"""Back to the tokens: the experts' outputs, weighted and added up."""
+"""Combine: the weighted sum of the experts' outputs for each token."""
 
 from typing import Any, Optional, Tuple
 
@@ -16,7 +16,7 @@ def combine(rows: Tensor, routing: Routing, pairs: Tensor, num_tokens: int) -> T
 
 
 class _Scale(torch.autograd.Function):
-    """rows [N, M] times weight [N], times scale [M] where there is one. Backward needs one product for both gradients."""
+    """rows [N, M] times weight [N], and times scale [M] if given. One product serves both gradients in backward."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Optional[Tensor]) -> Tensor:
@@ -27,7 +27,7 @@ class _Scale(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
         rows, weight, scale = ctx.saved_tensors
-        # the router's gradient is a sum over M: in half precision it would lose digits, and overflow long before the rest
+        # the router's gradient sums over M: half precision would lose digits and overflow long before the other gradients
         product = rows.to(torch.promote_types(rows.dtype, torch.float32)) * grad  # [N, M]
         if scale is None:
             grad_weight, grad_scale = product.sum(-1), None

@@ -1,7 +1,7 @@
-"""Experts on several ranks behind a capacity, GShard's way: every rank sends the same number of rows for every expert.
+"""Dispatch with a capacity to experts on several ranks, as in GShard: every rank sends the same number of rows per expert.
 
-Ranks G, local experts L = E / G, capacity C. Rows that a rank does not have are zeros, and plan all the same: with a
-loose capacity, all_to_all.py sends less. The exchange is fairscale's.
+G ranks, L = E / G local experts, capacity C. Missing rows are sent as zeros, so with a loose capacity all_to_all.py sends
+less. The exchange is fairscale's.
 """
 
 import warnings
@@ -23,7 +23,7 @@ with warnings.catch_warnings():  # fairscale still spells torch.cuda.amp's old n
 
 
 class _MeasuredAllToAll(torch.autograd.Function):
-    """fairscale's all-to-all of rows [E * C, M], on the group's timer."""
+    """fairscale's all-to-all of rows [E * C, M], timed by the group's timer."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, expert_group: ExpertGroup) -> Tensor:
@@ -41,10 +41,10 @@ class _MeasuredAllToAll(torch.autograd.Function):
 def dispatch_equal_split(
     tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup, counts_on_device: bool = False
 ) -> Tensor:
-    """As dispatch_all_to_all, in blocks of C rows an expert; every rank of the group must call this.
+    """As dispatch_all_to_all, in blocks of C rows per expert; every rank of the group must call it.
 
-    C is the largest number of rows that any rank of the group has for any expert after dropping: the gates drop by the
-    token counts of their own rank, and those differ. One host synchronisation, to read the sizes.
+    C is the largest number of rows that any rank of the group has for any expert after dropping: gates drop by their own
+    rank's token count, which differs between ranks. One host synchronisation, to read the sizes.
     """
     k, num_experts, model_dim = routing.expert_index.size(1), routing.num_experts, tokens.size(1)
     local = num_experts // expert_group.size
@@ -52,7 +52,7 @@ def dispatch_equal_split(
     capacity, routed = _agree_on_capacity(counts, expert_group)
     pairs = pairs[:routed]
     slots = _slots(counts, capacity, routed)
-    blocks = scatter_rows(gather(tokens, pairs, k), slots, num_experts * capacity, 1)  # [E * C, M], zeros where there is no row
+    blocks = scatter_rows(gather(tokens, pairs, k), slots, num_experts * capacity, 1)  # [E * C, M], zero-padded
     arrived = _MeasuredAllToAll.apply(blocks, expert_group).view(expert_group.size, local, capacity, model_dim)
     rows = expert_group.size * capacity
     received = torch.full((local,), rows, device=tokens.device) if counts_on_device else [rows] * local
@@ -64,7 +64,7 @@ def dispatch_equal_split(
 
 @torch.no_grad()
 def _agree_on_capacity(counts: Tensor, expert_group: ExpertGroup) -> Tuple[int, int]:
-    """C over the group, at least 1, and the number of rows on this rank."""
+    """C, the maximum over the group (at least 1), and the number of rows on this rank."""
     capacity = counts.max().clamp(min=1)
     with expert_group.measured(counts.device):
         dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=expert_group.group)
@@ -74,6 +74,6 @@ def _agree_on_capacity(counts: Tensor, expert_group: ExpertGroup) -> Tuple[int, 
 
 @torch.no_grad()
 def _slots(counts: Tensor, capacity: int, routed: int) -> Tensor:
-    """Where the rows, grouped by expert, stand among the E * C places: [N]."""
+    """[N]: the slot, out of E * C, of each row grouped by expert."""
     shift = torch.arange(len(counts), device=counts.device) * capacity - (counts.cumsum(0) - counts)  # [E]
     return torch.arange(routed, device=counts.device) + shift.repeat_interleave(counts, output_size=routed)

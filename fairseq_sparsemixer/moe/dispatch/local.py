@@ -1,4 +1,4 @@
-"""All experts are here: sort, run, add back. Dropless unless the routing itself dropped something."""
+"""Dispatch when this rank holds all experts: sort, run, combine. Dropless unless the routing itself dropped tokens."""
 
 from typing import Callable, Sequence, Union
 
@@ -12,11 +12,11 @@ ExpertsFunction = Callable[[Tensor, Union[Sequence[int], Tensor]], Tensor]
 
 
 def dispatch_locally(tokens: Tensor, routing: Routing, experts: ExpertsFunction, counts_on_device: bool = False) -> Tensor:
-    """tokens [S, M] through their experts: sum over choices of combine_weight * expert(token), times output_scale, [S, M].
+    """tokens [S, M] -> [S, M]: the sum over choices of combine_weight * expert(token), times output_scale.
 
     `experts` maps rows [N, M] grouped by expert, and the counts by expert, to [N, M]. With counts_on_device it gets
-    N = S * k rows, or max_routed of the routing, those that are not routed at the end, and counts as a tensor: nothing
-    waits for the host.
+    N = S * k rows (at most the routing's max_routed), unrouted ones last, and counts as a tensor; no host
+    synchronisation.
     """
     k = routing.expert_index.size(1)
     counts: Union[Sequence[int], Tensor]

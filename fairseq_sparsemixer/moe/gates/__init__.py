@@ -1,4 +1,4 @@
-"""Routers: each file holds a pure function from logits to a Routing, and the thin module that owns its projection."""
+"""Routers: each file has a pure function from logits to a Routing, and a thin module that owns the projection."""
 
 from fairseq_sparsemixer.moe.gates.bias import reset_loads, update_selection_biases
 from fairseq_sparsemixer.moe.gates.fairscale import FairscaleGate
@@ -6,7 +6,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate
 from fairseq_sparsemixer.moe.gates.registry import DENSE, GATES, build_gate, gate_class, gate_options, register_gate, routers_with
 from fairseq_sparsemixer.moe.gates.routing import Routing
 
-# every module here registers its router
+# importing these modules registers their routers
 from fairseq_sparsemixer.moe.gates import base_layers, dense_st, expert_choice, gshard, hash, noisy_topk  # noqa: F401  isort:skip
 from fairseq_sparsemixer.moe.gates import sinkhorn, sparsemixer, sparsemixer_v2, switch  # noqa: F401  isort:skip
 

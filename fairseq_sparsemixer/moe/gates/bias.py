@@ -1,12 +1,12 @@
-"""Balancing without an auxiliary loss (Wang et al., 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
+"""Auxiliary-loss-free load balancing (Wang et al., 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
 
-Each expert has a bias b_e that is added to its logit where experts are selected, and nowhere else: weights and their
-gradients know nothing of it. After every optimizer step
+Each expert has a bias b_e that is added to its logit for selection only: combine weights and their gradients do not
+depend on it. After every optimizer step
 
     b_e <- b_e + rate * sign(mean load - load_e),
 
-the load being the tokens that chose e in that step, over all micro-batches and ranks. The papers add the bias to sigmoid
-scores; here it stands on the logits, where arg-max, top-k and sampled selection alike can take it.
+where load_e is the number of tokens that chose e in that step, over all micro-batches and ranks. The papers add the bias
+to sigmoid scores; here it is added to the logits, so that arg-max, top-k and sampled selection can all use it.
 """
 
 import math
@@ -22,8 +22,8 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 class _CountInBackward(torch.autograd.Function):
     """The identity; its backward reports the load to the balancer.
 
-    What teaches nothing is not counted: neither validation nor the recomputation under activation checkpointing runs this
-    backward, and in fairseq's dummy batch, whose loss is multiplied by zero, every gradient is zero.
+    This counts only batches that train: validation and the recomputation under activation checkpointing do not run this
+    backward, and fairseq's dummy batch, whose loss is multiplied by zero, has only zero gradients.
     """
 
     @staticmethod
@@ -38,9 +38,9 @@ class _CountInBackward(torch.autograd.Function):
 
 
 class SelectionBias(nn.Module):
-    """The bias [E] of one gate, float32 in any model, saved in the checkpoint; and the load since the last step.
+    """The bias [E] of one gate, always float32 and saved in the checkpoint, and the load since the last step.
 
-    Raises ValueError for a rate that is negative or not finite.
+    Raises ValueError if the rate is negative or not finite.
     """
 
     bias: Tensor
@@ -48,15 +48,13 @@ class SelectionBias(nn.Module):
     def __init__(self, num_experts: int, rate: float):
         super().__init__()
         if not 0 <= rate < math.inf:
-            raise ValueError(
-                f"bias_update_rate={rate} must be at least 0 and finite; DeepSeek-V3 uses 0.001, and 0 switches it off"
-            )
+            raise ValueError(f"bias_update_rate={rate} must be at least 0 and finite; DeepSeek-V3 uses 0.001, and 0 disables it")
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
-        self.load: Optional[Tensor] = None  # [E]; no buffer: it is this rank's own, and no wrapper may broadcast it
+        self.load: Optional[Tensor] = None  # [E]; not a buffer: it is local to the rank and must not be broadcast
 
     def watch(self, routing: Routing) -> Tensor:
-        """routing's combine_weight; its backward counts what each expert was chosen for, dropped or not."""
+        """The routing's combine_weight; its backward counts the tokens that chose each expert, dropped or not."""
         watched: Tensor = _CountInBackward.apply(routing.combine_weight, routing.chosen_count().sum(0), self)
         return watched
 
@@ -65,25 +63,25 @@ class SelectionBias(nn.Module):
         self.load = load if self.load is None else self.load + load
 
     def forget(self) -> None:
-        """The step did not happen: drop the load, as its gradients are."""
+        """Discard the load of a step that did not happen, along with its gradients."""
         self.load = None
 
     def step(self, load: Tensor) -> None:
-        """Move the bias by the load [E] of all ranks, and start counting anew. An idle layer stays as it is."""
+        """Update the bias by the load [E] of all ranks and reset the count. The bias of an idle layer is unchanged."""
         self.bias += self.rate * torch.sign(load.mean() - load)
         self.load = None
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> nn.Module:
         bias = self.bias
         super()._apply(fn, *args, **kwargs)
-        self.bias = bias.to(self.bias.device)  # .half() must not round away the small steps
+        self.bias = bias.to(self.bias.device)  # .half() would round away the small steps
         return self
 
 
 def update_selection_biases(model: nn.Module) -> None:
-    """Once after each optimizer step, on every rank: step every selection bias of the model by the loads of all ranks.
+    """Update every selection bias of the model by the loads of all ranks; call once per optimizer step, on every rank.
 
-    A collective of the default process group when there is one; nothing for a model without such biases.
+    A collective of the default process group, if there is one; a no-op for a model without selection biases.
     """
     balancers = [module for module in model.modules() if isinstance(module, SelectionBias)]
     if not balancers:
@@ -97,7 +95,7 @@ def update_selection_biases(model: nn.Module) -> None:
 
 
 def reset_loads(model: nn.Module) -> None:
-    """With the gradients of a step that failed, drop its loads."""
+    """Discard the loads of a failed step, along with its gradients."""
     for module in model.modules():
         if isinstance(module, SelectionBias):
             module.forget()

@@ -1,9 +1,9 @@
-"""DenseMixer (Yao et al., 2025; github.com/yaof20/DenseMixer): every expert computed in training, top-k forward.
+"""DenseMixer (Yao et al., 2025; github.com/yaof20/DenseMixer): top-k forward, but every expert is computed in training.
 
-Forward the layer is an ordinary top-k one: the sum of pi_e f_e over the k most probable experts, pi the softmax of all
-logits, not renormalised over the k (as DenseMixer has it for OLMoE and Qwen1.5-MoE). Backward the selection counts as
+The forward is an ordinary top-k layer: the sum of pi_e f_e over the k most probable experts, where pi is the softmax of
+all logits, not renormalised over the k (as in DenseMixer for OLMoE and Qwen1.5-MoE). The backward treats the selection as
 the identity (straight-through): every pi_e learns from f_e, chosen or not. Experts and tokens get the gradient of the
-top-k layer. It costs E experts a token in training and k at inference.
+top-k layer. The cost is E experts per token in training and k at inference.
 """
 
 from typing import Any, Optional
@@ -25,15 +25,15 @@ def dense_st_routing(
     balance_group: Any = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
-    """The top_k experts of logits [S, E]; every_expert (training) adds the others behind them, at weight zero.
+    """The top_k experts for logits [S, E]; every_expert (training) appends the others with weight zero.
 
-    With every_expert the Routing has E columns in the order of probability, and counts the first top_k as chosen.
+    With every_expert, the Routing has E columns sorted by probability, and the first top_k count as chosen.
     """
     probabilities = logits.softmax(-1)  # [S, E]
     order = biased(logits, bias).argsort(dim=-1, descending=True, stable=True)  # [S, E]
     expert_index = order if every_expert else order[:, :top_k]
     weight = probabilities.gather(1, expert_index)  # [S, E] or [S, k]
-    # zero forward, one backward: the straight-through weight of the experts that were not chosen
+    # straight-through weight of the experts not chosen: zero in forward, gradient one in backward
     weight = torch.cat([weight[:, :top_k], weight[:, top_k:] - weight[:, top_k:].detach()], 1)
     return Routing(
         expert_index=expert_index,
@@ -50,7 +50,7 @@ def dense_st_routing(
 
 @register_gate("dense_st")
 class DenseStraightThroughGate(Gate):
-    """DenseMixer's gate: `top_k` experts forward, all of them in the router's gradient. Raises ValueError for a bad top_k."""
+    """DenseMixer's gate: `top_k` experts forward, all experts in the router's gradient. Raises ValueError for a bad top_k."""
 
     def __init__(self, model_dim: int, num_experts: int, top_k: int = 1, bias_update_rate: float = 0.0):
         super().__init__(model_dim, num_experts, bias_update_rate=bias_update_rate)

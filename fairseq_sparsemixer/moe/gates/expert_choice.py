@@ -1,12 +1,12 @@
 """Expert choice (Zhou et al., 2022; arXiv 2202.09368): experts pick tokens.
 
-Each expert takes the C tokens of highest softmax(logits)_se, C = ceil(capacity_factor * tokens / E), and weighs them by it.
-Load is balanced by construction, and a token may meet several experts or none. The choice is among all tokens of the
-batch, at inference too: a token's output depends on the others, later ones included, so that an autoregressive decoder
-sees its own future. `Gate.causal` says so, and decoders refuse this gate unless told otherwise.
+Each expert takes the C tokens with the highest softmax(logits)_se, C = ceil(capacity_factor * tokens / E), and weighs them
+by it. Load is balanced by construction, and a token may get several experts or none. The choice is among all tokens of
+the batch, at inference too: a token's output depends on all others, including later ones, so an autoregressive decoder
+would see its own future. Hence `Gate.causal` is False, and decoders refuse this gate unless told otherwise.
 
-The Routing has one column for each expert, a token's experts in the order of its probabilities, and `skipped` marks the
-columns where the expert did not pick the token: S * E entries in the index, C * E rows through the experts.
+The Routing has one column per expert, sorted by the token's probabilities. `skipped` marks columns whose expert did not
+pick the token: the index has S * E entries, but only C * E rows go through the experts.
 """
 
 from typing import Optional
@@ -23,7 +23,7 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 
 @torch.no_grad()
 def picked_tokens(probabilities: Tensor, padding_mask: Optional[Tensor], capacity_factor: float) -> Tensor:
-    """[S, E] bool: which tokens each expert picks by probabilities [S, E]. Ties go to the earlier token."""
+    """[S, E] bool: the tokens that each expert picks by probabilities [S, E]. Ties go to the earlier token."""
     num_tokens, num_experts = probabilities.shape
     scores = probabilities
     real = torch.full((), num_tokens, dtype=torch.int64, device=scores.device)
@@ -31,13 +31,13 @@ def picked_tokens(probabilities: Tensor, padding_mask: Optional[Tensor], capacit
         scores = scores.masked_fill(padding_mask.unsqueeze(-1), -1)
         real = (~padding_mask).sum()
     capacity = torch.minimum(expert_capacity(real, num_experts, capacity_factor), real)
-    order = scores.argsort(dim=0, descending=True, stable=True)  # [S, E], each expert's tokens from the best on
+    order = scores.argsort(dim=0, descending=True, stable=True)  # [S, E], each expert's tokens, best first
     place = torch.arange(num_tokens, device=scores.device).unsqueeze(-1).expand_as(order)
     return torch.empty_like(order).scatter_(0, order, place) < capacity
 
 
 def expert_choice_routing(logits: Tensor, padding_mask: Optional[Tensor], capacity_factor: float) -> Routing:
-    """Each expert's choice among the tokens of logits [S, E]."""
+    """Each expert's choice among the tokens, for logits [S, E]."""
     num_tokens, num_experts = logits.shape
     probabilities = logits.softmax(-1)  # [S, E]
     expert_index = logits.detach().argsort(dim=-1, descending=True, stable=True)  # [S, E]
@@ -56,7 +56,7 @@ def expert_choice_routing(logits: Tensor, padding_mask: Optional[Tensor], capaci
 
 @register_gate("expert_choice")
 class ExpertChoiceGate(Gate):
-    """The gate of expert choice. `capacity_factor`: the experts that a token meets on average, at most num_experts."""
+    """The gate of expert choice. `capacity_factor`: the mean number of experts per token, at most num_experts."""
 
     causal = False
 

@@ -1,4 +1,4 @@
-"""Any gate in the place of fairscale's Top2Gate, so that fairscale's own MOELayer can run it."""
+"""An adapter with the interface of fairscale's Top2Gate, so that fairscale's own MOELayer can run any gate."""
 
 from typing import Optional, Tuple
 
@@ -17,6 +17,6 @@ class FairscaleGate(nn.Module):
         self.capacity = capacity
 
     def forward(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """See the class. SparseMixer's omega, which multiplies the output of a layer, is left to the caller."""
+        """See the class. The caller must apply SparseMixer's omega, which multiplies the layer's output."""
         routing: Routing = self.gate(tokens)
         return routing.to_fairscale(self.capacity)

@@ -1,4 +1,4 @@
-"""The base of every gate: it owns the projection to logits, and leaves the decision to `decide`."""
+"""The base class of all gates: it owns the projection to logits; subclasses implement `decide`."""
 
 import math
 from dataclasses import replace
@@ -15,20 +15,20 @@ from fairseq_sparsemixer.moe.parallel import RankGroup
 
 
 class Gate(nn.Module):
-    """Projects tokens [S, M] to logits [S, E] in float32, whatever the tokens' precision, and routes them.
+    """Projects tokens [S, M] of any precision to logits [S, E] in float32, and routes them.
 
-    A router is a subclass with `decide`. Its constructor takes `**balancing` when it can be combined with all options
-    below, or those it can honour by name; a flag for any other is refused before training.
-    `capacity_factor`: in training, an expert takes that many times its fair share of tokens and drops the rest; None and
-    infinity drop nothing. `bias_update_rate`: the step of the selection bias (see bias.py), 0 for none. `router_bias`: the
-    projection has a learned bias, which starts at zero.
+    A router is a subclass with `decide`. Its constructor takes `**balancing` if it supports all options below, or names
+    the ones it supports; flags for the others are refused before training.
+    `capacity_factor`: in training, an expert takes at most this multiple of its fair share of tokens and drops the rest;
+    None and infinity drop nothing. `bias_update_rate`: the step of the selection bias (see bias.py); 0 for none.
+    `router_bias`: the projection has a learned bias, initialised to zero.
     Raises ValueError for fewer than one expert, or an option out of range.
     """
 
     router: ClassVar[str]  # its name, which register_gate sets
-    top_k = 1  # experts a token; a gate that can choose more takes it as an option
-    causal = True  # at inference, a token's routing depends on no other token: fit for autoregressive decoders
-    wants_token_ids = False  # whether models should hand the ids of the tokens down to it
+    top_k = 1  # experts per token; an option of gates with a variable number
+    causal = True  # at inference, a token's routing depends on no other token, as autoregressive decoders require
+    wants_token_ids = False  # whether models should pass token ids to the gate
     _balance_group: Optional[RankGroup] = None
 
     def __init__(
@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     @property
     def balance_group(self) -> Optional[RankGroup]:
-        """The ranks whose tokens the balance loss is about, set as a process group of torch's; None: this rank's own."""
+        """The ranks over whose tokens the balance loss is computed, set as a torch process group; None: this rank only."""
         return self._balance_group
 
     @balance_group.setter
@@ -61,16 +61,16 @@ class Gate(nn.Module):
 
     @property
     def experts_per_token(self) -> float:
-        """How many experts run for a token at inference, on average."""
+        """The mean number of experts per token at inference."""
         return self.top_k
 
     @property
     def selection_bias(self) -> Optional[Tensor]:
-        """[E], added to the logits by which experts are selected, never to those that weigh them; None for none."""
+        """[E], added to the logits for selection but not for the combine weights; None if there is none."""
         return None if self.balancer is None else self.balancer.bias
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """tokens [S, M] -> logits [S, E] float32 (float64 stays so): routing in half precision is unstable."""
+        """tokens [S, M] -> logits [S, E] in float32 (or float64): routing in half precision is unstable."""
         return project(tokens, self.projection.weight, self.projection.bias)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
@@ -78,7 +78,7 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None, **inputs: Any) -> Routing:
-        """logits [S, E], padding_mask [S] (True = padding), and what else this gate's decide takes -> Routing."""
+        """logits [S, E], padding_mask [S] (True = padding), and other arguments of this gate's `decide` -> Routing."""
         routing = self.decide(logits, padding_mask, **inputs)
         if self.training and self.capacity_factor is not None:
             routing = self.limit(routing)
@@ -87,29 +87,29 @@ class Gate(nn.Module):
         return routing
 
     def limit(self, routing: Routing) -> Routing:
-        """The routing with what exceeds the capacity dropped."""
+        """The routing with choices beyond the capacity dropped."""
         assert self.capacity_factor is not None
         return limit_capacity(routing, self.capacity_factor)
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
-        """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] where the model knows them -> Routing."""
+        """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] if the model knows them -> Routing."""
         return self.route(self.logits(tokens), padding_mask)
 
 
 def project(tokens: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """tokens [S, M], weight [E, M], bias [E] -> [S, E] in float32 at least, whatever autocast says."""
+    """tokens [S, M], weight [E, M], bias [E] -> [S, E] in at least float32, regardless of autocast."""
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         return F.linear(tokens.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def biased(logits: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """The logits [S, E] to select by: detached, with the selection bias [E]."""
+    """The logits [S, E] used for selection: detached, plus the selection bias [E]."""
     return logits.detach() if bias is None else logits.detach() + bias.to(logits.dtype)
 
 
 def require_jitter(jitter_eps: float, most: float = math.inf) -> float:
-    """The jitter itself. Raises ValueError unless it lies between 0 and `most`."""
+    """Return jitter_eps. Raises ValueError unless it is between 0 and `most`."""
     if not 0 <= jitter_eps <= most:
         bounds = "be at least 0" if most == math.inf else f"lie between 0 and {most:g}"
         raise ValueError(f"jitter_eps={jitter_eps} must {bounds}; the papers use 0.1")
@@ -117,12 +117,12 @@ def require_jitter(jitter_eps: float, most: float = math.inf) -> float:
 
 
 def require_top_k(top_k: int, num_experts: int) -> int:
-    """The number of experts a token itself. Raises ValueError when there are not that many."""
+    """Return top_k. Raises ValueError unless it is between 1 and num_experts."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}")
     return top_k
 
 
 def hide_padding(weight: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-    """weight [S, k] with zeros, and no gradient, where padding_mask [S] is True."""
+    """weight [S, k], zero and without gradient where padding_mask [S] is True."""
     return weight if padding_mask is None else weight.masked_fill(padding_mask.unsqueeze(-1), 0)

@@ -1,8 +1,8 @@
 """GShard (Lepikhin et al., 2020; arXiv 2006.16668, Algorithm 1), with the semantics of fairscale's Top2Gate.
 
-The first expert is the arg-max of pi = softmax(logits), the second is sampled from the others in proportion to pi (at
-inference: the second most probable). What exceeds an expert's capacity is dropped, second choices before first ones, and
-pi is renormalised over the choices that remain. The balance loss counts first choices only.
+The first expert is the arg-max of pi = softmax(logits); the second is sampled from the others in proportion to pi (at
+inference: the second most probable). Choices beyond an expert's capacity are dropped, second choices before first ones,
+and pi is renormalised over the remaining choices. The balance loss counts first choices only.
 """
 
 from dataclasses import replace
@@ -24,9 +24,9 @@ def gshard_routing(
     balance_group: Any = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
-    """Two experts a token of logits [S, E], E > 1; gumbel [S, E] samples the second one, None means inference.
+    """Two experts per token for logits [S, E], E > 1; gumbel [S, E] samples the second one, None means inference.
 
-    bias [E], when given, is added for both choices alone. No capacity yet.
+    bias [E], if given, is used for the two choices only. No capacity is applied yet.
     """
     probabilities = logits.softmax(-1)  # [S, E]
     selection = biased(logits, bias)
@@ -46,7 +46,7 @@ def gshard_routing(
 
 
 def normalise(weight: Tensor) -> Tensor:
-    """weight [S, k] divided by its row sums; rows of zeros stay so."""
+    """weight [S, k] divided by its row sums; rows of zeros stay zero."""
     return weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).eps)
 
 
@@ -73,6 +73,6 @@ class GShardGate(Gate):
         return gshard_routing(logits, padding_mask, self.draw_noise(logits), self.balance_group, self.selection_bias)
 
     def limit(self, routing: Routing) -> Routing:
-        """See Gate.limit; the weights of what remains add up to 1 again."""
+        """See Gate.limit; the weights of the remaining choices are renormalised to sum to 1."""
         limited = super().limit(routing)
         return replace(limited, combine_weight=normalise(limited.combine_weight))

@@ -1,9 +1,9 @@
 """Hash layers (Roller et al., 2021; arXiv 2106.04426): the expert is a fixed random function of the token. Nothing is learned.
 
-Where the model hands the vocabulary's ids down to its layers, as ours do, the hash is of the id, as in the paper (its
-"random hash", the same in every layer). A layer on its own sees only vectors; then the hash is of the vector: the arg-max
-of a fixed random projection, a locality-sensitive hash (cross-polytope, Andoni et al., 2015; arXiv 1509.02897) that is
-not the paper's: similar vectors share an expert, and a token's expert drifts as the layers below learn.
+If the model passes vocabulary ids to its layers, as ours do, the id is hashed, as in the paper (its "random hash", the
+same in every layer). A standalone layer sees only vectors and hashes those: the arg-max of a fixed random projection, a
+locality-sensitive hash (cross-polytope, Andoni et al., 2015; arXiv 1509.02897). Unlike the paper's, it gives similar
+vectors the same expert, and a token's expert drifts as the layers below learn.
 """
 
 from typing import Optional
@@ -16,7 +16,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
 
-KNUTH = 2654435761  # about 2^32 divided by the golden ratio: Knuth's multiplicative hash, in its upper bits
+KNUTH = 2654435761  # about 2^32 / golden ratio: Knuth's multiplicative hash, of which the upper bits are used
 
 
 def hash_ids(token_ids: Tensor, num_experts: int) -> Tensor:
@@ -26,7 +26,7 @@ def hash_ids(token_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def hash_routing(expert: Tensor, num_experts: int, padding_mask: Optional[Tensor] = None) -> Routing:
-    """Every token to its expert [S], at weight 1."""
+    """Route every token to its expert [S], with weight 1."""
     expert_index = expert.unsqueeze(1)  # [S, 1]
     probabilities = F.one_hot(expert, num_experts).to(torch.float32)  # [S, E]
     return Routing(
@@ -39,7 +39,7 @@ def hash_routing(expert: Tensor, num_experts: int, padding_mask: Optional[Tensor
 
 @register_gate("hash")
 class HashGate(Gate):
-    """The gate of hash layers. Its projection is random, frozen and saved; it decides where token ids are unknown."""
+    """The gate of hash layers. Its projection is random, frozen and saved; it is used if token ids are unknown."""
 
     wants_token_ids = True
 

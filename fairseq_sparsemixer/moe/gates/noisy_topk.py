@@ -1,12 +1,12 @@
-"""Noisy top-k gating (Shazeer et al., 2017; arXiv 1701.06538): learned noise, the k best kept before the softmax.
+"""Noisy top-k gating (Shazeer et al., 2017; arXiv 1701.06538): learned noise, then a softmax over the k best.
 
     H(x)_i = (x W_g)_i + z_i * softplus((x W_noise)_i),  z_i ~ N(0, 1) in training, 0 at inference     (Eq. 4)
     G(x) = softmax(KeepTopK(H(x), k))                                                                  (Eqs. 3, 5)
 
-Two losses balance it, each a squared coefficient of variation over the experts: of the importance, the sum of G over
-tokens (Eqs. 6, 7), and of the load in its smooth estimate, the sum over tokens of the probability that fresh noise on
-expert i alone would put it among the k (Eqs. 8 to 11). With k = 1 the weight is always 1, and the router learns from
-these losses alone.
+Two losses balance it, each a squared coefficient of variation over the experts: of the importance, which is the sum of G
+over tokens (Eqs. 6, 7), and of a smooth estimate of the load, which is the sum over tokens of the probability that fresh
+noise on expert i alone would put it among the k (Eqs. 8 to 11). With k = 1 the weight is always 1, and the router learns
+only from these losses.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -22,7 +22,7 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 
 
 class GaussianNoise(NamedTuple):
-    """normal [S, E], standard; std [S, E], positive, carries the gradient of the noise's projection."""
+    """normal [S, E], standard; std [S, E], positive, carries the gradient of the noise projection."""
 
     normal: Tensor
     std: Tensor
@@ -36,9 +36,9 @@ def noisy_topk_routing(
     balance_group: Any = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
-    """The top_k experts of the noisy logits [S, E], weighted by the softmax over these k; noise None means none.
+    """The top_k experts by noisy logits [S, E], weighted by the softmax over these k; noise=None means no noise.
 
-    bias [E], when given, is added for the choice alone. The statistics take the softmax of the logits without noise.
+    bias [E], if given, is used for the choice only. The statistics use the softmax of the logits without noise.
     """
     noisy = logits if noise is None else logits + noise.normal * noise.std  # H, [S, E]
     shift = logits.new_zeros(()) if bias is None else bias.to(logits.dtype)
@@ -60,9 +60,9 @@ def noisy_topk_routing(
 
 
 def probability_of_choice(logits: Tensor, noisy: Tensor, top_k: int, noise: Optional[GaussianNoise]) -> Tensor:
-    """P(x, i) [S, E] of Eq. 9: that expert i is among the top_k when its noise is drawn again and the others' kept.
+    """P(x, i) [S, E] of Eq. 9: that expert i is among the top_k if only its own noise is redrawn.
 
-    Without noise that is 1 for the top_k and 0 for the others.
+    Without noise, this is 1 for the top_k and 0 for the others.
     """
     if top_k == logits.size(-1):
         return torch.ones_like(logits)
@@ -70,7 +70,7 @@ def probability_of_choice(logits: Tensor, noisy: Tensor, top_k: int, noise: Opti
     chosen = torch.zeros_like(noisy, dtype=torch.bool).scatter_(1, best.indices[:, :top_k], True)
     if noise is None:
         return chosen.to(logits.dtype)
-    # the k-th largest of the other experts: for one of the top k, that is the (k + 1)-th of all
+    # the k-th largest among the other experts; for an expert in the top k, this is the (k + 1)-th overall
     threshold = torch.where(chosen, best.values[:, top_k:], best.values[:, top_k - 1 : top_k])
     probability: Tensor = torch.special.ndtr((logits - threshold) / noise.std)
     return probability
@@ -78,9 +78,9 @@ def probability_of_choice(logits: Tensor, noisy: Tensor, top_k: int, noise: Opti
 
 @register_gate("noisy_topk")
 class NoisyTopKGate(Gate):
-    """Shazeer's gate. Both projections start at zero, as in the paper: equal loads, and noise of ln 2.
+    """Shazeer's gate. Both projections are initialised to zero, as in the paper: equal loads, and noise of ln 2.
 
-    `route(logits)` is without noise; `route(logits, noise_std=...)` with it, in training. Raises ValueError for a bad top_k.
+    `route(logits)` adds no noise; `route(logits, noise_std=...)` does, in training. Raises ValueError for a bad top_k.
     """
 
     def __init__(self, model_dim: int, num_experts: int, top_k: int = 2, **balancing: Any):
@@ -91,7 +91,7 @@ class NoisyTopKGate(Gate):
         nn.init.zeros_(self.noise_projection.weight)
 
     def draw_noise(self, std: Optional[Tensor]) -> Optional[GaussianNoise]:
-        """The noise of one forward pass, for std [S, E]; None at inference and where there is no std."""
+        """The noise of one forward pass, for std [S, E]; None at inference or without std."""
         return GaussianNoise(torch.randn_like(std), std) if self.training and std is not None else None
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None, noise_std: Optional[Tensor] = None) -> Routing:

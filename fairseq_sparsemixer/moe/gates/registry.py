@@ -1,4 +1,4 @@
-"""The routers by name: what `--router` accepts."""
+"""Registry of routers: the names that `--router` accepts."""
 
 import inspect
 from typing import Any, Callable, Dict, List, Type, TypeVar
@@ -7,7 +7,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate
 
 GateType = TypeVar("GateType", bound=Gate)
 GATES: Dict[str, Type[Gate]] = {}
-DENSE = "dense"  # `--router dense` is not a gate: the model keeps fairseq's own feed-forward layers
+DENSE = "dense"  # not a gate: with `--router dense`, the model keeps fairseq's feed-forward layers
 
 
 def register_gate(name: str) -> Callable[[Type[GateType]], Type[GateType]]:
@@ -15,7 +15,7 @@ def register_gate(name: str) -> Callable[[Type[GateType]], Type[GateType]]:
 
     def register(cls: Type[GateType]) -> Type[GateType]:
         if name in GATES or name == DENSE:
-            raise ValueError(f"a router named {name} is registered already")
+            raise ValueError(f"a router named {name} is already registered")
         GATES[name] = cls
         cls.router = name
         return cls
@@ -24,14 +24,14 @@ def register_gate(name: str) -> Callable[[Type[GateType]], Type[GateType]]:
 
 
 def gate_class(name: str) -> Type[Gate]:
-    """The gate of that name. Raises ValueError, listing the known names, for any other."""
+    """The gate class of that name. Raises ValueError, listing the known names, for an unknown one."""
     if name not in GATES:
         raise ValueError(f"router={name} is unknown; choose from {', '.join([DENSE, *sorted(GATES)])}")
     return GATES[name]
 
 
 def gate_options(name: str) -> List[str]:
-    """The options a gate takes beside model_dim and num_experts; `**balancing` in its signature stands for Gate's own."""
+    """A gate's options besides model_dim and num_experts; `**balancing` in its signature stands for those of Gate."""
     own = inspect.signature(gate_class(name).__init__).parameters
     balancing = inspect.signature(Gate.__init__).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
@@ -41,14 +41,14 @@ def gate_options(name: str) -> List[str]:
 
 
 def routers_with(option: str) -> List[str]:
-    """The routers that take an option, sorted."""
+    """The names of the routers that take an option, sorted."""
     return [name for name in sorted(GATES) if option in gate_options(name)]
 
 
 def build_gate(name: str, model_dim: int, num_experts: int, **options: Any) -> Gate:
     """Build the gate `name` for tokens of width model_dim and num_experts experts.
 
-    Raises ValueError for an unknown gate (the known ones are listed), an option it does not take, or a bad value.
+    Raises ValueError for an unknown gate (listing the known ones), an option it does not take, or a bad value.
     """
     known = gate_options(name)
     unknown = sorted(set(options) - set(known))

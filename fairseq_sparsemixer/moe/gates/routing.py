@@ -1,4 +1,4 @@
-"""What a gate decides: the Routing of S tokens to k of E experts, and the statistics read off it."""
+"""A gate's decision: the Routing of S tokens to k of E experts, and its statistics."""
 
 import functools
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ from torch import Tensor
 class Routing:
     """The decision of a gate for S tokens.
 
-    expert_index: [S, k] int64, always a valid index, also where nothing is routed.
+    expert_index: [S, k] int64, always a valid index, even where nothing is routed.
     combine_weight: [S, k] float32, carries the router's gradient; 0 for padding and dropped tokens.
-    aux_losses: unweighted scalars by name ("balance", "router_z", ...), each with its gradient.
+    aux_losses: unweighted differentiable scalars by name ("balance", "router_z", ...).
     probabilities: [S, E] float32, detached: the distribution the gate chose by.
-    padding_mask: [S] bool, True = padding; None when there is none.
-    dropped: [S, k] bool, True where a choice did not fit in the expert's capacity; None when the gate drops nothing.
-    skipped: [S, k] bool, True where a column holds no choice at all, in gates that give tokens different numbers of
-        experts (expert_choice); None when every column is one.
-    num_chosen: the first columns that are the gate's choice; columns behind them run for the gradient's sake, at weight
-        zero (dense_st). None: all are.
+    padding_mask: [S] bool, True = padding; None if there is none.
+    dropped: [S, k] bool, True where a choice exceeded the expert's capacity; None if the gate drops nothing.
+    skipped: [S, k] bool, True where a column is not a choice, for gates that give tokens different numbers of experts
+        (expert_choice); None if every column is a choice.
+    num_chosen: the number of leading columns that are the gate's choice; the rest run only for the gradient, with weight
+        zero (dense_st). None: all columns.
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
-    max_routed: an upper bound on the choices that run, known on the host without looking at the device; None: S * k.
+    max_routed: an upper bound on the choices that run, known on the host without synchronisation; None: S * k.
     """
 
     expert_index: Tensor
@@ -43,38 +43,38 @@ class Routing:
         return self.probabilities.size(-1)
 
     def unrouted(self) -> Optional[Tensor]:
-        """[S, k] bool, True where no expert runs (padding, dropped or skipped); None when every choice runs."""
+        """[S, k] bool, True where no expert runs (padding, dropped or skipped); None if every choice runs."""
         padding = None if self.padding_mask is None else self.padding_mask.unsqueeze(-1).expand_as(self.expert_index)
         masks = [mask for mask in (padding, self.dropped, self.skipped) if mask is not None]
         return functools.reduce(torch.logical_or, masks) if masks else None
 
     def num_real_tokens(self) -> Tensor:
-        """Scalar int64: the tokens that are not padding."""
+        """Scalar int64: the number of tokens, padding excluded."""
         if self.padding_mask is None:
-            # torch.tensor would copy from the host, and wait
+            # torch.tensor would copy from the host and synchronise
             return torch.full((), len(self.expert_index), dtype=torch.int64, device=self.expert_index.device)
         return (~self.padding_mask).sum()
 
     def queue_positions(self) -> Tensor:
-        """[S, k] int64: the place of each routed choice in its expert's queue, from 0; meaningless where nothing runs.
+        """[S, k] int64: the position of each routed choice in its expert's queue, from 0; undefined where nothing runs.
 
-        The first choices of all tokens come first, by position, then the second ones: GShard's order.
+        GShard's order: the first choices of all tokens, by position, then the second choices, and so on.
         """
         unrouted = self.unrouted()
         expert = self.expert_index if unrouted is None else self.expert_index.masked_fill(unrouted, self.num_experts)
         expert = expert.t().reshape(-1)  # [k * S], choice by choice
         order = expert.argsort(stable=True)
         counts = expert.new_zeros(self.num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
-        first = counts.cumsum(0) - counts  # where each expert's choices begin in `order`
+        first = counts.cumsum(0) - counts  # start of each expert's choices in `order`
         place = torch.arange(len(expert), device=expert.device) - first[expert[order]]
         return torch.empty_like(place).scatter_(0, order, place).view(self.expert_index.size(1), -1).t()
 
     def to_fairscale(self, capacity: Optional[int] = None) -> Tuple[Tensor, Tensor, Tensor]:
-        """What fairscale's gates return: (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C]).
+        """fairscale's gate output: (l_aux, combine_weights [S, E, C], dispatch_mask [S, E, C]).
 
-        capacity: C, by default the largest load of an expert, or 1; choices beyond it are left out. l_aux is on fairscale's
-        scale, the mean over experts of share times probability: the balance loss / E^2, 0 for a gate without one.
-        output_scale, of one number for each of M dimensions, has no place in this form: it is left to the caller.
+        capacity: C, by default the largest load of an expert, at least 1; choices beyond it are left out. l_aux is on
+        fairscale's scale, the mean over experts of share times probability: the balance loss / E^2, or 0 for a gate
+        without one. This format cannot express output_scale [M]: the caller must apply it.
         """
         position = self.queue_positions()  # [S, k]
         unrouted = self.unrouted()
@@ -92,12 +92,12 @@ class Routing:
 
     @torch.no_grad()
     def statistics(self) -> Dict[str, Tensor]:
-        """Sums over the tokens that are not padding; they add up over batches, ranks and gradient accumulation.
+        """Sums over tokens, padding excluded; additive over batches, ranks and gradient accumulation.
 
-        tokens: scalar. load: [k, E] tokens given to each expert by each choice, dropped ones not counted.
-        chosen: [k, E] the same before dropping. entropy: scalar, sum of the entropies of the gate, in nats.
+        tokens: scalar. load: [k, E] tokens routed to each expert by each choice, dropped ones excluded.
+        chosen: [k, E] the same before dropping. entropy: scalar, sum of the gate's entropies, in nats.
         argmax: scalar, tokens whose first choice is the most probable expert. dropped: [k].
-        Where tokens skip columns (expert_choice), all columns count as one choice, and dropped are the tokens without
+        If tokens skip columns (expert_choice), all columns count as one choice, and dropped counts the tokens without
         any expert.
         """
         real = self._real()
@@ -123,7 +123,7 @@ class Routing:
 
     @torch.no_grad()
     def chosen_count(self) -> Tensor:
-        """[k, E]: the tokens that chose each expert, by choice, padding left out; [1, E] where tokens skip columns."""
+        """[k, E]: the tokens that chose each expert, per choice, padding excluded; [1, E] if tokens skip columns."""
         k = self.expert_index.size(1) if self.num_chosen is None else self.num_chosen
         weight = self._real().unsqueeze(-1).expand(-1, k)
         if self.skipped is not None:
@@ -136,6 +136,6 @@ class Routing:
         return real if self.padding_mask is None else real.masked_fill(self.padding_mask, 0)
 
     def _count(self, weight: Tensor) -> Tensor:
-        """[k, E]: the weights [S, k] added up by choice and expert. Sums of ones below 2**24: exact in any order."""
+        """[k, E]: the weights [S, k] summed by choice and expert. Sums of ones below 2**24 are exact in any order."""
         counts = weight.new_zeros(weight.size(1), self.num_experts)
         return counts.scatter_add_(1, self.expert_index[:, : weight.size(1)].t(), weight.t())

@@ -1,7 +1,7 @@
-"""Sinkhorn routing, as Megatron-Core offers it (`--moe-router-load-balancing-type sinkhorn`; S-BASE, arXiv 2202.01169).
+"""Sinkhorn routing, as in Megatron-Core (`--moe-router-load-balancing-type sinkhorn`; S-BASE, arXiv 2202.01169).
 
-In training exp(logits) is scaled by rows and columns until every token weighs 1 / S and every expert 1 / E, and each token
-takes its k largest entries of that: nearly balanced, without gradient. At inference it takes its k largest logits. The
+In training, the rows and columns of exp(logits) are scaled until every token sums to 1 / S and every expert to 1 / E. Each
+token takes its k largest entries: nearly balanced, without gradient. At inference it takes its k largest logits. The
 weights are sigmoid(logit) for k = 1 and softmax(logits) otherwise, not renormalised over the k. No balance loss.
 """
 
@@ -15,15 +15,15 @@ from fairseq_sparsemixer.moe.gates.losses import router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
 
-TOLERANCE = 1e-4  # Megatron-Core's: the mean change of the column factors at which the iteration ends
+TOLERANCE = 1e-4  # on the mean change of the column factors, as in Megatron-Core
 MAX_ITERATIONS = 100
-TINY = 1e-8  # keeps divisions by sums finite, as in Megatron-Core
+TINY = 1e-8  # avoids division by zero, as in Megatron-Core
 
 
 @torch.no_grad()
 def sinkhorn(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-    """[S, E]: exp(logits) scaled to row sums 1 / S and column sums 1 / E; rows of padding are 0, and S counts none of them."""
-    kernel = (logits - logits.amax(-1, keepdim=True)).exp()  # rows may be scaled at will: nothing overflows
+    """[S, E]: exp(logits) scaled to row sums 1 / S and column sums 1 / E; padding rows are 0 and not counted in S."""
+    kernel = (logits - logits.amax(-1, keepdim=True)).exp()  # the row scale is arbitrary; this one cannot overflow
     rows = torch.full((), len(logits), dtype=kernel.dtype, device=kernel.device)
     if padding_mask is not None:
         kernel = kernel.masked_fill(padding_mask.unsqueeze(-1), 0)
@@ -40,7 +40,7 @@ def sinkhorn(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
 
 
 def sinkhorn_routing(logits: Tensor, padding_mask: Optional[Tensor], top_k: int, balanced: bool) -> Routing:
-    """The top_k experts of logits [S, E], after Sinkhorn's scaling when balanced (training)."""
+    """The top_k experts for logits [S, E], after Sinkhorn scaling if balanced (training)."""
     selection = sinkhorn(logits, padding_mask) if balanced else logits
     expert_index = selection.topk(top_k, -1).indices  # [S, k]
     probabilities = logits.softmax(-1)  # [S, E]

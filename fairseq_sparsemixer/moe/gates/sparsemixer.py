@@ -1,4 +1,4 @@
-"""SparseMixer (Liu, Gao, Chen, 2023; arXiv 2310.00811): one sampled expert, and the router gradient Switch drops."""
+"""SparseMixer (Liu, Gao, Chen, 2023; arXiv 2310.00811): one sampled expert, with the router gradient that Switch drops."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple, Optional
@@ -14,7 +14,7 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 
 
 class SamplingNoise(NamedTuple):
-    """The randomness of one forward pass: gumbel [S, E] picks the expert, coin [S] in [0, 1) the estimator's node."""
+    """The random numbers of one forward pass: gumbel [S, E] picks the expert, coin [S] in [0, 1) the estimator's node."""
 
     gumbel: Tensor
     coin: Tensor
@@ -29,18 +29,18 @@ def draw_sampling_noise(logits: Tensor) -> SamplingNoise:
 
 
 def mask_unlikely(logits: Tensor, jitter_eps: float) -> Tensor:
-    """logits [S, E] with -inf for experts that jitter of +-eps could never lift to the top.
+    """logits [S, E] with -inf for experts that jitter of +-eps could never make the arg-max.
 
-    Expert i is out when (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps. The arg-max always stays.
+    Expert i is masked if (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps. The arg-max always stays.
     """
     with torch.no_grad():
         top = logits.amax(-1, keepdim=True)  # [S, 1]
-        out = (top - logits) / torch.maximum(logits.abs(), top) > 2 * jitter_eps  # 0 / 0 is not greater: stays in
+        out = (top - logits) / torch.maximum(logits.abs(), top) > 2 * jitter_eps  # 0 / 0 is not greater: not masked
     return logits.masked_fill(out, float("-inf"))
 
 
 class Draw(NamedTuple):
-    """One expert a token: expert_index [S, 1], its multiplier weight [S, 1], and the masked softmax [S, E] it came from."""
+    """One expert per token: expert_index [S, 1], its multiplier weight [S, 1], and the masked softmax [S, E]."""
 
     expert_index: Tensor
     weight: Tensor
@@ -54,11 +54,11 @@ def draw_expert(
     noise: Optional[SamplingNoise] = None,
     bias: Optional[Tensor] = None,
 ) -> Draw:
-    """Sample one expert a token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
+    """Sample one expert per token from the masked softmax of logits [S, E]; without noise (inference), take the arg-max.
 
     The multiplier is the expert's probability times the estimator's node; see estimators.py for its gradient. Experts
-    whose logit is -inf are never drawn. A bias [E] is added to the masked logits for the draw alone: the sample is then
-    from another distribution than the softmax that weighs it, and the estimators hold for b = 0 only.
+    whose logit is -inf are never drawn. A bias [E] is added to the masked logits for the draw only: the sampling
+    distribution then differs from the softmax that weighs the sample, and the estimators are valid only for b = 0.
     """
     masked = mask_unlikely(logits, jitter_eps)  # [S, E]
     probabilities = masked.softmax(-1)  # [S, E]
@@ -82,7 +82,7 @@ def sparsemixer_routing(
     balance_group: Any = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
-    """One expert a token of logits [S, E], drawn by draw_expert; without noise (inference), the arg-max."""
+    """One expert per token for logits [S, E], drawn by draw_expert; without noise (inference), the arg-max."""
     expert_index, weight, probabilities = draw_expert(logits, jitter_eps, estimator, noise, bias)
     return Routing(
         expert_index=expert_index,
@@ -98,11 +98,11 @@ def sparsemixer_routing(
 
 @register_gate("sparsemixer")
 class SparseMixerGate(Gate):
-    """SparseMixer's gate, with its trainable vector omega [M] on the layer's output.
+    """SparseMixer's gate, with the trainable vector omega [M] that scales the layer's output.
 
-    `jitter_eps` masks experts before sampling: 0 all but the arg-max, infinity none. `gradient_estimator` is one of
-    estimators.ESTIMATORS, which the arg-max expert escapes, as in the paper, unless `estimator_at_argmax`.
-    Raises ValueError for a negative jitter and an unknown estimator.
+    `jitter_eps` masks experts before sampling: 0 masks all but the arg-max, infinity none. `gradient_estimator` is one of
+    estimators.ESTIMATORS; as in the paper, it does not apply to the arg-max expert unless `estimator_at_argmax`.
+    Raises ValueError for a negative jitter or an unknown estimator.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""SparseMixer-v2 (GRIN, Liu et al., 2024; arXiv 2409.12136): k sampled experts, their gradient of third order.
+"""SparseMixer-v2 (GRIN, Liu et al., 2024; arXiv 2409.12136): k sampled experts, with a third-order gradient.
 
-The k experts are drawn one after the other. Each draw is SparseMixer's, from what is left: the experts drawn before
-are taken out, and the mask of unlikely experts and the softmax are made anew from the remaining logits.
+The k experts are drawn one after another. Each draw is SparseMixer's, over the experts not drawn yet: the mask of unlikely
+experts and the softmax are recomputed from the remaining logits.
 """
 
 from typing import Any, List, Optional
@@ -27,10 +27,10 @@ def sparsemixer_v2_routing(
     balance_group: Any = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
-    """top_k distinct experts a token of logits [S, E]; noise holds one SamplingNoise a draw, None means inference.
+    """top_k distinct experts per token for logits [S, E]; noise has one SamplingNoise per draw, None means inference.
 
-    At inference the draws are successive arg-maxes, and the multiplier is the masked probability of each. The balance
-    loss and the statistics take the softmax of all logits, unmasked.
+    At inference the draws are successive arg-maxes, and the multiplier of each is its masked probability. The balance
+    loss and the statistics use the softmax of all logits, unmasked.
     """
     draws: List[Draw] = []
     remaining = logits
@@ -53,10 +53,10 @@ def sparsemixer_v2_routing(
 
 @register_gate("sparsemixer_v2")
 class SparseMixerV2Gate(Gate):
-    """SparseMixer-v2's gate, for any top_k from 1 to num_experts (GRIN has 2); no omega.
+    """SparseMixer-v2's gate, for any top_k from 1 to num_experts (GRIN uses 2); no omega.
 
-    `jitter_eps`, `gradient_estimator` and `estimator_at_argmax`: as SparseMixerGate's, for each draw.
-    Raises ValueError for a top_k or an option out of range.
+    `jitter_eps`, `gradient_estimator` and `estimator_at_argmax`: as in SparseMixerGate, for each draw.
+    Raises ValueError for top_k or an option out of range.
     """
 
     def __init__(

@@ -18,9 +18,9 @@ def switch_routing(
     balance_group: Any = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
-    """Top-1 routing of logits [S, E]; jitter [S, E], when given, multiplies the logits (exploration, in training).
+    """Top-1 routing for logits [S, E]; jitter [S, E], if given, multiplies the logits (exploration in training).
 
-    bias [E], when given, is added to the logits for the choice alone.
+    bias [E], if given, is added to the logits for the choice only.
     """
     if jitter is not None:
         logits = logits * jitter
@@ -40,9 +40,9 @@ def switch_routing(
 
 @register_gate("switch")
 class SwitchGate(Gate):
-    """Switch's gate. `jitter_eps` in [0, 1]: in training the logits are multiplied by noise uniform on [1 - eps, 1 + eps].
+    """Switch's gate. `jitter_eps` in [0, 1]: in training, the logits are multiplied by uniform noise in [1 - eps, 1 + eps].
 
-    Raises ValueError for any other.
+    Raises ValueError for a jitter_eps out of range.
     """
 
     def __init__(self, model_dim: int, num_experts: int, jitter_eps: float = 0.1, **balancing: Any):
@@ -50,7 +50,7 @@ class SwitchGate(Gate):
         self.jitter_eps = require_jitter(jitter_eps, most=1)
 
     def draw_noise(self, logits: Tensor) -> Optional[Tensor]:
-        """The jitter [S, E] of one forward pass; None where there is none."""
+        """The jitter [S, E] of one forward pass; None at inference or if jitter_eps is 0."""
         if not self.training or self.jitter_eps == 0:
             return None
         return torch.empty_like(logits).uniform_(1 - self.jitter_eps, 1 + self.jitter_eps)

@@ -141,7 +141,7 @@ def test_whichever_solver_is_there_is_used(monkeypatch, there, solver):
 
 def test_without_any_solver_one_sentence_tells_what_to_install(monkeypatch):
     monkeypatch.setattr(base_layers, "works", lambda module: False)
-    with pytest.raises(ValueError, match="router=base needs a solver .* install scipy"):
+    with pytest.raises(ValueError, match="router=base needs a linear assignment solver: install scipy"):
         find_assignment()
 
 

@@ -33,6 +33,6 @@ def test_every_router_builds_under_its_name(name):
 
 @pytest.mark.parametrize("name", ["switch", "dense"])
 def test_a_name_is_given_once(name):
-    with pytest.raises(ValueError, match=f"a router named {name} is registered already"):
+    with pytest.raises(ValueError, match=f"a router named {name} is already registered"):
         register_gate(name)(Gate)
     assert GATES["switch"] is not Gate
