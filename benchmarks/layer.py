@@ -10,7 +10,6 @@ examples:
 import argparse
 import gc
 import itertools
-import logging
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -134,11 +133,16 @@ def report(cases: List[Dict[str, Any]]) -> str:
 
 def plot(cases: List[Dict[str, Any]], path: Path) -> None:
     """Time over dense for each shape, one bar a layer."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # a peer may have switched on everybody's debug messages
-    from matplotlib.figure import Figure
+    from fairseq_sparsemixer.tools.plotting import save, styled  # loads matplotlib, which a table does not need
+
+    save(styled(_draw)(cases), path)
+
+
+def _draw(cases: List[Dict[str, Any]]) -> Any:
+    from fairseq_sparsemixer.tools.plotting import new_figure
 
     names = [name for name in dict.fromkeys(name for case in cases for name in case["layers"]) if name != "dense"]
-    figure = Figure(figsize=(max(6, 0.45 * len(cases) * max(len(names), 1)), 4), layout="constrained")
+    figure = new_figure(max(6, 0.45 * len(cases) * max(len(names), 1)), 4)
     axes = figure.subplots()
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
@@ -150,7 +154,7 @@ def plot(cases: List[Dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("time of forward and backward / dense")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def parse_peer(text: str) -> tuple:

@@ -1,11 +1,11 @@
-"""Plots of training runs: validation-loss curves and expert-load heatmaps, as PNG files."""
+"""How plots look and are saved, and those of training runs: validation-loss curves and expert-load heatmaps, as PNG files."""
 
 import io
 import logging
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
-from fairseq_sparsemixer.files import finish, unfinished_beside
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.runs import Run
 
 # fairseq, once imported, logs everything down to debugging, and matplotlib has things to say while it is imported
@@ -15,16 +15,42 @@ import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 matplotlib.use("agg")  # no display is needed
-DPI = 110
+DPI = 130
+DARK = 0.7  # distance from the even share, relative to it, from which a heatmap's colours take white text
+# Okabe and Ito's colours, told apart by colour-blind readers
+COLOURS = {
+    "black": "#000000",
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "yellow": "#F0E442",
+}
+STYLE: Dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=list(COLOURS.values())),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+}
+styled = matplotlib.rc_context(STYLE)  # @styled: what a function draws looks like all our plots
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, whose parts make room for each other."""
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
     """Draw a PNG file, whole or not at all. Raises OSError."""
-    with unfinished_beside(str(path)) as unfinished:
-        Path(unfinished).write_bytes(drawn(figure))
-        finish(unfinished, str(path))
+    write_whole(path, drawn(figure))
 
 
+@styled
 def drawn(figure: Figure) -> bytes:
     """The figure as a PNG file's bytes."""
     content = io.BytesIO()
@@ -42,15 +68,15 @@ def plot_valid_loss(runs: Sequence[Run], path: Path) -> None:
     save(draw_valid_loss(runs), path)
 
 
+@styled
 def draw_valid_loss(runs: Sequence[Run]) -> Figure:
-    """A curve of the validation loss against updates for each run; with gaps where a loss is no number."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    """A curve of the validation loss against updates for each run; with gaps where a loss is not a number."""
+    figure = new_figure(6.4, 4)
     axes = figure.add_subplot()
     for run in runs:
         if run.valid_loss:
             axes.plot(*zip(*run.valid_loss), marker="o", markersize=3, label=f"{as_text(run.name)} ({run.valid_loss[-1][1]:.3f})")
     axes.set(xlabel="updates", ylabel="validation loss (bits per token)")
-    axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(title="run (last loss)")
     return figure
@@ -64,13 +90,14 @@ def plot_expert_load(runs: Sequence[Run], path: Path) -> bool:
     return figure is not None
 
 
+@styled
 def draw_expert_load(runs: Sequence[Run]) -> Optional[Figure]:
     """A heatmap for each run with experts: layers x experts, the share of a layer's tokens. None: no run has any."""
     loads = [(run.name, run.load) for run in runs if run.load is not None]
     if not loads:
         return None
     heights = [len(load.layers) for _, load in loads]
-    figure = Figure(figsize=(6.4, 1.1 * len(loads) + 0.45 * sum(heights)), layout="constrained")
+    figure = new_figure(6.4, 1.1 * len(loads) + 0.45 * sum(heights))
     panels = figure.subplots(len(loads), squeeze=False, height_ratios=heights)[:, 0]
     for (name, load), axes in zip(loads, panels):
         _heatmap(axes, name, load.layers, load.total())
@@ -81,10 +108,12 @@ def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> 
     """shares [L][E] with the even share 1 / E as the middle of the colours."""
     experts = len(shares[0])
     image = axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 / experts)
+    axes.grid(False)
     axes.set(title=f"{as_text(title)}: share of tokens", xlabel="expert", xticks=range(experts))
     axes.set_yticks(range(len(layers)), [as_text(layer.replace(".layers.", " ")) for layer in layers])
     if experts <= 16:
         for row, values in enumerate(shares):
             for column, value in enumerate(values):
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+                colour = "white" if abs(value * experts - 1) > DARK else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.figure.colorbar(image, ax=axes)

@@ -1,65 +1,45 @@
 """A fidelity study as a picture."""
 
-import io
-import logging
 from pathlib import Path
 from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.fidelity.study import FidelityStudy
+from fairseq_sparsemixer.tools.plotting import COLOURS as PALETTE
+from fairseq_sparsemixer.tools.plotting import new_figure, save, styled
 
-# Okabe and Ito's colours, told apart by colour-blind readers
 COLOURS = {
     "switch-argmax": "#999999",
-    "switch": "#000000",
-    "euler": "#E69F00",
-    "midpoint": "#0072B2",
-    "heun3": "#D55E00",
-    "inf": "#009E73",
-    "reinforce": "#CC79A7",
-    "reinforce-baseline": "#CC79A7",
-    "dense_st": "#56B4E9",
+    "switch": PALETTE["black"],
+    "euler": PALETTE["orange"],
+    "midpoint": PALETTE["blue"],
+    "heun3": PALETTE["vermilion"],
+    "inf": PALETTE["green"],
+    "reinforce": PALETTE["purple"],
+    "reinforce-baseline": PALETTE["purple"],
+    "dense_st": PALETTE["sky"],
 }
 OTHER = "#666666"  # an estimator that has no colour here yet
 MARKERS = {"switch": "s", "euler": "^", "midpoint": "o", "heun3": "D", "inf": "v", "reinforce": "P", "reinforce-baseline": "X"}
-STYLE: Dict[Any, Any] = {
-    "font.size": 9,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
 BELOW = {"fontsize": 7.5, "frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # legends under their panel
 FLOOR = 1e-16  # errors below are drawn here: rounding of float64
 
 
+@styled
 def plot_study(study: FidelityStudy, path: str) -> None:
     """Write a PNG: bias against the number of draws (or of each method), variance against bias, and the orders.
 
     Raises ConfigurationError where it cannot be written.
     """
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq opens the root logger wide
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels = [_plot_bias if study.draws is None else _plot_history, _plot_variance] + ([_plot_orders] if study.orders else [])
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), 4.6), constrained_layout=True)
-        for panel, axis in zip(panels, axes):
-            panel(study, axis)
-        figure.suptitle(f"{study.problem.description}  (* arg-max rule off)", fontsize=10)
-        picture = io.BytesIO()
-        try:
-            figure.savefig(picture, dpi=150, format="png")
-            write_whole(Path(path), picture.getvalue())
-        except OSError as error:
-            raise ConfigurationError(f"--png {path} cannot be written ({error.strerror}); give another path") from None
-        finally:
-            plt.close(figure)
+    figure = new_figure(4.8 * len(panels), 4.6)
+    for panel, axis in zip(panels, figure.subplots(1, len(panels))):
+        panel(study, axis)
+    figure.suptitle(f"{study.problem.description}  (* arg-max rule off)", fontsize=10)
+    try:
+        save(figure, Path(path))
+    except OSError as error:
+        raise ConfigurationError(f"--png {path} cannot be written ({error.strerror}); give another path") from None
 
 
 def _style(method: Any) -> Dict[str, Any]:

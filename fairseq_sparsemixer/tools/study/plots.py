@@ -1,20 +1,20 @@
 """A study's pictures: loss curves with bands, speed-up against loss level, and the experts' load over time."""
 
+import itertools
 from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from fairseq_sparsemixer.tools.plotting import as_text, save
+from fairseq_sparsemixer.tools.plotting import COLOURS, as_text, new_figure, save, styled
 from fairseq_sparsemixer.tools.runs import ExpertLoad, read_run
 from fairseq_sparsemixer.tools.study.curve import Curve
 from fairseq_sparsemixer.tools.study.spec import Study
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # Okabe and Ito's
 LEVELS = 40  # points on a speed-up curve
 
 
+@styled
 def draw(study: Study, results: Dict[str, Any], out: Path) -> List[Path]:
     """Write curves.png, speedup.png and, for models with experts, load.png into `out`; their paths."""
     written = [_curves(results, out / "curves.png"), _speedup(study, results, out / "speedup.png")]
@@ -37,11 +37,10 @@ def _in_panel(results: Dict[str, Any], experts: Any) -> List[Dict[str, Any]]:
 
 def _figure(results: Dict[str, Any]):
     panels = _panels(results)
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    figure = new_figure(5.2 * len(panels), 3.8)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, experts in zip(axes[0], panels):
         axis.set_title("" if experts is None else f"{experts} experts")
-        axis.grid(alpha=0.3)
     return figure, list(zip(axes[0], panels))
 
 
@@ -52,7 +51,7 @@ def _save(figure, path: Path) -> Path:
 
 def _colours(results: Dict[str, Any]) -> Dict[str, str]:
     routers = list(dict.fromkeys(group["router"] for group in results["groups"]))
-    return {router: COLOURS[index % len(COLOURS)] for index, router in enumerate(routers)}
+    return dict(zip(routers, itertools.cycle(COLOURS.values())))
 
 
 def _curves(results: Dict[str, Any], path: Path) -> Path:
@@ -104,7 +103,7 @@ def _loads(results: Dict[str, Any], out: Path) -> Dict[str, ExpertLoad]:
 
 def _load_over_time(loads: Dict[str, ExpertLoad], path: Path) -> Path:
     """A heatmap a group: experts (of all layers, one under the other) against updates, load over its layer's mean."""
-    figure = Figure(figsize=(3.2 * len(loads) + 1, 3.6), layout="constrained")
+    figure = new_figure(3.2 * len(loads) + 1, 3.6)
     axes = figure.subplots(1, len(loads), squeeze=False)[0]
     for axis, (group, logged) in zip(axes, loads.items()):
         load = np.array([counts for _, counts in logged.counts], dtype=float)  # [time, L, E]
@@ -112,6 +111,7 @@ def _load_over_time(loads: Dict[str, ExpertLoad], path: Path) -> Path:
         _, layers, experts = load.shape
         extent = (0, logged.counts[-1][0], layers * experts, 0)
         image = axis.imshow(share.reshape(len(load), -1).T, aspect="auto", extent=extent, cmap="viridis", vmin=0, vmax=2)
+        axis.grid(False)
         axis.set_yticks([(layer + 0.5) * experts for layer in range(layers)], [f"layer {layer + 1}" for layer in range(layers)])
         axis.set(title=as_text(group), xlabel="updates")
     figure.colorbar(image, ax=axes.tolist(), label="load / mean load of the layer")
