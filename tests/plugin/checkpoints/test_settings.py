@@ -53,6 +53,7 @@ def test_every_eval_of_fairseq_is_of_literals_alone():
             assert importlib.import_module(name).eval is literal, f"{name}: {ast.unparse(call)}"
 
 
+@pytest.mark.slow
 def test_fairseq_compiles_and_executes_nothing_else():
     assert not list(calls("exec", "compile", "builtins.exec", "execfile"))
 
@@ -67,6 +68,7 @@ def test_every_setting_that_fairseq_evaluates_is_looked_at_in_the_file():
         assert not isinstance(call.args[0], ast.Attribute) or call.args[0].attr in EVALUATED, f"{name}: {ast.unparse(call)}"
 
 
+@pytest.mark.slow
 def test_every_file_that_fairseq_unpickles_is_read_as_data():
     for name, call in calls("torch.load", "pickle.load"):
         assert name in READERS or name in OF_OTHER_RANKS, f"{name}: {ast.unparse(call)}"
