@@ -31,7 +31,7 @@ COLOURS = {
 STYLE: Dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.prop_cycle": matplotlib.cycler(color=list(COLOURS.values())),
+    "axes.prop_cycle": matplotlib.cycler(color=list(COLOURS.values())),  # type: ignore[attr-defined]  # of another package
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.size": 9,
