@@ -20,6 +20,7 @@ def without_time(path):
     return {**figures, "estimators": [{**row, "time": None} for row in figures["estimators"]]}
 
 
+@pytest.mark.slow
 def test_prints_the_table_and_the_conclusions_and_writes_both_files(quick, tmp_path, capsys):
     assert main([*SMALL, "--draws", "300", "--json", str(tmp_path / "f.json"), "--png", str(tmp_path / "f.png")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -82,6 +83,7 @@ def test_bad_flags_end_with_one_sentence(flags, message):
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_checkpoint_is_measured_on_text(quick, trained, tmp_path, capsys):
     flags, _ = trained
     main(

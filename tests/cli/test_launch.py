@@ -47,15 +47,18 @@ def launch(tmp_path, program: str, *flags: str) -> int:
         return main(["launch", "--nproc", "2", *flags, "--", sys.executable, str(script)])
 
 
+@pytest.mark.distributed
 def test_success_is_status_zero(tmp_path):
     assert launch(tmp_path, "sys.exit(0)") == 0
 
 
+@pytest.mark.distributed
 def test_a_failed_rank_gives_its_status_and_ends_the_others(tmp_path, capsys):
     assert launch(tmp_path, "sys.exit(3) if rank else time.sleep(1000)", "--grace", "0.2") == 3
     assert "rank 1 ended with exit status 3" in capsys.readouterr().err
 
 
+@pytest.mark.distributed
 def test_a_killed_rank_is_reported_with_its_signal(tmp_path, capsys):
     program = "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(1000)"
     assert launch(tmp_path, program, "--grace", "0.2") == 128 + signal.SIGKILL
@@ -86,6 +89,7 @@ def ended(process: int) -> bool:
         return True
 
 
+@pytest.mark.distributed
 def test_sigterm_ends_all_ranks(tmp_path):
     launcher, processes = sleeping_ranks(tmp_path)
     launcher.kill(signal.SIGTERM)
@@ -93,6 +97,7 @@ def test_sigterm_ends_all_ranks(tmp_path):
     assert all(ended(process) for process in processes)
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_killing_the_launcher_ends_all_ranks(tmp_path):
     launcher, processes = sleeping_ranks(tmp_path)
@@ -102,6 +107,7 @@ def test_killing_the_launcher_ends_all_ranks(tmp_path):
     await_end(processes)
 
 
+@pytest.mark.distributed
 def test_sigterm_ends_ranks_that_are_stopped_or_deaf_to_it(tmp_path):
     launcher, processes = sleeping_ranks(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
     os.kill(processes[1], signal.SIGSTOP)
@@ -127,6 +133,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets there")
 def test_nothing_listens_to_the_network(tmp_path):
     script, found = tmp_path / "talk.py", tmp_path / "found"
@@ -138,6 +145,7 @@ def test_nothing_listens_to_the_network(tmp_path):
         assert addresses and set(addresses) == {"0100007F"}, addresses  # 127.0.0.1
 
 
+@pytest.mark.distributed
 def test_the_meeting_place_is_private_and_removed(tmp_path):
     program = (
         "from stat import S_IMODE\nfolder = os.path.dirname(sys.argv[sys.argv.index('--distributed-init-method') + 1][7:])\n"
@@ -147,6 +155,7 @@ def test_the_meeting_place_is_private_and_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
 
 
+@pytest.mark.distributed
 def test_others_may_end_by_themselves_within_the_grace(tmp_path):
     done = tmp_path / "done"
     program = f"rank and sys.exit(1)\ntime.sleep(0.5)\nopen({str(done)!r}, 'w').close()"

@@ -63,6 +63,7 @@ def test_the_first_forward_equals_the_dense_model(router, dense, tmp_path, trans
     assert found.multiplier == pytest.approx(multiplier, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["sparsemixer", "switch"])
 def test_a_language_model_is_upcycled_too(router, dense_language_model, tmp_path, run_fairseq):
     data, dense = dense_language_model
@@ -92,6 +93,7 @@ def dense_language_model(corpus, tmp_path_factory, run_fairseq):
     return folder / "bin", folder / "run" / "checkpoint_last.pt"
 
 
+@pytest.mark.slow
 def test_generation_and_training_take_it_as_it_is(corpus, dense, tmp_path):
     out = tmp_path / "moe.pt"
     main(["upcycle", str(dense), str(out), "--num-experts", "4", "--moe-freq", "1", "--router", "switch"])

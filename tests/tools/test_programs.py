@@ -68,6 +68,7 @@ def test_a_child_ends_with_a_parent_that_is_killed():
     wait_until(lambda: is_gone(child))
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_recipe_does_not_leave_its_training_behind(tmp_path, number, status):
