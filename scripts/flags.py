@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write the README's table of flags from the dataclasses that define them: `python scripts/flags.py`."""
+"""Write the table of flags in docs/flags.md from the dataclasses that define them: `python scripts/flags.py`."""
 
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "flags.md"
 START, END = "<!-- flags: made by scripts/flags.py -->\n", "<!-- end of flags -->"
 
 
@@ -35,11 +35,17 @@ def _help(option) -> str:
 
 
 def updated(text: str) -> str:
-    """A README's text with the table as it should be."""
+    """The page's text with the table as it should be."""
     before, rest = text.split(START)
     return before + START + table() + END + rest.split(END)[1]
 
 
+def without_table(text: str) -> str:
+    """The page's text with the table left out: what was written by hand."""
+    before, rest = text.split(START)
+    return before + rest.split(END)[1]
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

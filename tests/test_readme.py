@@ -1,4 +1,4 @@
-"""What the README says is run: its commands, its Python, its table of flags. Its links: test_docs.py."""
+"""What the README says is run: its commands and its Python; its figures are those of the results. Its links: test_docs.py."""
 
 import logging
 import os
@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from scripts.flags import updated
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,9 +81,24 @@ def test_the_python_runs():
         exec(code, {})
 
 
-def test_the_table_of_flags_is_that_of_the_dataclasses():
-    assert updated(README) == README, "run: python scripts/flags.py"
+def cells(text):
+    """The cells of each table row, without spaces around them."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_results_are_those_of_the_quickstart():
-    assert (ROOT / "recipes" / "quickstart" / "results" / "results.md").read_text(encoding="utf-8") in README
+def test_results_are_those_of_the_study():
+    study = ROOT / "recipes" / "multi30k_en_de" / "results" / "routers" / "results.md"
+    measured = {(row[0], row[1]): row for row in cells(study.read_text(encoding="utf-8"))}
+    shown = cells(README[README.index("\n## Results\n") : README.index("\n## Speed\n")])[2:]
+    assert len(shown) == 5
+    for router, loss, bleu, p, load in shown:
+        row = measured[router, "8" if router != "dense" else "–"]
+        assert [loss, bleu, load] == [row[3], row[4], row[-1]]
+        assert router == "dense" or p == row[5]
+
+
+def test_the_quickstart_shows_its_results():
+    folder = ROOT / "recipes" / "quickstart"
+    shown = cells((folder / "README.md").read_text(encoding="utf-8"))
+    rows = [row for row in cells((folder / "results" / "results.md").read_text(encoding="utf-8")) if "---" not in row[0]]
+    assert len(rows) == 4 and all(row in shown for row in rows)
