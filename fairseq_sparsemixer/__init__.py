@@ -31,6 +31,7 @@ _HOME = {  # public name -> module, imported on first access because torch takes
     "reduce_expert_gradients": "moe.gradients",
     "register_gate": "moe.gates",
     "shard_experts": "moe.layer",
+    "spread_experts": "moe.layer",  # the former name
 }
 __all__ = [*_HOME, "register"]
 

@@ -122,6 +122,10 @@ def test_public_names_are_there(name):
     assert getattr(fairseq_sparsemixer, name) is not None
 
 
+def test_sharding_answers_to_its_former_name():
+    assert fairseq_sparsemixer.spread_experts is fairseq_sparsemixer.shard_experts
+
+
 def test_help_texts_name_all_that_is_registered():
     from fairseq_sparsemixer.moe.estimators import ESTIMATORS
     from fairseq_sparsemixer.moe.experts import ACTIVATIONS, GATED_ACTIVATIONS

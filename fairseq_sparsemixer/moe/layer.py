@@ -137,6 +137,9 @@ def shard_experts(model: nn.Module, expert_group: ExpertGroup) -> None:
     ]  # type: ignore[assignment]  # torch sets the name in this way, too
 
 
+spread_experts = shard_experts  # the former name
+
+
 def build_moe_layer(
     router: str,
     model_dim: int,
