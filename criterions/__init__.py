@@ -1,4 +1,4 @@
-"""fairseq's criterions with the routers' auxiliary losses and metrics added, and ELECTRA's."""
+"""fairseq's criterions, and ELECTRA's, with the routers' auxiliary losses and metrics."""
 
 from fairseq_sparsemixer.criterions.electra import ElectraCriterion
 from fairseq_sparsemixer.criterions.moe_adaptive_loss import MoEAdaptiveLoss

@@ -1,11 +1,11 @@
 """A mixin for any fairseq criterion: adds the routers' auxiliary losses to its loss, and their metrics to its log.
 
-The logged `loss` stays the criterion's own, so that it compares with a dense model's; the gradient is that of
+The logged `loss` is the criterion's own, so that it is comparable to a dense model's. The gradient is that of
 
     loss + sample_size * sum over layers of (balance_weight * balance + z_weight * router_z).
 
-fairseq divides the summed gradient by the summed sample size, so that gradient accumulation and data parallelism
-average the auxiliary losses by sample size, whatever the number of batches.
+fairseq divides the summed gradient by the summed sample size, so gradient accumulation and data parallelism average the
+auxiliary losses weighted by sample size, for any number of batches.
 """
 
 import logging
@@ -42,7 +42,7 @@ class AuxiliaryLossConfig(FairseqDataclass):
 
 
 class AuxiliaryLosses:
-    """Mixin, to stand before a FairseqCriterion in the bases; its dataclass extends AuxiliaryLossConfig."""
+    """Mixin; must precede a FairseqCriterion in the bases. The criterion's dataclass extends AuxiliaryLossConfig."""
 
     aux_weights: Dict[str, float]
     balance_weight: float
@@ -54,7 +54,7 @@ class AuxiliaryLosses:
             sentence = broken_rule(f"--{name.replace('_', '-')}", getattr(cfg, name), rule)
             if sentence:
                 raise ConfigurationError(sentence)
-        # fairseq calls reduce_metrics on the class: a class of this criterion's own can carry its load log
+        # fairseq calls reduce_metrics on the class, so each criterion gets a subclass that carries its load log
         state = {"load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None}
         own = type(cls.__name__, (cls,), state)
         criterion = super().build_criterion.__func__(own, cfg, task)  # type: ignore[misc]  # of the class behind this one
@@ -62,7 +62,7 @@ class AuxiliaryLosses:
         criterion.balance_weight = cfg.moe_balance_loss_weight
         return criterion
 
-    NUMBERS = {  # of the flags, what they may be
+    NUMBERS = {  # allowed ranges of the flags
         "moe_balance_loss_weight": NOT_NEGATIVE,
         "moe_z_loss_weight": NOT_NEGATIVE,
         "moe_load_interval": COUNT,
@@ -85,9 +85,9 @@ class AuxiliaryLosses:
         return loss, sample_size, logging_output
 
     def auxiliary_loss(self, layers: List[MoELayer]) -> Union[Tensor, int]:
-        """The weighted sum over the layers that ran: a scalar with gradient. All but the z-loss weigh as balance does.
+        """The weighted sum over the layers that ran: a differentiable scalar. All losses but the z-loss use balance_weight.
 
-        A loss of weight 0 is left out: one that overflows would make it NaN.
+        Losses of weight 0 are left out: an infinite one would make the sum NaN.
         """
         weighed = (
             (self.aux_weights.get(name, self.balance_weight), loss)
@@ -109,11 +109,11 @@ class AuxiliaryLosses:
 
 
 def warn_of_plain_criterion(criterion: nn.Module, name: str) -> None:
-    """Warn that a model with experts trains by a criterion that leaves out the auxiliary losses; `name` is its --criterion."""
+    """Warn if a model with experts uses a criterion without auxiliary losses; `name` is its --criterion."""
     if isinstance(criterion, AuxiliaryLosses):
         return
     known = sorted(other for other, cls in CRITERION_REGISTRY.items() if issubclass(cls, AuxiliaryLosses))
     logger.warning(
-        "--criterion %s leaves out the routers' load-balancing losses and metrics, and experts may collapse unseen;"
+        "--criterion %s leaves out the routers' load-balancing losses and metrics, so experts may collapse unnoticed;"
         " use --criterion %s", name, f"moe_{name}" if f"moe_{name}" in known else " or ".join(known),
     )  # fmt: skip

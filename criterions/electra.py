@@ -1,11 +1,11 @@
 """`electra`: the two losses of ELECTRA (Clark et al., 2020; arXiv 2003.10555), with the routers' auxiliary losses.
 
-For a corpus of n tokens, of which the task masks the share p, section 2's objective is
+For a corpus of n tokens, of which the task masks a fraction p, the objective of section 2 is
 
     1 / (p n) * sum over masked tokens of the generator's cross-entropy
     + rtd_weight / n * sum over tokens of the discriminator's binary cross-entropy.
 
-n is what fairseq divides by, so that both sums add up over ranks and accumulated batches, however many tokens each has.
+fairseq divides by n, so both sums add up over ranks and accumulated batches with any number of tokens.
 """
 
 import math
@@ -47,7 +47,7 @@ class ElectraLoss(FairseqCriterion):
         self.rtd_weight, self.mask_prob = rtd_weight, mask_prob
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
-        """See FairseqCriterion.forward; the sample is one of fairseq's masked_lm task, the sample size its tokens."""
+        """See FairseqCriterion.forward; the sample is from fairseq's masked_lm task, the sample size is its token count."""
         target, real = sample["target"], sample["net_input"]["src_tokens"].ne(self.padding_idx)
         output = model(**sample["net_input"], target=target)
         words, scores, replaced = target[target.ne(self.padding_idx)], output.scores[real].float(), output.replaced[real]
@@ -69,7 +69,7 @@ class ElectraLoss(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:
-        """Losses in bits, the generator's perplexity, accuracies, precision and recall of the detection in %."""
+        """Log losses in bits, the generator's perplexity, and accuracies, precision and recall of the detection in %."""
 
         def total(name: str) -> Any:
             return utils.item(sum(log.get(name, 0) for log in logging_outputs))
@@ -93,7 +93,7 @@ class ElectraLoss(FairseqCriterion):
 
 
 def detection_counts(flagged: Tensor, replaced: Tensor) -> Dict[str, Tensor]:
-    """flagged, replaced [n] bool -> counts of tokens flagged, replaced, flagged rightly, and judged rightly."""
+    """flagged, replaced [n] bool -> counts of tokens flagged, replaced, correctly flagged, and correctly classified."""
     return {
         "rtd_flagged": flagged.sum(),
         "replaced": replaced.sum(),

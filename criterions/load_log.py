@@ -1,4 +1,4 @@
-"""The tokens of each expert during training, one JSON line every few updates, for the load plots."""
+"""Logs the tokens per expert during training, one JSON line every few updates, for the load plots."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 
 class LoadLog:
-    """Adds up loads over `interval` updates and appends `{"num_updates", "layers", "load"}` to the file, on rank 0.
+    """Sums loads over `interval` updates and appends `{"num_updates", "layers", "load"}` to the file, on rank 0.
 
-    load is [layers][experts], the tokens of each expert since the line before. Raises ConfigurationError when the file
+    load is [layers][experts], the tokens of each expert since the previous line. Raises ConfigurationError if the file
     cannot be written.
     """
 
@@ -29,7 +29,7 @@ class LoadLog:
             raise ConfigurationError(f"--moe-load-file {path} cannot be written ({error.strerror}); give another path") from None
 
     def watch(self, layers: List[str], num_updates: Optional[int]) -> None:
-        """Note whose loads come next, and at which update; None stands for validation, which is not recorded."""
+        """Set the layers and the update of the next loads; None means validation, which is not logged."""
         self.layers, self.num_updates = layers, num_updates
 
     def add(self, load: Tensor) -> None:

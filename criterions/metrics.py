@@ -1,6 +1,6 @@
-"""The routers' metrics: sums in the logging output of a batch, figures in fairseq's log.
+"""The routers' metrics: sums in the logging output of a batch, means in fairseq's log.
 
-Names are those of fairseq's `moe` branch where it has them. L MoE layers, E experts, k choices.
+Names follow fairseq's `moe` branch where it has them. L MoE layers, E experts, k choices.
 """
 
 import math
@@ -16,14 +16,14 @@ from fairseq_sparsemixer.moe.layer import MoELayer
 PREFIX = "moe/"  # of our entries in a logging output
 AUX = "aux/"
 AUX_METRICS = {"balance": "moe_gate_loss", "router_z": "moe_z_loss"}
-FIFTH = 0.2  # of the experts, rounded up: the most and the least used ones that `expert1_balance_*` speaks of
+FIFTH = 0.2  # of the experts, rounded up: the share of most and least used ones in `expert1_balance_*`
 
 
 def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
-    """What a batch adds to fairseq's logging output: tensors that add up over ranks and accumulated batches.
+    """A batch's entries in fairseq's logging output: tensors that sum over ranks and accumulated batches.
 
-    Each has the layers as its first dimension. A layer that did not run (LayerDrop) adds zeros: ranks add their logs up
-    entry by entry, so that all must have the same entries.
+    Their first dimension is the layers. A layer that did not run (LayerDrop) adds zeros: ranks sum their logs entry by
+    entry, so all must have the same entries.
     """
     sums = [None if layer.routing is None else _layer_sums(layer.routing, sample_size) for layer in layers]
     example = next((entry for entry in sums if entry is not None), None) or _layer_sums(_empty_routing(layers[0]), 0)
@@ -33,7 +33,7 @@ def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
 
 @torch.no_grad()
 def _empty_routing(layer: MoELayer) -> Routing:
-    """The Routing of no tokens, for the names and shapes of what the layer reports."""
+    """The Routing of zero tokens, for the names and shapes of the layer's statistics."""
     return layer.gate(next(layer.parameters()).new_zeros(0, layer.gate.model_dim))
 
 
@@ -45,13 +45,13 @@ def _layer_sums(routing: Routing, sample_size: Any) -> Dict[str, Tensor]:
 
 
 def sum_routing_logs(logging_outputs: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-    """The entries of routing_log added up over logging outputs; empty when the model has no experts."""
+    """The entries of routing_log summed over logging outputs; empty if the model has no experts."""
     names = {name for log in logging_outputs for name in log if name.startswith(PREFIX)}
     return {name[len(PREFIX) :]: sum(log[name] for log in logging_outputs if name in log).detach() for name in sorted(names)}
 
 
 def on_host(totals: Dict[str, Tensor], sample_size: Any) -> Tuple[Dict[str, Tensor], Any]:
-    """The same in float64 on the CPU, and the sample size as a number: one copy from the device, and one wait, for all."""
+    """The totals in float64 on the CPU, and the sample size as a number, with a single copy from the device."""
     given = torch.as_tensor(sample_size)
     device = next(iter(totals.values())).device
     flat = torch.cat([value.reshape(-1).double() for value in totals.values()] + [given.to(device).reshape(1).double()]).cpu()
@@ -60,7 +60,7 @@ def on_host(totals: Dict[str, Tensor], sample_size: Any) -> Tuple[Dict[str, Tens
 
 
 def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
-    """Hand the figures to fairseq's metrics. All are means over the MoE layers, but losses, which are sums over them."""
+    """Log the metrics to fairseq. All are means over the MoE layers, except losses, which are sums over them."""
     totals, weight = on_host(totals, sample_size)
     divisor = max(weight, 1)
     for name in (name for name in totals if name.startswith(AUX)):
@@ -77,7 +77,7 @@ def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
 
 
 def _log_load(name: str, load: Tensor, dropped: Tensor, tokens: Tensor, weight: Any) -> None:
-    """load [L, E] and dropped [L] of one choice: shares of the fifths in %, unused experts, dropped tokens in %."""
+    """Log, for load [L, E] and dropped [L] of one choice: top and bottom fifths in %, unused experts, dropped tokens in %."""
     fifth = max(math.ceil(FIFTH * load.size(1)), 1)
     share = 100 * load.sort(dim=1, descending=True).values / load.sum(1, keepdim=True).clamp(min=1)
     metrics.log_scalar(f"{name}_balance_top", share[:, :fifth].sum(1).mean(), weight, round=2)

@@ -25,7 +25,7 @@ class MoEAdaptiveLoss(AuxiliaryLosses, AdaptiveLoss):
         """See AuxiliaryLosses. Raises ConfigurationError for the DDP backend that fairseq's AdaptiveLoss refuses."""
         if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
             raise ConfigurationError(
-                f"--ddp-backend {cfg.ddp_backend} does not go with an adaptive softmax, which may leave a cluster of rare words"
+                f"--ddp-backend {cfg.ddp_backend} does not work with an adaptive softmax, which may leave a cluster of rare words"
                 " without gradient; use --ddp-backend legacy_ddp"
             )
         return super().build_criterion(cfg, task)

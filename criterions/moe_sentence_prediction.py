@@ -17,5 +17,5 @@ class MoESentencePredictionCriterion(AuxiliaryLosses, SentencePredictionCriterio
     """See AuxiliaryLosses and fairseq's SentencePredictionCriterion."""
 
     def logging_outputs_can_be_summed(self) -> bool:
-        """Not where the score needs every prediction: fairseq's --report-* flags log them as lists, which ranks gather."""
+        """False if a score needs every prediction: fairseq's --report-* flags log them as lists, which ranks gather."""
         return not getattr(self, "keep_pred_and_targ", False)

@@ -1,6 +1,6 @@
-"""What meets fairseq: models, checkpoints, the trainer, and every change to fairseq itself (patches.py)."""
+"""The fairseq integration: models, checkpoints, the trainer, and every patch to fairseq itself (patches.py)."""
 
 from fairseq_sparsemixer.plugin.root_logger import root_logger_untouched
 
 with root_logger_untouched():
-    import fairseq  # noqa: F401  registers everything (see the package's __init__) before a module here is half loaded
+    import fairseq  # noqa: F401  registers everything (see the package's __init__) before any module here is partly loaded

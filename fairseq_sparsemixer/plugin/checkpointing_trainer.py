@@ -1,7 +1,7 @@
-"""The checkpoint half of the trainer: what a run writes and reads when its experts are spread over ranks.
+"""The checkpoint half of the trainer: saves and loads runs whose experts are sharded over ranks.
 
-By default rank 0 gathers the experts and writes what a single process would have written. With --sharded-checkpoints
-each rank of the first group writes its own experts, to a file of its own.
+By default, rank 0 gathers the experts and writes the same checkpoint as a single process. With --sharded-checkpoints,
+each rank of the first group writes its own experts to its own file.
 """
 
 import logging
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointingTrainer(Trainer):
-    """fairseq's Trainer, whose checkpoints hold the experts of all ranks or, sharded, say which they hold."""
+    """fairseq's Trainer, with checkpoints that hold the experts of all ranks or, if sharded, record which ones they hold."""
 
-    expert_group: Optional[ExpertGroup] = None  # where the experts are; None: every rank holds all of them
+    expert_group: Optional[ExpertGroup] = None  # None: every rank holds all experts
     has_experts = False
     sharded = False
-    in_train_step = False  # the other ranks are elsewhere then: a collective would wait for them in vain
+    in_train_step = False  # other ranks may be elsewhere then, so a collective would hang
     _gathered: Optional[gathering.Gathered] = None
     _save: Optional[int] = None  # see layout
 
@@ -49,7 +49,7 @@ class CheckpointingTrainer(Trainer):
             self._by_master(shards.mend_folder, self.cfg.checkpoint.save_dir, self._ranks.size)
 
     def consolidate_optimizer(self) -> None:
-        """Called by fairseq on every rank before some of them save: the time for collectives."""
+        """Called by fairseq on every rank before some ranks save, so collectives belong here."""
         super().consolidate_optimizer()
         if self.expert_group is None or self.in_train_step:
             self._save = None
@@ -62,7 +62,7 @@ class CheckpointingTrainer(Trainer):
             )
 
     def state_dict(self) -> Dict[str, Any]:
-        """See Trainer; with the experts of all ranks where they were gathered."""
+        """See Trainer; includes the experts of all ranks if they were gathered."""
         state = super().state_dict()
         if self._gathered is not None:
             gathering.fill_in(state, list(self._expert_weights()), self._gathered)
@@ -73,11 +73,11 @@ class CheckpointingTrainer(Trainer):
         return state
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
-        """See Trainer. No crash.pt when experts are spread: one rank has only its own."""
+        """See Trainer. Writes no crash.pt if experts are sharded, because a rank has only its own."""
         if self.expert_group is None or self.in_train_step and self.sharded:
             return super().save_checkpoint(filename, extra_state)
         if self.sharded:
-            # no rank gives up its old file before all have their new one: see shards
+            # no rank replaces its old file before all have written their new one: see shards
             os.makedirs(self.cfg.checkpoint.save_dir, exist_ok=True)
             written = super().save_checkpoint(filename + STAGED, extra_state)
             dist.barrier(group=self.expert_group.group)
@@ -85,17 +85,17 @@ class CheckpointingTrainer(Trainer):
             return written and os.path.abspath(filename)
         if self._gathered is None:
             if self.should_save_checkpoint_on_current_rank:
-                logger.warning("%s is not written: experts are spread over ranks, and this one holds only its own", filename)
+                logger.warning("%s is not written: experts are sharded over ranks, and this rank holds only its own", filename)
             return None
         return super().save_checkpoint(filename, extra_state)
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
-        """See Trainer. Takes files of any layout that holds what this rank needs.
+        """See Trainer. Accepts any layout that holds what this rank needs.
 
-        Raises ConfigurationError for a file that is missing or of another layout.
+        Raises ConfigurationError for a file that is missing or has another layout.
         """
         with open_dict(self.cfg):
-            # fairseq would send rank 0's copy around, as a pickle that torch's weights_only refuses at the other end
+            # otherwise fairseq broadcasts rank 0's copy as a pickle, which weights_only refuses on the receiving ranks
             self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         if self.has_experts and self.sharded:
             filename = self._own_shard(filename)
@@ -105,47 +105,47 @@ class CheckpointingTrainer(Trainer):
             self._refuse_to_start_over(filename)
         with self._one_sentence_for(filename), changed_by(partial(self._own_share, filename=filename)):
             extra_state = super().load_checkpoint(filename, *args, **kwargs)
-        if self.is_data_parallel_master:  # not before the run has what it goes on from
+        if self.is_data_parallel_master:  # only after the run has loaded its checkpoint
             remove_unfinished(self.cfg.checkpoint.save_dir, staged=self.sharded and not self.cfg.checkpoint.no_save)
         return extra_state
 
     @contextmanager
     def _one_sentence_for(self, filename: str) -> Iterator[None]:
-        """What fairseq raises for a checkpoint that does not go with the run, as ConfigurationError."""
+        """Turn fairseq's errors for a checkpoint that does not fit the run into ConfigurationError."""
         try:
             yield
         except ConfigurationError:
             raise
         except Exception as error:
             if isinstance(error.__context__, ConfigurationError):
-                raise error.__context__ from None  # fairseq put its own advice over the reason
+                raise error.__context__ from None  # fairseq replaced the reason by its own advice
             if isinstance(error, RuntimeError):
-                raise  # of another rank, or of the memory of a device
+                raise  # from another rank, or out of device memory
             reason = error.__context__ if type(error) is Exception and error.__context__ else error
             raise ConfigurationError(
-                f"{filename} does not go with this run ({_first_words(reason)}); give the flags it was trained with, or"
-                " --reset-optimizer --reset-lr-scheduler --reset-meters where only its weights are wanted"
+                f"{filename} does not fit this run ({_first_words(reason)}); give the flags it was trained with, or"
+                " --reset-optimizer --reset-lr-scheduler --reset-meters to load only its weights"
             ) from None
 
     def _own_shard(self, filename: str) -> str:
-        """The file to read in a run with --sharded-checkpoints: its shard, or else one of the whole model."""
+        """The file to read in a run with --sharded-checkpoints: this rank's shard, else the whole model's file."""
         whole = filename.replace(suffix(self._ranks.index) + ".pt", ".pt")
         self._by_master(shards.mend, whole, self._ranks.size)
         shard = shards.shard_path(whole, self._ranks.index)
         return whole if os.path.exists(whole) and not os.path.exists(shard) else shard
 
     def _require_on_all_ranks(self, filename: str) -> None:
-        """Raise ConfigurationError where some ranks see the file and others would start from scratch; a collective."""
+        """Raise ConfigurationError if only some ranks see the file and others would start from scratch; a collective."""
         if self.data_parallel_world_size > 1:
             seen = torch.tensor(int(os.path.exists(filename)), device=self.device)
             dist.all_reduce(seen)
             if 0 < seen < self.data_parallel_world_size:
                 raise ConfigurationError(
-                    f"{filename} is seen by {seen} of {self.data_parallel_world_size} ranks; put it where all nodes see it"
+                    f"{filename} is visible to {seen} of {self.data_parallel_world_size} ranks; put it where all nodes see it"
                 )
 
     def _by_master(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Have rank 0 do something while the others wait; where it cannot, every rank ends with its sentence."""
+        """Run an action on rank 0 while the others wait; if it fails, every rank raises its ConfigurationError."""
         sentence: List[Optional[str]] = [None]
         if self.is_data_parallel_master:
             try:
@@ -161,14 +161,14 @@ class CheckpointingTrainer(Trainer):
         restore_file = self.cfg.checkpoint.restore_file
         if os.path.exists(shards.shard_path(filename, 0)):
             raise ConfigurationError(
-                f"{filename} is a sharded checkpoint ({shards.shard_path(filename, 0)} and on); resume on as many ranks with"
+                f"{filename} is a sharded checkpoint ({shards.shard_path(filename, 0)}, ...); resume on as many ranks with"
                 f" --sharded-checkpoints, or convert it: fairseq-sparsemixer reshard {filename} OUT --portable"
             )
         if restore_file != "checkpoint_last.pt":
             raise ConfigurationError(f"--restore-file {restore_file} does not exist ({filename})")
 
     def _own_share(self, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
-        """What this rank needs of a checkpoint that fairseq has read."""
+        """The part that this rank needs of a checkpoint read by fairseq."""
         if not self.has_experts:
             return state
         layout, size = layout_of(state), 1 if self.expert_group is None else self.expert_group.size
@@ -178,13 +178,13 @@ class CheckpointingTrainer(Trainer):
         if self.expert_group is not None and layout["size"] == 1:
             state = combine_experts([state], own_rows(size, self.expert_group.index), self._expert_indices())
         kept = {key: apply_to_sample(torch.clone, value) for key, value in state.items() if key not in ("model", "cfg", "args")}
-        state = {**state, **kept, "model": model}  # what lives on must not depend on the file
+        state = {**state, **kept, "model": model}  # what is kept must not depend on the mapped file
         resume_between_same_batches(state, self.data_parallel_world_size)
         return state
 
     @property
     def checkpoint_suffix(self) -> str:
-        """See Trainer; `-rank-N` with --sharded-checkpoints, N the rank's place in its group."""
+        """See Trainer; `-rank-N` with --sharded-checkpoints, where N is the rank's index in its group."""
         return super().checkpoint_suffix + (suffix(self._ranks.index) if self.sharded else "")
 
     @property
@@ -194,11 +194,11 @@ class CheckpointingTrainer(Trainer):
 
     @property
     def _ranks(self) -> ExpertGroup:
-        assert self.expert_group is not None  # as in every sharded run
+        assert self.expert_group is not None  # holds in every sharded run
         return self.expert_group
 
     def _expert_weights(self) -> Dict[str, Dict[str, Tensor]]:
-        """This rank's experts by name, in the model and in its copies (see layout)."""
+        """This rank's expert parameters by name, in the model and in its copies (see layout)."""
         weights = {"model": {name: p for name, p in self.get_model().named_parameters() if hasattr(p, "expert")}}
         if self.cfg.ema.store_ema:
             averaged = dict(self.ema.get_model().named_parameters())
@@ -208,27 +208,27 @@ class CheckpointingTrainer(Trainer):
         return weights
 
     def _expert_indices(self) -> List[int]:
-        """Of the experts' parameters in the optimizer, which has all trained ones in this order."""
+        """The indices of the experts' parameters in the optimizer, which has all trained parameters in this order."""
         named = chain(self.get_model().named_parameters(), self.get_criterion().named_parameters())
         trained = [name for name, parameter in named if parameter.requires_grad]
         return [index for index, name in enumerate(trained) if EXPERTS in name]
 
 
 def lock_existing(save_dir: str) -> None:
-    """lock_folder, where fairseq has made the folder already."""
+    """lock_folder, if fairseq has already created the folder."""
     if os.path.isdir(save_dir):
         lock_folder(save_dir)
 
 
 def _first_words(error: BaseException) -> str:
-    """The line of an error that says most; torch's list of mismatches starts with a heading."""
+    """The most informative line of an error; torch's list of mismatches starts with a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[1] if len(lines) > 1 and lines[0].startswith("Error") else (lines or [""])[0]
     return f"{text}" if isinstance(error, (RuntimeError, AssertionError)) else f"{type(error).__name__}: {text}"
 
 
 def resume_between_same_batches(state: Dict[str, Any], world_size: int) -> None:
-    """Put the place in the epoch, which fairseq counts in batches of each rank, in those of `world_size` ranks."""
+    """Convert the position in the epoch, which fairseq counts in batches per rank, to `world_size` ranks."""
     position = (state.get("extra_state") or {}).get("train_iterator") or {}
     written_by = state["cfg"]["distributed_training"]["distributed_world_size"] if state.get("cfg") else world_size
     done = position.get("iterations_in_epoch", 0) * written_by

@@ -1,4 +1,4 @@
-"""What fairseq still expects of numpy and torch, and later versions of them dropped."""
+"""Shims for numpy and torch APIs that fairseq still uses and newer versions removed."""
 
 from types import SimpleNamespace
 
@@ -7,15 +7,15 @@ from fairseq.nan_detector import NanDetector
 
 
 def restore_numpy_long() -> None:
-    """Give numpy its `compat.long` back (gone from numpy 2), by which fairseq splits text at line ends."""
+    """Restore numpy's `compat.long` (removed in numpy 2), which fairseq uses to split text into lines."""
     if not hasattr(numpy, "compat"):
         numpy.compat = SimpleNamespace(long=int)  # type: ignore[attr-defined]  # that is the point
 
 
 def look_for_nans_forward_only() -> None:
-    """Let fairseq's search for the first NaN set no backward hooks: torch takes them for modules that return tensors alone.
+    """Keep fairseq's NaN detector from setting backward hooks, which torch supports only on modules that return tensors.
 
-    fairseq's encoders return dictionaries of lists, our gates a Routing: the search ended in a TypeError or StopIteration of
-    torch's, which hid the NaN. What the gradients of the parameters are, it prints at the end in any case.
+    fairseq's encoders return dictionaries of lists and our gates a Routing, so the detector ended in a TypeError or
+    StopIteration from torch, which hid the NaN. It still prints the parameters' gradients at the end.
     """
     NanDetector.__init__.__defaults__ = (True, False)  # forward, backward

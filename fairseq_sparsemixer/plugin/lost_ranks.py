@@ -1,7 +1,7 @@
-"""Ranks that die or hang: how long the others wait for one, and what they say in the end.
+"""Lost ranks: how long the others wait, and the error they exit with.
 
-fairseq makes its process groups before it builds a trainer, and with torch's time-outs of many minutes. So `install` puts
-two functions around fairseq's own, by which --collective-timeout and the one sentence hold from the rendezvous on.
+fairseq creates its process groups before it builds a trainer, with torch's time-outs of many minutes. So `install` wraps
+two of fairseq's functions: --collective-timeout and the error message then apply from the rendezvous on.
 """
 
 import os
@@ -17,20 +17,20 @@ from torch import distributed as dist
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.ranges import SECONDS, broken_rule
 
-LOST_CONTACT = (  # in gloo's, NCCL's and the stores' words
+LOST_CONTACT = (  # in error messages of gloo, NCCL and torch's stores
     "connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout", "remote process exited",
 )  # fmt: skip
-OTHER_TIMEOUTS = ("cuda error", "dataloader")  # of this process's own device and workers
+OTHER_TIMEOUTS = ("cuda error", "dataloader")  # from this process's own device and workers
 
-# fairseq's own; a spawned rank, which imports this module first, finds them here as well
+# fairseq's own functions; spawned ranks import this module first, and find them here too
 fairseq_init = utils.distributed_init
 fairseq_main = utils.distributed_main
 
 
 def timeout_of(cfg: Any) -> Optional[timedelta]:
-    """What --collective-timeout says; None where it is not given, or the model has no such flag.
+    """The value of --collective-timeout; None if it is not given or the model has no such flag.
 
-    Raises ConfigurationError for what is not a time to wait.
+    Raises ConfigurationError for a value out of range.
     """
     seconds = getattr(getattr(cfg, "model", None), "collective_timeout", None)
     if seconds is None:
@@ -42,18 +42,18 @@ def timeout_of(cfg: Any) -> Optional[timedelta]:
 
 
 def set_timeout(timeout: Optional[timedelta]) -> None:
-    """Let every collective of torch's default group and of fairseq's wait so long; None leaves them. A collective."""
+    """Set the time-out of torch's default group and of fairseq's global group; None: unchanged. A collective."""
     if timeout is None or not dist.is_initialized():
         return
-    dist.distributed_c10d._set_pg_timeout(timeout)  # torch has no public way once the group is made
+    dist.distributed_c10d._set_pg_timeout(timeout)  # torch has no public API for an existing group
     if hasattr(utils.get_global_group, "_global_group"):
         dist.distributed_c10d._set_pg_timeout(timeout, utils.get_global_group())
-    else:  # fairseq makes it when it is first asked for, by torch's default
+    else:  # fairseq would create it on first use, with torch's default
         utils.get_global_group._global_group = dist.new_group(timeout=timeout)
 
 
 def distributed_init(cfg: Any) -> int:
-    """See fairseq.distributed.utils; the rendezvous and the groups wait as --collective-timeout says."""
+    """See fairseq.distributed.utils; --collective-timeout applies to the rendezvous and the groups."""
     timeout = timeout_of(cfg)
     if timeout is None:
         return fairseq_init(cfg)
@@ -68,14 +68,14 @@ def distributed_init(cfg: Any) -> int:
 
 
 def distributed_main(i: int, main: Callable[..., None], cfg: Any, kwargs: Any) -> None:
-    """See fairseq.distributed.utils; a rank that loses another ends with one sentence, wherever it was."""
+    """See fairseq.distributed.utils; a rank that loses another exits with one sentence, wherever it was."""
     with explaining_lost_ranks(cfg):
         fairseq_main(i, main, cfg, kwargs)
 
 
 @contextmanager
 def explaining_lost_ranks(cfg: Any) -> Iterator[None]:
-    """Raise ConfigurationError, which names the checkpoint to go on from, when another rank is gone."""
+    """Raise ConfigurationError, naming the checkpoint to resume from, if another rank is lost."""
     try:
         yield
     except RuntimeError as error:
@@ -90,11 +90,11 @@ def explaining_lost_ranks(cfg: Any) -> Iterator[None]:
 
 def _remedy(cfg: Any) -> str:
     folder = Path(cfg.checkpoint.save_dir)
-    if any(folder.glob("checkpoint_last*.pt")):  # with --sharded-checkpoints, their names go on
-        return f"start again to go on from {os.path.join(cfg.checkpoint.save_dir, 'checkpoint_last.pt')}"
-    return "start again"
+    if any(folder.glob("checkpoint_last*.pt")):  # with --sharded-checkpoints, checkpoint_last-rank-N.pt
+        return f"restart to resume from {os.path.join(cfg.checkpoint.save_dir, 'checkpoint_last.pt')}"
+    return "restart the run"
 
 
 def install() -> None:
-    """Let fairseq's commands start their ranks by these, whether they are told of each other, detected or spawned."""
+    """Make fairseq's commands start ranks through these functions, however the ranks are launched."""
     utils.distributed_init, utils.distributed_main = distributed_init, distributed_main

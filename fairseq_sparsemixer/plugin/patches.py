@@ -1,4 +1,4 @@
-"""Every change that this package makes to fairseq, torch and numpy. `fairseq-sparsemixer doctor` prints the table."""
+"""Every patch that this package applies to fairseq, torch and numpy. `fairseq-sparsemixer doctor` prints the table."""
 
 from typing import Callable, NamedTuple, Optional
 
@@ -9,7 +9,7 @@ from fairseq_sparsemixer.plugin.checkpoints import folder_lock, reading, setting
 class Patch(NamedTuple):
     """target: what is replaced. why: what would go wrong otherwise. until: what would make the patch unnecessary.
 
-    apply: applies it, and does nothing the second time; None where it is applied for the time of one call.
+    apply: applies the patch, idempotent; None if the patch is applied only for the duration of a call.
     """
 
     target: str
@@ -21,14 +21,14 @@ class Patch(NamedTuple):
 PATCHES = (
     Patch(
         "eval in every module of fairseq; torch.load in those that read files",
-        "a file's settings could run code when they are evaluated, and its pickle when it is read",
-        "fairseq evaluates literals alone, and reads with weights_only",
+        "a file's settings could run code when evaluated, and its pickle when read",
+        "fairseq evaluates only literals, and reads with weights_only",
         lambda: settings.install(prepare=reading.read_data_only),
     ),
     Patch(
         "fairseq.checkpoint_utils.load_checkpoint_to_cpu and load_ema_from_checkpoint",
-        "unusable files end in tracebacks, and every rank would read the experts of all",
-        "fairseq tells what is wrong with a file, and lets a rank read a part of one",
+        "unusable files end in tracebacks, and every rank would read all experts",
+        "fairseq says what is wrong with a file, and lets a rank read part of one",
         reading.install,
     ),
     Patch(
@@ -39,7 +39,7 @@ PATCHES = (
     ),
     Patch(
         "fairseq.checkpoint_utils.torch_persistent_save, save_checkpoint, verify_checkpoint_directory and PathManager",
-        "a run that is killed while it saves leaves half a file in the place of a whole one",
+        "a run killed while saving replaces a complete file by a truncated one",
         "fairseq writes to a temporary file and renames it",
         writing.install,
     ),
@@ -51,13 +51,13 @@ PATCHES = (
     ),
     Patch(
         "fairseq_cli.train.Trainer",
-        "fairseq's Trainer averages the gradients of all parameters over ranks, and saves those of rank 0",
+        "fairseq's Trainer averages the gradients of all parameters over ranks, and saves rank 0's parameters",
         "fairseq has a registry of trainers",
         trainer.install,
     ),
     Patch(
         "fairseq.distributed.utils.distributed_init and distributed_main",
-        "process groups wait for a lost rank as long as torch's default says, and then end in tracebacks",
+        "process groups wait for a lost rank for torch's default time-out, and then end in tracebacks",
         "fairseq passes a time-out to torch",
         lost_ranks.install,
     ),
@@ -68,26 +68,26 @@ PATCHES = (
         None,
     ),
     Patch(
-        "fairseq.sequence_generator.SequenceGenerator._generate, in training with experts spread over ranks",
+        "fairseq.sequence_generator.SequenceGenerator._generate, in training with experts sharded over ranks",
         "a rank that generates alone leaves the others waiting in a layer",
         "generation in training keeps all ranks in step",
         None,
     ),
     Patch(
         "fairseq.options.parse_args_and_arch",
-        "--bf16 on a command line means a TPU",
-        "fairseq sets --tpu where a TPU is",
+        "--bf16 on the command line implies a TPU",
+        "fairseq sets --tpu only if there is a TPU",
         bfloat16.install,
     ),
     Patch(
         "fairseq.nan_detector.NanDetector.__init__",
-        "its backward hooks end in an error of torch's, which hides the NaN",
-        "fairseq's detector takes modules that return more than tensors",
+        "its backward hooks raise an error in torch, which hides the NaN",
+        "fairseq's detector supports modules that return more than tensors",
         compatibility.look_for_nans_forward_only,
     ),
     Patch(
         "numpy.compat",
-        "fairseq splits text by numpy.compat.long, which numpy 2 dropped",
+        "fairseq splits text using numpy.compat.long, which numpy 2 removed",
         "fairseq uses int",
         compatibility.restore_numpy_long,
     ),
@@ -95,7 +95,7 @@ PATCHES = (
 
 
 def apply() -> None:
-    """Apply all patches. Does nothing the second time."""
+    """Apply all patches; idempotent."""
     for patch in PATCHES:
         if patch.apply is not None:
             patch.apply()

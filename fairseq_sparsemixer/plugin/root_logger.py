@@ -1,4 +1,4 @@
-"""The root logger, which belongs to the program and not to the libraries it imports."""
+"""Protects the root logger, which belongs to the program and not to the libraries it imports."""
 
 import logging
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from typing import Iterator
 
 @contextmanager
 def root_logger_untouched() -> Iterator[None]:
-    """Undo what imports do to the root logger: fairseq's wav2vec2_classification turns on the DEBUG lines of every library.
+    """Undo changes of imports to the root logger: fairseq's wav2vec2_classification enables DEBUG logging of every library.
 
-    fairseq's own commands set it up before they import anything, and their setting stays.
+    fairseq's own commands configure it before importing anything, and their configuration is kept.
     """
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]

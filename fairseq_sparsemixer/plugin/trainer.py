@@ -1,8 +1,8 @@
-"""What expert parallelism adds to fairseq's Trainer; without experts, or on one rank, it is fairseq's own.
+"""fairseq's Trainer with expert parallelism; without experts, or on one rank, it behaves like fairseq's own.
 
-fairseq builds its Trainer by name in fairseq_cli.train, so that is where `install` puts this subclass. It spreads the
-experts over ranks before the model reaches a device, and keeps their gradients on the scale of all others. What it
-writes and reads is in checkpointing_trainer.py, and what it refuses in refusals.py.
+fairseq looks up its Trainer by name in fairseq_cli.train, so `install` puts this subclass there. It shards the experts
+over ranks before the model is moved to a device, and keeps their gradients on the scale of all others. Checkpointing is
+in checkpointing_trainer.py, and the checks of flags are in refusals.py.
 """
 
 import logging
@@ -42,13 +42,13 @@ from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards,
 
 logger = logging.getLogger(__name__)
 
-SEEDS_A_RANK = 1_000_003  # more than the updates of a run; torch on a CPU looks at the lower 32 bits of a seed alone
+SEEDS_A_RANK = 1_000_003  # more than the updates of a run; torch on a CPU uses only the lower 32 bits of a seed
 
 
 class MoETrainer(CheckpointingTrainer):
-    """fairseq's Trainer for models with experts. `expert_group` is None where every rank holds all of them."""
+    """fairseq's Trainer for models with experts. `expert_group` is None if every rank holds all experts."""
 
-    never_generate: Optional[str] = None  # the remedy, where a rank that generates would leave the others waiting
+    never_generate: Optional[str] = None  # the remedy, if a rank that generates would leave the others waiting
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
         refuse_missing_tpu(cfg)
@@ -82,7 +82,7 @@ class MoETrainer(CheckpointingTrainer):
             return super().get_valid_iterator(subset, *args, **kwargs)
 
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
-        """See Trainer. A rank that runs out of memory ends the run: the others wait for it in the middle of the batch."""
+        """See Trainer. A rank that runs out of memory ends the run, because the others wait for it in mid-batch."""
         self.in_train_step = True
         try:
             with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
@@ -101,9 +101,9 @@ class MoETrainer(CheckpointingTrainer):
             return super().valid_step(sample, raise_oom or self.expert_group is not None)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
-        """See Trainer, which calls this once an update, when all gradients but the experts' are reduced and scaled.
+        """See Trainer, which calls this once per update, after reducing and scaling all gradients but the experts'.
 
-        Scaling and summing commute, so this is the time for the experts' sums, and for one norm of all gradients.
+        Scaling and summing commute, so the experts' gradients are reduced here, before one norm of all gradients.
         """
         if self.expert_group is None:
             return super().clip_grad_norm(clip_norm)
@@ -114,14 +114,14 @@ class MoETrainer(CheckpointingTrainer):
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False):
-        # fairseq fills up ranks that have run out of batches with a copy of an old one, and ignores what comes of it
+        # fairseq gives ranks that have run out of batches a copy of an old one, and ignores the result
         sample, is_dummy_batch = super()._prepare_sample(sample, is_dummy)
         for layer in self.moe_layers:
             layer.idle = is_dummy_batch
         return sample, is_dummy_batch
 
     def _all_gather_list_sync(self, logging_outputs: List[Dict[str, Any]], *stats: Any, ignore: bool = False):
-        # of scores that need every prediction, such as --report-mcc; fairseq's own goes through a buffer on a GPU
+        # for scores that need every prediction, such as --report-mcc; fairseq's version needs a buffer on a GPU
         if self.cuda:
             return super()._all_gather_list_sync(logging_outputs, *stats, ignore=ignore)
         gathered: List[Any] = [None] * self.data_parallel_world_size
@@ -131,20 +131,20 @@ class MoETrainer(CheckpointingTrainer):
         return list(chain.from_iterable(logs)), [sum(values) for values in sums]
 
     def _set_seed(self) -> None:
-        # fairseq seeds every rank alike: all would draw the same noise for tokens that differ
+        # fairseq gives every rank the same seed: all would draw the same noise for different tokens
         super()._set_seed()
         if self.moe_layers and self.data_parallel_rank > 0:
             seed = self.cfg.common.seed + self.get_num_updates()
             utils.set_torch_seed(seed + SEEDS_A_RANK * self.data_parallel_rank)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """See Trainer, which calls this once after each optimizer step that was not skipped; the selection biases step too."""
+        """See Trainer, which calls this after each optimizer step that was not skipped; also updates the selection biases."""
         super().set_num_updates(num_updates)
         if self.in_train_step:
             update_selection_biases(self.get_model())
 
     def zero_grad(self) -> None:
-        """See Trainer: before each step, and after one that failed. Loads go with gradients."""
+        """See Trainer: called before each step and after a failed one. Resets the loads with the gradients."""
         super().zero_grad()
         reset_loads(self.get_model())
 
@@ -165,9 +165,9 @@ class MoETrainer(CheckpointingTrainer):
 
 
 def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
-    """Leave this rank its share of the experts of every layer; None when every rank keeps them all.
+    """Shard the experts of every layer over ranks; None if every rank keeps all experts.
 
-    Raises ConfigurationError for sizes that do not divide, and for parts of fairseq that cannot go with it.
+    Raises ConfigurationError for sizes that do not divide, and for incompatible fairseq options.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     layers = moe_layers(model)
@@ -182,13 +182,13 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     )
     shard_experts(model, expert_group)
     logger.info(
-        "experts spread over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, expert_group.num_replicas
+        "experts sharded over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, expert_group.num_replicas
     )
     return expert_group
 
 
 def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> bool:
-    """With --balance-scope global, let the balance losses speak of the tokens of all ranks; whether it does so.
+    """With --balance-scope global, compute the balance losses over the tokens of all ranks; returns whether that is so.
 
     Raises ConfigurationError for an unknown scope.
     """
@@ -198,16 +198,16 @@ def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     if scope == "local" or not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     refuse_unequal_forwards(cfg, task, OWN_TOKENS)
-    everyone = dist.new_group(timeout=timeout)  # its own: DistributedDataParallel keeps the default group busy
+    everyone = dist.new_group(timeout=timeout)  # a separate group: DistributedDataParallel uses the default one
     for layer in moe_layers(model):
         layer.gate.balance_group = everyone
     return True
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:
-    """Under --fp16, keep fairseq from flattening parameters: the same optimizer state then fits any number of ranks."""
+    """With --fp16, keep fairseq from flattening parameters, so that the optimizer state fits any number of ranks."""
     if cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads:
-        logger.info("experts: --fp16-no-flatten-grads is set, so that checkpoints move between world sizes")
+        logger.info("experts: setting --fp16-no-flatten-grads, so that checkpoints can move between world sizes")
         with open_dict(cfg):
             cfg.common.fp16_no_flatten_grads = True
 
@@ -215,7 +215,7 @@ def keep_one_state_a_parameter(cfg: Any) -> None:
 def install() -> None:
     """Make fairseq-train and fairseq-hydra-train build this Trainer, also when run as `python -m fairseq_cli.train`.
 
-    In processes that fairseq spawns, it imports the user-dir again before it builds a trainer.
+    Processes that fairseq spawns import the user-dir again before they build a trainer.
     """
     modules: Tuple[Any, ...] = (fairseq_cli.train, sys.modules.get("__main__"), sys.modules.get("__mp_main__"))
     for module in modules:

@@ -1,7 +1,7 @@
-"""What would have one rank run a layer more often than another, where a layer's forward is a collective of all.
+"""Refuses flags and tasks that make one rank run a layer more often than another, if the forward is a collective.
 
-So it is with experts spread over ranks, and with --balance-scope global. The others would wait for ever, or worse: take
-the next layer's numbers for this one's.
+It is one with experts sharded over ranks, and with --balance-scope global. The other ranks would wait forever, or worse,
+mistake the next layer's numbers for this one's.
 """
 
 from contextlib import contextmanager
@@ -11,11 +11,11 @@ from fairseq.sequence_generator import SequenceGenerator
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
-GENERATING_FLAGS = ("eval_bleu", "eval_wer", "eval_wer_parse", "eval_inference")  # of fairseq's tasks, for validation
+GENERATING_FLAGS = ("eval_bleu", "eval_wer", "eval_wer_parse", "eval_inference")  # fairseq's tasks, in validation
 
 
 def refuse_unequal_forwards(cfg: Any, task: Any, remedy: str) -> None:
-    """Raise ConfigurationError for flags and tasks by which the number of forwards differs between ranks."""
+    """Raise ConfigurationError for flags and tasks that make the number of forwards differ between ranks."""
     for flag in ("encoder_layerdrop", "decoder_layerdrop"):
         if getattr(cfg.model, flag, 0):
             raise ConfigurationError(
@@ -25,18 +25,18 @@ def refuse_unequal_forwards(cfg: Any, task: Any, remedy: str) -> None:
     for flag in GENERATING_FLAGS:
         if getattr(cfg.task, flag, False):
             raise ConfigurationError(
-                f"--{flag.replace('_', '-')} generates as many words on each rank as its own sentences need, while the others"
-                f" wait in a layer; score checkpoints with fairseq-generate, or {remedy}"
+                f"--{flag.replace('_', '-')} generates a different number of words on each rank, which leaves the others"
+                f" waiting in a layer; score checkpoints with fairseq-generate, or {remedy}"
             )
     if _keeps_generator(task):
         raise ConfigurationError(
-            f"--task {getattr(cfg.task, '_name', type(task).__name__)} generates in training, as many words on each rank as its"
-            f" own sentences need, while the others wait in a layer; {remedy}"
+            f"--task {getattr(cfg.task, '_name', type(task).__name__)} generates in training, a different number of words on"
+            f" each rank, which leaves the others waiting in a layer; {remedy}"
         )
 
 
 def _keeps_generator(task: Any) -> bool:
-    """Whether a task, whose model is built, has something to generate with: fairseq's have it only where they will."""
+    """Whether a task, once its model is built, holds a generator: fairseq's tasks have one only if they will use it."""
     for value in vars(task).values():
         held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         if any(callable(getattr(item, "generate", None)) for item in held):
@@ -46,9 +46,9 @@ def _keeps_generator(task: Any) -> bool:
 
 @contextmanager
 def refusing_generation(remedy: Optional[str]) -> Iterator[None]:
-    """For this while, raise ConfigurationError where a sequence is generated; with None as remedy, let it be.
+    """In this context, raise ConfigurationError if a sequence is generated; with remedy=None, allow it.
 
-    For tasks that make a generator only in the step that needs it.
+    For tasks that create a generator only in the step that needs it.
     """
     if remedy is None:
         yield
@@ -56,7 +56,7 @@ def refusing_generation(remedy: Optional[str]) -> Iterator[None]:
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigurationError(
-            "the task generates in training, as many words on each rank as its own sentences need, while the others wait in a"
+            "the task generates in training, a different number of words on each rank, which leaves the others waiting in a"
             f" layer; {remedy}"
         )
 

@@ -246,7 +246,7 @@ def test_no_optimizer_state_is_no_hindrance(theirs, tmp_path, capsys):
     assert main(["convert", str(path), str(tmp_path / "ours.pt")]) == 0
     assert "left out: the checkpoint has none" in capsys.readouterr().out
     load(tmp_path / "ours.pt")
-    with pytest.raises(SystemExit, match="theirs.pt would be overwritten, and it is what is read; choose another OUT"):
+    with pytest.raises(SystemExit, match="theirs.pt would be overwritten, but it is an input; choose another OUT"):
         main(["convert", str(path), str(path)])
 
 
@@ -260,18 +260,18 @@ def without(state, name):
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (lambda s: {"model": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2)}}, "is one of fairseq-sparsemixer already"),
-    (lambda s: {"model": {"decoder.layers.1.moe_layer.gate.wg.weight": torch.ones(2)}}, "is of fairseq's branch moe, which"),
+    (lambda s: {"model": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2)}}, "is already one of fairseq-sparsemixer"),
+    (lambda s: {"model": {"decoder.layers.1.moe_layer.gate.wg.weight": torch.ones(2)}}, "is from fairseq's moe branch, which"),
     (lambda s: {"model": {"encoder.layers.0.fc1.weight": torch.ones(2)}}, "has no experts as .*; fairseq-sparsemixer upcycle"),
-    (lambda s: {"cfg": None}, "is of a model called None; convert knows microsoft/SparseMixer's switch_transformer"),
-    (lambda s: changed(s, arch="thor"), "is of a model called thor"),
-    (lambda s: changed(s, router="Top2Gate"), "--router Top2Gate is unknown; convert knows SparseMixer and SwitchGate"),
-    (lambda s: changed(s, router="SwitchGate"), "has encoder.layers.0.router.omega, which .* has not by the same arguments"),
-    (lambda s: changed(s, num_experts=5), r"gating_network.weight is of \(4, 16\), .* ask for \(5, 16\)"),
+    (lambda s: {"cfg": None}, "is of the model None; convert supports microsoft/SparseMixer's switch_transformer"),
+    (lambda s: changed(s, arch="thor"), "is of the model thor"),
+    (lambda s: changed(s, router="Top2Gate"), "--router Top2Gate is unknown; convert supports SparseMixer and SwitchGate"),
+    (lambda s: changed(s, router="SwitchGate"), "has encoder.layers.0.router.omega, which .* not have with the same arguments"),
+    (lambda s: changed(s, num_experts=5), r"gating_network.weight is of \(4, 16\), .* require \(5, 16\)"),
     (lambda s: changed(s, num_experts="four"), "--num-experts four is not a number; use an unchanged checkpoint"),
     (lambda s: changed(s, jitter_eps=None), "--jitter-eps None is not a number; use an unchanged checkpoint"),
-    (lambda s: changed(s, encoder_ffn_embed_dim=8), r"fc1.0.weight is of \(24, 16\), .* arguments ask for \(8, 16\)"),
-    (lambda s: without(s, "decoder.layers.0.fc2.3.bias"), "decoder.layers.0.fc2.3.bias is missing, where its own arguments"),
+    (lambda s: changed(s, encoder_ffn_embed_dim=8), r"fc1.0.weight is of \(24, 16\), .* arguments require \(8, 16\)"),
+    (lambda s: without(s, "decoder.layers.0.fc2.3.bias"), "decoder.layers.0.fc2.3.bias is missing, but its own arguments"),
     (lambda s: without(s, "encoder.layers.0.gating_network.bias"), "encoder.layers.0.gating_network.bias is missing"),
     (lambda s: without(s, "encoder.embed_tokens.weight"), "has no encoder.embed_tokens.weight; it is not a complete model"),
 ])  # fmt: skip

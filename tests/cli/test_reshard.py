@@ -146,14 +146,14 @@ def test_an_out_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
     os.link(source, tmp_path / "same.pt")
     for out, sentence in (
         ("", "the name of the checkpoint to write is empty; give a path"),
-        ("/dev/full", "/dev/full is a pipe or device, no place for a checkpoint"),
+        ("/dev/full", "/dev/full is a pipe or device, not a file"),
         (pipe, "pipe.pt is a pipe or device"),
-        (tmp_path, "is a folder, no place for a checkpoint"),
+        (tmp_path, "is a folder, not a file"),
         (tmp_path / "file" / "out.pt", "file/out.pt cannot be written .File exists"),
         ("/proc/out.pt", "/proc/out.pt cannot be written .No such file"),
         ("/proc/sys/in/out.pt", "out.pt cannot be written .No such file"),
         (tmp_path / ("x" * 300), "x cannot be written .File name too long"),
-        (tmp_path / "same.pt", "same.pt would be overwritten, and it is what is read; choose another OUT"),
+        (tmp_path / "same.pt", "same.pt would be overwritten, but it is an input; choose another OUT"),
     ):
         with pytest.raises(SystemExit, match=sentence) as error:
             main(["reshard", str(source), str(out), "--portable"])

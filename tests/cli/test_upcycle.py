@@ -146,7 +146,7 @@ def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
     model = _with_experts(state["cfg"]["model"], MoEOptions(router="switch", num_experts=4, moe_freq=1))
     weights = upcycle(state, MoEOptions(router="switch", num_experts=4, moe_freq=1))["model"]
     del weights["decoder.layers.0.fc1.moe.gate.projection.weight"]
-    with pytest.raises(ConfigurationError, match=r"a layer moe.gate.projection.weight of \(4, 16\), .* only give none"):
+    with pytest.raises(ConfigurationError, match=r"require moe.gate.projection.weight of shape \(4, 16\), .* provides none"):
         _require_fit(model, weights)
 
 
@@ -155,9 +155,9 @@ def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
     [
         (["--router", "dense"], "--router dense has no experts"),
         (["--router", "nonsense"], "nonsense"),
-        (["--noise", "-1"], "--noise -1.0 must not be negative"),
-        (["--noise", "nan"], "--noise nan must not be negative, and must be finite; give 0 for none"),
-        (["--noise", "inf"], "--noise inf must not be negative, and must be finite; give 0 for none"),
+        (["--noise", "-1"], "--noise -1.0 must be at least 0"),
+        (["--noise", "nan"], "--noise nan must be at least 0 and finite; give 0 for none"),
+        (["--noise", "inf"], "--noise inf must be at least 0 and finite; give 0 for none"),
         (["--seed", "-1"], "--seed -1 is no seed; give a number from 0"),
         (["--seed", str(2**70)], "is no seed; give a number from 0"),
         (["--num-experts", "0"], "--num-experts 0 must be at least 1"),
@@ -173,9 +173,9 @@ def test_checkpoints_that_cannot_be_upcycled_get_one_sentence(dense, tmp_path):
     state = read_checkpoint(str(dense))
     name = str(tmp_path / "in.pt")
     for change, sentence in (
-        ({"model": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2)}}, "has experts already"),
-        ({"cfg": {**state["cfg"], "model": {"_name": "lstm"}}}, "is of a model called lstm; upcycle knows transformer"),
-        ({"cfg": None, "args": None}, "does not say what model it is of"),
+        ({"model": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2)}}, "already has experts"),
+        ({"cfg": {**state["cfg"], "model": {"_name": "lstm"}}}, "is of the model lstm; upcycle supports transformer"),
+        ({"cfg": None, "args": None}, "does not name its model"),
     ):
         torch.save({**state, **change}, name)
         with pytest.raises(SystemExit, match=sentence):
@@ -189,11 +189,11 @@ def test_a_source_is_never_overwritten_and_a_place_that_will_not_do_is_named(den
     os.mkfifo(pipe)
     before = source.read_bytes()
     for out, sentence in (
-        (source, "dense.pt would be overwritten, and it is what is read; choose another OUT"),
-        (link, "link.pt would be overwritten, and it is what is read"),
-        (tmp_path / "gone" / "moe.pt", "moe.pt cannot be written, as the folder .*gone does not exist; make it first"),
-        (pipe, "pipe.pt is a pipe or device, no place for a checkpoint"),
-        ("/dev/full", "/dev/full is a pipe or device, no place for a checkpoint"),
+        (source, "dense.pt would be overwritten, but it is an input; choose another OUT"),
+        (link, "link.pt would be overwritten, but it is an input"),
+        (tmp_path / "gone" / "moe.pt", "moe.pt cannot be written, as the folder .*gone does not exist; create it first"),
+        (pipe, "pipe.pt is a pipe or device, not a file"),
+        ("/dev/full", "/dev/full is a pipe or device, not a file"),
         ("", "the name of the checkpoint to write is empty"),
     ):
         with pytest.raises(SystemExit, match=sentence) as error:

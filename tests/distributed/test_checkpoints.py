@@ -172,7 +172,7 @@ def test_what_rank_0_cannot_read_ends_every_rank_with_its_sentence(corpus, tmp_p
     torch.save({"model": {}, "expert_parallel": {"size": 4}}, tmp_path / "checkpoint_last-rank-0.pt")
     started = start(corpus, tmp_path, "--sharded-checkpoints", updates=1, ranks=2)
     for rank in started:
-        with pytest.raises(AssertionError, match="spread over 4 ranks, and this run has --expert-parallel-size 2"):
+        with pytest.raises(AssertionError, match="sharded over 4 ranks, but this run has --expert-parallel-size 2"):
             collect([rank], deadline=60)
 
 
@@ -183,7 +183,7 @@ def train_elsewhere(log: Path, data: Path, save_dir: Path, *args) -> List[float]
 def test_ranks_that_do_not_see_the_file_never_start_from_scratch(corpus, portable, tmp_path):
     shutil.copy(portable, tmp_path)
     for rank in start(corpus, tmp_path, *FLAGS, updates=AFTER, ranks=2, last=(train_elsewhere,)):
-        with pytest.raises(AssertionError, match="checkpoint_last.pt is seen by 1 of 2 ranks; put it where all nodes see it"):
+        with pytest.raises(AssertionError, match="checkpoint_last.pt is visible to 1 of 2 ranks; put it where all nodes see it"):
             collect([rank], deadline=60)
 
 

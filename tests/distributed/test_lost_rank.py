@@ -55,7 +55,7 @@ def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_
     ranks[1].process.join()
     assert ranks[1].process.exitcode == -signal.SIGKILL
     assert "rank 0 lost contact with another rank" in survivor["exit"]
-    assert f"go on from {tmp_path}/cut/checkpoint_last.pt" in survivor["exit"]
+    assert f"resume from {tmp_path}/cut/checkpoint_last.pt" in survivor["exit"]
     resumed = run_ranks(2, train, data, tmp_path / "cut", meeting_place(), group=False)
     for found, expected in zip(resumed, straight):
         for name, parameter in expected.items():

@@ -71,7 +71,7 @@ def test_a_rank_whom_nobody_meets_says_so_after_the_time_out(scheme, tmp_path):
     meeting = f"file://{tmp_path}/ranks" if scheme == "file" else f"tcp://127.0.0.1:{free_port()}"
     ((sentence, restored),) = run_ranks(1, rendezvous_alone, meeting, group=False, deadline=60)
     assert sentence.startswith("fairseq-sparsemixer: rank 0 lost contact with another rank (")
-    assert sentence.endswith("; start again") and "\n" not in sentence
+    assert sentence.endswith("; restart the run") and "\n" not in sentence
     assert restored
 
 
@@ -82,7 +82,7 @@ def test_the_checkpoint_to_go_on_from_is_named_where_there_is_one(name, tmp_path
     with pytest.raises(ConfigurationError) as end:
         with explaining_lost_ranks(configuration(tmp_path)):
             raise RuntimeError("[pair.cc:1] Connection closed by peer [127.0.0.1]:1.\nmore")
-    remedy = f"start again to go on from {tmp_path}/checkpoint_last.pt" if name else "start again"
+    remedy = f"restart to resume from {tmp_path}/checkpoint_last.pt" if name else "restart the run"
     reason = "[pair.cc:1] Connection closed by peer [127.0.0.1]:1"
     assert end.value.message == f"rank 1 lost contact with another rank ({reason}); {remedy}"
 

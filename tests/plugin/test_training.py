@@ -181,7 +181,7 @@ def test_a_set_that_this_fairseq_drops_whole_is_named_with_the_remedy(train):
     """There are 8 sentences to validate on."""
     if batch_by_size([0, 1], lambda index: 1, max_sentences=2, required_batch_size_multiple=8):
         pytest.skip("this fairseq keeps a last batch of any size")
-    with pytest.raises(SystemExit, match="no batch is left of the subset valid: .*-multiple 1000, .* give --required"):
+    with pytest.raises(SystemExit, match="the subset valid has no batch left: .*-multiple 1000, .* give --required"):
         train("--max-update", "1", "--no-save", "--required-batch-size-multiple", "1000", "--train-subset", "valid")
 
 

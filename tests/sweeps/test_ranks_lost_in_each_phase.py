@@ -89,9 +89,7 @@ def test_the_other_rank_ends_with_a_sentence(phase, spread, number, victim, corp
     ranks = start_ranks(2, train, corpus, tmp_path, meeting_place(), phase, number, victim, *SPREADS[spread], group=False)
     try:
         (sentence,) = collect([ranks[1 - victim]], TIMEOUT + MARGIN)
-        assert re.fullmatch(
-            rf"fairseq-sparsemixer: rank {1 - victim} lost contact with another rank \(.+\); start again.*", sentence
-        )
+        assert re.fullmatch(rf"fairseq-sparsemixer: rank {1 - victim} lost contact with another rank \(.+\); restart.*", sentence)
         assert number == signal.SIGSTOP or not ranks[victim].process.is_alive()
     finally:
         ranks[victim].process.kill()

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read without running code, moved between numbers of ranks and numbers of experts."""
+"""Checkpoints: atomic writes, reads that run no code, resharding, conversion and upcycling."""
 
 from fairseq_sparsemixer.plugin.checkpoints.reading import allow_fairseq_checkpoints, read_checkpoint
 from fairseq_sparsemixer.plugin.checkpoints.writing import replace_atomically, save_atomically

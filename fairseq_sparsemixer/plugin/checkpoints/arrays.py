@@ -1,8 +1,8 @@
-"""Arrays and numbers of numpy out of a checkpoint: what validation metrics such as BLEU keep beside tensors.
+"""Safe loading of numpy arrays and scalars from a checkpoint, where validation metrics such as BLEU store them.
 
-A pickle makes them by calling numpy, with arguments that the file chooses: with some, numpy would read memory that the file
-names. So torch's weights_only loader is given stand-ins under numpy's names, which make arrays of plain numbers and nothing
-else.
+A pickle creates them by calling numpy with arguments chosen by the file; with some arguments, numpy would read memory at
+an address from the file. So torch's weights_only loader gets stand-ins under numpy's names, which create only arrays of
+plain numbers.
 """
 
 import re
@@ -15,11 +15,11 @@ NUMPY_MODULES = ("numpy._core.multiarray", "numpy.core.multiarray")  # of numpy 
 
 
 class NoNumbers(ValueError):
-    """An array in a file is of something else than numbers, or not as numpy writes one."""
+    """An array in a file does not hold numbers, or is not in numpy's format."""
 
 
 class PlainType:
-    """Stands for numpy.dtype, as pickles use it. `kind`: the dtype it means."""
+    """Stand-in for numpy.dtype in pickles. `kind`: the actual dtype."""
 
     def __init__(self, code: Any = None, *_: Any):
         if not isinstance(code, str) or not PLAIN.fullmatch(code):
@@ -37,7 +37,7 @@ class PlainType:
 
 
 class PlainArray(numpy.ndarray):
-    """Stands for numpy.ndarray in pickles. An array like any other, and saved as one."""
+    """Stand-in for numpy.ndarray in pickles. Behaves like an ordinary array and is saved as one."""
 
     def __new__(cls, *_: Any) -> "PlainArray":
         return numpy.empty(0).view(cls)
@@ -47,7 +47,7 @@ class PlainArray(numpy.ndarray):
         if not isinstance(plain, PlainType) or not isinstance(content, bytes):
             raise NoNumbers("the content of an array is not plain numbers")
         whole = (1, tuple(shape), plain.kind, bool(by_column), content)
-        super().__setstate__(whole)  # type: ignore[arg-type]  # numpy's annotation asks for a bool of its own
+        super().__setstate__(whole)  # type: ignore[arg-type]  # numpy's annotation wants numpy's own bool
 
     def __reduce__(self) -> Any:
         return numpy.array(self, subok=False).__reduce__()
@@ -57,43 +57,43 @@ class PlainArray(numpy.ndarray):
 
 
 def array(*_: Any) -> PlainArray:
-    """Stands for numpy's _reconstruct: an empty array, which is filled afterwards."""
+    """Stand-in for numpy's _reconstruct: an empty array, filled afterwards."""
     return PlainArray()
 
 
 def number(plain: Any, content: Any) -> Any:
-    """Stands for numpy's scalar: one number out of its bytes."""
+    """Stand-in for numpy's scalar: one number from its bytes."""
     if not isinstance(plain, PlainType) or not isinstance(content, bytes) or len(content) != plain.kind.itemsize:
-        raise NoNumbers("a number of numpy is not a plain one")
+        raise NoNumbers("a numpy scalar is not a plain number")
     return numpy.frombuffer(content, plain.kind)[0]
 
 
 def no_bytes(*content: Any) -> bytes:
-    """Stands for bytes, which a pickle calls for the content of an array without items."""
+    """Stand-in for bytes, which a pickle calls for the content of an empty array."""
     if content:
         raise NoNumbers("bytes made of something else")
     return b""
 
 
 def encoded(text: Any, encoding: Any = None) -> bytes:
-    """Stands for the encoder that a pickle of protocol 2 calls for bytes, which torch 2.4 does not allow by itself."""
+    """Stand-in for the encoder that protocol 2 pickles call for bytes, which torch 2.4 does not allow by default."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise NoNumbers("bytes that are not written as pickles write them")
+        raise NoNumbers("bytes that are not in pickle's format")
     return text.encode("latin1")
 
 
 def safe_globals() -> List[Any]:
-    """What to hand to torch.serialization.add_safe_globals."""
+    """The arguments for torch.serialization.add_safe_globals."""
     named: List[Tuple[Any, str, str]] = [(PlainType, "numpy", "dtype"), (PlainArray, "numpy", "ndarray")]
     for module in NUMPY_MODULES:
         named += [(_copy(array), module, "_reconstruct"), (_copy(number), module, "scalar")]
     named += [(_copy(no_bytes), module, "bytes") for module in ("builtins", "__builtin__")]
     named.append((_copy(encoded), "_codecs", "encode"))
     for stand_in, module, name in named:
-        stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name  # by which torch finds it
+        stand_in.__module__, stand_in.__qualname__, stand_in.__name__ = module, name, name  # torch looks it up by these
     return [stand_in for stand_in, _, _ in named]
 
 
 def _copy(function: Any) -> Any:
-    """A function of its own, to go by another name."""
+    """A copy of the function, so that it can have another name."""
     return lambda *arguments: function(*arguments)

@@ -1,14 +1,14 @@
-"""A checkpoint of microsoft/SparseMixer's fairseq example becomes one of `transformer_moe`.
+"""Converts checkpoints of microsoft/SparseMixer's fairseq example to `transformer_moe`.
 
-Its model `switch_transformer` is fairseq's transformer whose layers 0, 2, 4, ... of both stacks keep each expert as two
-Linears. What stands on the left of a layer's name there is on the right here, [E, ...] being a stack of all experts:
+Its model `switch_transformer` is fairseq's transformer, with each expert stored as two Linears in layers 0, 2, 4, ... of
+both stacks. Names within a layer, theirs on the left and ours on the right; [E, ...] is a stack of all experts:
 
     fc1.E.weight [H, M], fc1.E.bias         fc1.moe.experts.weight_in [E, M, H], fc1.moe.experts.bias_in
     fc2.E.weight [M, H], fc2.E.bias         fc1.moe.experts.weight_out [E, H, M], fc1.moe.experts.bias_out
     gating_network.weight, .bias            fc1.moe.gate.projection.weight, .bias
     router.omega                            fc1.moe.gate.omega
 
-Layers without experts have a gating_network there, too, which nothing uses: it is left out.
+There, layers without experts have an unused gating_network too, which is left out.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from fairseq_sparsemixer.plugin.checkpoints.optimizer_state import Unmapped, map
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel
 
-ROUTERS = {"sparsemixer": "sparsemixer", "switchgate": "switch"}  # theirs, in lower case as they look it up, and ours
+ROUTERS = {"sparsemixer": "sparsemixer", "switchgate": "switch"}  # theirs (looked up in lower case) -> ours
 OWN_OPTIONS = ("num_experts", "router", "jitter_eps", "load_balancing", "load_balancing_alpha", "gumbel")  # of their task
 OWN_METERS = ("load", "balance_loss")  # in their log
-MOE_FREQ = 2  # fixed in their code
+MOE_FREQ = 2  # hard-coded in their model
 
 FIRST_EXPERT = re.compile(r"(?:encoder|decoder)\.layers\.\d+\.fc1\.0\.weight")
 MOE_PARAMETER = re.compile(r"(?P<layer>(?:encoder|decoder)\.layers\.\d+)\.fc1\.moe\.(?P<part>.+)")
@@ -46,12 +46,12 @@ GATE_PARTS = {
     "omega": "router.omega",
 }
 UNUSED_ROUTER = re.compile(r".*\.layers\.\d+\.gating_network\.(weight|bias)")  # of a layer without experts
-BUFFER = re.compile(r".*\.(version|_float_tensor|embed_positions\.weights)")  # what versions of fairseq save beside parameters
+BUFFER = re.compile(r".*\.(version|_float_tensor|embed_positions\.weights)")  # saved beside parameters by some fairseq versions
 
 
 @dataclass
 class Converted:
-    """The new checkpoint, the options of its experts, and why the optimizer's state is not in it (None: it is)."""
+    """The new checkpoint, its MoE options, and why the optimizer's state was left out (None: it is included)."""
 
     state: Dict[str, Any]
     options: MoEOptions
@@ -59,7 +59,7 @@ class Converted:
 
 
 def convert(state: Dict[str, Any]) -> Converted:
-    """A checkpoint that microsoft/SparseMixer's example wrote -> one of `transformer_moe` that computes the same.
+    """A checkpoint written by microsoft/SparseMixer's example -> one of `transformer_moe` that computes the same.
 
     Raises ConfigurationError for any other checkpoint.
     """
@@ -82,18 +82,18 @@ def convert(state: Dict[str, Any]) -> Converted:
 
 
 def join(tensors: List[Tensor], name: str) -> Tensor:
-    """Their tensors -> our tensor `name`: a stack of experts, whose weights stand transposed; any other is as it was."""
+    """Their tensors -> our tensor `name`: transposed and stacked for experts, unchanged otherwise."""
     if EXPERTS not in name:
         return tensors[0]
-    return torch.stack([tensor.t() for tensor in tensors])  # of a bias, t() is the bias
+    return torch.stack([tensor.t() for tensor in tensors])  # t() leaves a bias unchanged
 
 
 def _require_their_experts(weights: Dict[str, Tensor]) -> None:
     if any(EXPERTS in name and ".moe." in name for name in weights):
-        raise ConfigurationError("the checkpoint is one of fairseq-sparsemixer already; fairseq loads it as it is")
+        raise ConfigurationError("the checkpoint is already one of fairseq-sparsemixer; fairseq loads it as it is")
     if any(".moe_layer." in name for name in weights):
         raise ConfigurationError(
-            "the checkpoint is of fairseq's branch moe, which convert does not read; docs/migration.md says what can be kept"
+            "the checkpoint is from fairseq's moe branch, which convert does not support; docs/migration.md says what can be kept"
         )
     if not any(FIRST_EXPERT.fullmatch(name) for name in weights):
         raise ConfigurationError(
@@ -103,13 +103,13 @@ def _require_their_experts(weights: Dict[str, Tensor]) -> None:
 
 
 def _arguments(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments of their model, with those of their task where the model's lack them."""
+    """The arguments of their model, completed by those of their task."""
     model = cfg.get("model") or {}
     model = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
     arch = model.get("arch") or model.get("_name")
     if not str(arch).startswith("switch_transformer"):
         raise ConfigurationError(
-            f"the checkpoint is of a model called {arch}; convert knows microsoft/SparseMixer's switch_transformer"
+            f"the checkpoint is of the model {arch}; convert supports microsoft/SparseMixer's switch_transformer"
         )
     return {**{name: value for name, value in (cfg.get("task") or {}).items() if name in OWN_OPTIONS}, **model}
 
@@ -117,7 +117,7 @@ def _arguments(cfg: Dict[str, Any]) -> Dict[str, Any]:
 def _options(theirs: Dict[str, Any]) -> MoEOptions:
     router = str(theirs.get("router"))
     if router.lower() not in ROUTERS:
-        raise ConfigurationError(f"the checkpoint's --router {router} is unknown; convert knows SparseMixer and SwitchGate")
+        raise ConfigurationError(f"the checkpoint's --router {router} is unknown; convert supports SparseMixer and SwitchGate")
     return MoEOptions(
         router=ROUTERS[router.lower()],
         num_experts=_number(theirs, "num_experts", 0),
@@ -128,7 +128,7 @@ def _options(theirs: Dict[str, Any]) -> MoEOptions:
 
 
 def _number(theirs: Dict[str, Any], name: str, default: Any) -> Any:
-    """An argument of theirs, of the kind that its default is of."""
+    """One of their arguments, converted to the type of its default."""
     value = theirs.get(name, default)
     try:
         return type(default)(value)
@@ -151,9 +151,9 @@ def _translation(task: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _skeleton(model: argparse.Namespace, weights: Dict[str, Tensor]) -> nn.Module:
-    """Our model by its arguments, without memory: names, shapes and order of all it has."""
+    """Our model built from its arguments on the meta device, for the names, shapes and order of its tensors."""
     args = copy.deepcopy(model)
-    args.encoder_embed_path = args.decoder_embed_path = None  # files of the machine it was trained on
+    args.encoder_embed_path = args.decoder_embed_path = None  # files on the machine it was trained on
     source = _dictionary(weights, "encoder")
     target = source if getattr(args, "share_all_embeddings", False) else _dictionary(weights, "decoder")
     with torch.device("meta"):
@@ -161,7 +161,7 @@ def _skeleton(model: argparse.Namespace, weights: Dict[str, Tensor]) -> nn.Modul
 
 
 def _dictionary(weights: Dict[str, Tensor], stack: str) -> Dictionary:
-    """One of as many words as the embeddings of that stack have rows."""
+    """A dictionary with as many words as the stack's embeddings have rows."""
     name = f"{stack}.embed_tokens.weight"
     if name not in weights:
         raise ConfigurationError(f"the checkpoint has no {name}; it is not a complete model of microsoft/SparseMixer's example")
@@ -172,7 +172,7 @@ def _dictionary(weights: Dict[str, Tensor], stack: str) -> Dictionary:
 
 
 def _their_names(name: str, num_experts: int) -> List[str]:
-    """What makes up our tensor `name` in their checkpoint."""
+    """The names of their tensors that make up our tensor `name`."""
     found = MOE_PARAMETER.fullmatch(name)
     if found is None:
         return [name]
@@ -183,7 +183,7 @@ def _their_names(name: str, num_experts: int) -> List[str]:
 
 
 def _require_fit(skeleton: nn.Module, mapping: Dict[str, List[str]], weights: Dict[str, Tensor]) -> None:
-    """Raise ConfigurationError unless every parameter of ours can be made, and every one of theirs is used."""
+    """Raise ConfigurationError unless all of our parameters can be built and all of theirs are used."""
     expected = skeleton.state_dict()
     buffers = {name for name, _ in skeleton.named_buffers()}
     for name, theirs in mapping.items():
@@ -192,20 +192,20 @@ def _require_fit(skeleton: nn.Module, mapping: Dict[str, List[str]], weights: Di
             if name not in buffers and (their_name not in weights or weights[their_name].shape != shape):
                 found = f"of {tuple(weights[their_name].shape)}" if their_name in weights else "missing"
                 raise ConfigurationError(
-                    f"the checkpoint's {their_name} is {found}, where its own arguments ask for {tuple(shape)};"
-                    " it is not a checkpoint of microsoft/SparseMixer's example, or a changed one"
+                    f"the checkpoint's {their_name} is {found}, but its own arguments require {tuple(shape)};"
+                    " it is not a checkpoint of microsoft/SparseMixer's example, or was modified"
                 )
     used = {name for theirs in mapping.values() for name in theirs}
     for name in without_copies(weights):
         if not (name in used or UNUSED_ROUTER.fullmatch(name) or BUFFER.fullmatch(name)):
             raise ConfigurationError(
-                f"the checkpoint has {name}, which microsoft/SparseMixer's example has not by the same arguments;"
+                f"the checkpoint has {name}, which microsoft/SparseMixer's example does not have with the same arguments;"
                 " convert would have to leave it out"
             )
 
 
 def _rename(weights: Dict[str, Tensor], mapping: Dict[str, List[str]]) -> Dict[str, Tensor]:
-    """Their weights by name -> ours; buffers that they lack are left to fairseq."""
+    """Their weights by name -> ours; fairseq fills in missing buffers."""
     return {
         name: join([weights[their_name] for their_name in theirs], name)
         for name, theirs in mapping.items()
@@ -214,11 +214,11 @@ def _rename(weights: Dict[str, Tensor], mapping: Dict[str, List[str]]) -> Dict[s
 
 
 def _extra(state: Dict[str, Any], mapping: Dict[str, List[str]]) -> Dict[str, Any]:
-    """extra_state with averaged copies renamed, and without the meters of their task, which nothing here would update."""
+    """extra_state with the averaged copies renamed and without the meters of their task, which nothing here updates."""
     extra = dict(state.get("extra_state") or {})
     extra.update({key: _rename(extra[key], mapping) for key in COPIES_OF_MODEL if key in extra})
     if extra.get("metrics"):
-        # by aggregator, a list of (priority, name, class, state)
+        # aggregator -> list of (priority, name, class, state)
         extra["metrics"] = type(extra["metrics"])(
             (name, [meter for meter in meters if meter[1] not in OWN_METERS]) for name, meters in extra["metrics"].items()
         )
@@ -228,7 +228,7 @@ def _extra(state: Dict[str, Any], mapping: Dict[str, List[str]]) -> Dict[str, An
 def _add_optimizer_state(
     result: Dict[str, Any], state: Dict[str, Any], mapping: Dict[str, List[str]], tied: set
 ) -> Optional[str]:
-    """Give `result` the optimizer's state, for our moe_ criterion; or say why not."""
+    """Add the optimizer's state, for our moe_ criterion, to `result`; else return why it is left out."""
     if not state.get("last_optimizer_state"):
         return "the checkpoint has none"
     trained = [name for name in state["model"] if name not in tied and not BUFFER.fullmatch(name)]
@@ -237,7 +237,7 @@ def _add_optimizer_state(
         result["last_optimizer_state"] = map_optimizer_state(state["last_optimizer_state"], shapes, mapping, join)
     except Unmapped as reason:
         return str(reason)
-    # fairseq takes the state only for a criterion of the same class
+    # fairseq loads the state only for a criterion of the same class
     name = f"moe_{(result['cfg'].get('criterion') or {}).get('_name')}"
     if name in CRITERION_REGISTRY and result.get("optimizer_history"):
         *before, last = result["optimizer_history"]

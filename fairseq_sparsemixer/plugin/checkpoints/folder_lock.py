@@ -1,4 +1,4 @@
-"""One training at a time in a folder of checkpoints: the second one ends with a sentence that names the first."""
+"""Locks a checkpoint folder against a second training run, which exits with an error naming the first."""
 
 import atexit
 import errno
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 NAME = ".training.lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
 
-_held: Dict[str, Tuple[int, int]] = {}  # by folder, the process that took it (it may have forked) and its open file
+_held: Dict[str, Tuple[int, int]] = {}  # folder -> (process that locked it, which may have forked, and its open file)
 
 
 def lock_folder(folder: str) -> None:
-    """Take the folder until `release_folders` or the end of this process, however it ends; once more is as good as once.
+    """Lock the folder until `release_folders` or the end of this process, however it ends; idempotent.
 
-    Raises ConfigurationError where another process has it. Where the file system knows no locks, a warning is all.
+    Raises ConfigurationError if another process holds the lock. Only warns if the file system does not support locks.
     """
     folder = os.path.realpath(folder)
     if _held.get(folder, (None,))[0] == os.getpid():
@@ -43,15 +43,15 @@ def lock_folder(folder: str) -> None:
 
 
 def _open_and_lock(path: str, folder: str) -> Optional[int]:
-    """The open lock file, -1 where there are no locks, None where the one before removed the file just now.
+    """The open lock file; -1 if locks are unsupported; None if the previous holder has just removed the file.
 
-    The lock is one that workers which this process forks do not inherit: they may outlive it by seconds. It would be lost
-    with any other open file of this name that the process closes, so there is never another.
+    Uses a lock that forked workers do not inherit, since they may outlive this process by seconds. The process would lose
+    it by closing any other descriptor of the same file, so there is never a second one.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        logger.warning("%s is not protected from a second training (%s)", folder, error.strerror)
+        logger.warning("%s is not locked against a second training run (%s)", folder, error.strerror)
         return -1
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,9 +60,9 @@ def _open_and_lock(path: str, folder: str) -> Optional[int]:
         os.close(descriptor)
         if getattr(error, "errno", None) in TAKEN:
             raise ConfigurationError(
-                f"--save-dir {folder} is in use by {holder}, which trains into it; wait until that ends, or give another folder"
+                f"--save-dir {folder} is in use by {holder}, which is training; wait until that ends, or give another folder"
             ) from None
-        logger.warning("%s is not protected from a second training (its file system has no locks)", folder)
+        logger.warning("%s is not locked against a second training run (its file system has no locks)", folder)
         return -1
     try:
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -74,19 +74,19 @@ def _open_and_lock(path: str, folder: str) -> Optional[int]:
 
 
 def release_folders() -> None:
-    """Let others have the folders that this process took."""
+    """Release the folders locked by this process."""
     for folder, (process, descriptor) in list(_held.items()):
         del _held[folder]
         if process == os.getpid():
             try:
                 os.remove(os.path.join(folder, NAME))
             except OSError:
-                pass  # gone with its folder
+                pass  # removed with its folder
             os.close(descriptor)
 
 
 def released_after(main: Callable) -> Callable:
-    """fairseq_cli.train.main, for processes that train more than once."""
+    """fairseq_cli.train.main that releases its folder, for processes that train more than once."""
 
     @functools.wraps(main)
     def train(*arguments: Any, **options: Any) -> Any:
@@ -99,7 +99,7 @@ def released_after(main: Callable) -> Callable:
 
 
 def install() -> None:
-    """Have fairseq-train release its folder when a training is over."""
+    """Make fairseq-train release its folder at the end of training."""
     if not hasattr(fairseq_cli.train.main, "__wrapped__"):
         fairseq_cli.train.main = released_after(fairseq_cli.train.main)
 

@@ -1,4 +1,4 @@
-"""Experts of all ranks on one of them. One tensor at a time travels, and ends on the CPU of rank 0."""
+"""Gathers the experts of all ranks on the CPU of rank 0, one tensor at a time."""
 
 from typing import Any, Dict, List, NamedTuple, Optional
 
@@ -11,9 +11,9 @@ from fairseq_sparsemixer.plugin.checkpoints.layout import counts_experts
 
 
 class Gathered(NamedTuple):
-    """models: tensors of all E experts by name, for each model asked. optimizer: {parameter index: {state name: tensor}}.
+    """models: tensors of all E experts by name, for each requested model. optimizer: {parameter index: {state name: tensor}}.
 
-    On other ranks than 0 there is None for each tensor.
+    On ranks other than 0, each tensor is None.
     """
 
     models: List[Dict[str, Optional[Tensor]]]
@@ -23,9 +23,9 @@ class Gathered(NamedTuple):
 def gather_experts(
     models: List[Dict[str, Tensor]], optimizer: Optional[torch.optim.Optimizer], expert_group: ExpertGroup
 ) -> Optional[Gathered]:
-    """From each rank's share of the experts, by name; a collective of all ranks. None outside the group of rank 0."""
+    """Gather each rank's shard of the experts, by name; a collective of all ranks. None outside the group of rank 0."""
     if not expert_group.first_group:
-        return None  # replicas: the first group has every expert
+        return None  # a replica: the first group has every expert
     return Gathered(
         [{name: _gather(share.detach(), expert_group) for name, share in model.items()} for model in models],
         {} if optimizer is None else _gather_optimizer(optimizer, expert_group),
@@ -50,21 +50,21 @@ def _gather(share: Tensor, expert_group: ExpertGroup) -> Optional[Tensor]:
         dist.send(share.contiguous(), dst=0, group=expert_group.group)
         return None
     parts, arriving = [share.cpu()], torch.empty_like(share)
-    for rank in range(1, expert_group.size):  # one at a time: a GPU has no room for all experts
+    for rank in range(1, expert_group.size):  # one at a time: all experts may not fit on a GPU
         dist.recv(arriving, src=rank, group=expert_group.group)
         parts.append(arriving.to("cpu", copy=True))
     return torch.cat(parts)
 
 
 def fill_in(state: Dict[str, Any], names: List[str], gathered: Gathered) -> None:
-    """Put the gathered tensors in the place of rank 0's own, in the state that fairseq is about to write.
+    """Replace rank 0's own tensors by the gathered ones in the state that fairseq is about to write.
 
-    names: of the models gathered; "model", or the key of its copy in extra_state.
+    names: of the gathered models; "model", or the key of its copy in extra_state.
     """
     for name, tensors in zip(names, gathered.models):
         holder = state if name == "model" else state["extra_state"]
         holder[name] = {**holder[name], **tensors}
-    if gathered.optimizer:  # what state_dict gave is the optimizer's own dictionaries
+    if gathered.optimizer:  # copy, because state_dict returns the optimizer's own dictionaries
         by_index = {
             index: {**values, **gathered.optimizer.get(index, {})}
             for index, values in state["last_optimizer_state"]["state"].items()

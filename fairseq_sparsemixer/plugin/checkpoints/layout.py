@@ -1,10 +1,10 @@
-"""Which tensors of a checkpoint count experts in their first dimension, and which rows of them a file holds.
+"""The layout of a checkpoint: which tensors have experts as their first dimension, and which of their rows a file holds.
 
-Every checkpoint of a model with experts says so in its entry `expert_parallel`:
+Every checkpoint of a model with experts records it in its entry `expert_parallel`:
 
-    size        G, the files that hold the experts together; 1 in a portable checkpoint
-    index       which of them this one is: rows index * E / G and on
-    save        a number drawn for each save, the same in all files of it; None when one rank saved alone
+    size        G, the number of files that together hold the experts; 1 in a portable checkpoint
+    index       of this file among them: it holds the E / G rows from index * E / G
+    save        a random number per save, the same in all its files; None if one rank saved alone
     optimizer   the indices of the experts' parameters in the optimizer's state
 """
 
@@ -17,25 +17,25 @@ from torch import Tensor
 from fairseq_sparsemixer.names import EXPERTS
 
 LAYOUT = "expert_parallel"
-COPIES_OF_MODEL = ("ema", "ema_fp32_params")  # in extra_state, by the names of the model's parameters
+COPIES_OF_MODEL = ("ema", "ema_fp32_params")  # in extra_state, keyed by the model's parameter names
 
 Combine = Callable[[List[Tensor]], Tensor]
 
 
 def layout_of(state: Dict[str, Any]) -> Dict[str, Any]:
-    """The entry described above; that of a portable checkpoint where there is none."""
+    """The entry described above; if missing, that of a portable checkpoint."""
     return {"size": 1, "index": 0, "save": None, "optimizer": None, **(state.get(LAYOUT) or {})}
 
 
 def wrong_layout(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
-    """What is wrong with that entry: its name, and what it is; None where nothing is."""
+    """The entry's name and what is wrong with it; None if it is valid."""
     entry = state.get(LAYOUT)
     if not isinstance(entry, (dict, type(None))):
         return LAYOUT, f"a {type(entry).__name__}, not a dict"
     layout = layout_of(state)
     size, index, save, optimizer = (layout[key] for key in ("size", "index", "save", "optimizer"))
     if type(size) is not int or type(index) is not int or not 0 <= index < size:
-        return LAYOUT, f"file {index!r} of {size!r}, which are not numbers that go together"
+        return LAYOUT, f"file {index!r} of {size!r}, which is not a valid pair of numbers"
     if not isinstance(save, (int, type(None))):
         return LAYOUT, f"of save {save!r}, which is not a number"
     if optimizer is not None and not (isinstance(optimizer, list) and all(type(number) is int for number in optimizer)):
@@ -44,18 +44,18 @@ def wrong_layout(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
 
 
 def suffix(index: int) -> str:
-    """What the file of rank `index` has before its `.pt`: fairseq's own convention for experts."""
+    """The suffix before `.pt` in the file name of rank `index`: fairseq's own convention for experts."""
     return f"-rank-{index}"
 
 
 def shard_path(path: str, index: int) -> str:
-    """The file of rank `index` of the sharded checkpoint that is called `path`."""
+    """The file of rank `index` of the sharded checkpoint `path`."""
     stem = path[: -len(".pt")] if path.endswith(".pt") else path
     return f"{stem}{suffix(index)}.pt"
 
 
 def own_rows(size: int, index: int) -> Combine:
-    """A whole expert tensor [E, ...] -> rows [E / G, ...] of rank `index` of `size`, a view."""
+    """A whole expert tensor [E, ...] -> a view of the rows [E / G, ...] of rank `index` of `size`."""
 
     def rows(tensors: List[Tensor]) -> Tensor:
         count = tensors[0].size(0) // size
@@ -65,9 +65,9 @@ def own_rows(size: int, index: int) -> Combine:
 
 
 def combine_experts(states: List[Dict[str, Any]], combine: Combine, optimizer: Optional[List[int]] = None) -> Dict[str, Any]:
-    """The first of some checkpoints, with each tensor of experts made from those of all of them.
+    """The first of several checkpoints, with each expert tensor combined from those of all.
 
-    optimizer: the indices of the experts in the optimizer's state, where the checkpoints do not say.
+    optimizer: the indices of the experts in the optimizer's state, if the checkpoints do not record them.
     """
     indices = layout_of(states[0])["optimizer"] if optimizer is None else optimizer
     result = dict(states[0])
@@ -84,7 +84,7 @@ def combine_experts(states: List[Dict[str, Any]], combine: Combine, optimizer: O
 
 
 def _combine_by_name(states: List[Dict[str, Tensor]], combine: Combine) -> Dict[str, Tensor]:
-    result = copy.copy(states[0])  # an OrderedDict keeps torch's metadata that way
+    result = copy.copy(states[0])  # copy.copy keeps torch's metadata on an OrderedDict
     for name in result:
         if EXPERTS in name:
             result[name] = combine([state[name] for state in states])
@@ -104,5 +104,5 @@ def _combine_by_index(optimizers: List[Dict[str, Any]], indices: List[int], comb
 
 
 def counts_experts(value: Any) -> bool:
-    """Whether a state that an optimizer keeps for experts has a row for each: moments do, the number of steps does not."""
+    """Whether a value in the experts' optimizer state has a row per expert: moments do, the step count does not."""
     return torch.is_tensor(value) and value.dim() > 0

@@ -1,4 +1,4 @@
-"""Values out of strings such as `[(512, 3)] * 4 + [(1024, 1)]`: literals and arithmetic, and nothing that could run code."""
+"""Evaluates strings such as `[(512, 3)] * 4 + [(1024, 1)]`: literals and arithmetic only, nothing that could run code."""
 
 import ast
 import operator
@@ -6,9 +6,9 @@ from typing import Any, Callable, Dict, Type
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
-LONGEST = 5_000  # characters of an expression, and items of a value: fairseq's own have a few hundred at most
+LONGEST = 5_000  # characters of an expression, items of a value; fairseq's own have at most a few hundred
 DEEPEST = 40  # nested operations and containers
-LARGEST = 2**64  # of integers that are computed
+LARGEST = 2**64  # bounds computed integers
 HIGHEST_POWER = 64
 
 BINARY: Dict[Type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -28,10 +28,10 @@ CONTAINERS = {ast.Tuple: tuple, ast.List: list, ast.Set: set}
 
 
 def literal(expression: str, *_: Any) -> Any:
-    """What Python's eval gives for numbers, strings, None, tuples, lists, sets, dicts and + - * / // ** of them.
+    """Python's eval for numbers, strings, None, tuples, lists, sets, dicts and + - * / // ** of them.
 
-    Takes the place of eval, further arguments included, which are ignored. Raises ConfigurationError for everything else,
-    and for values that would take long or much memory to compute; TypeError, as eval does, for what is not a string.
+    A drop-in replacement for eval; further arguments are ignored. Raises ConfigurationError for any other expression, and
+    for values that need too much time or memory; TypeError, like eval, if the expression is not a string.
     """
     if not isinstance(expression, str):
         raise TypeError(f"{expression!r} is not a string to evaluate")
@@ -42,7 +42,7 @@ def literal(expression: str, *_: Any) -> Any:
     except (ValueError, TypeError, SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or str(error) or type(error).__name__
         raise ConfigurationError(
-            f"{_short(expression)!r} is not evaluated, as it is more than numbers, strings, lists and + - * / ** of them"
+            f"{_short(expression)!r} is not evaluated: it is more than numbers, strings, lists and + - * / ** of them"
             f" ({_short(reason)}); write the value out"
         ) from None
 
@@ -90,7 +90,7 @@ def _require_small(operation: Type[ast.operator], left: Any, right: Any) -> None
 
 
 def _items(value: Any) -> int:
-    """Characters of a string; of a container, the items in it and in those it holds."""
+    """The characters of a string; the items of a container, including nested ones."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

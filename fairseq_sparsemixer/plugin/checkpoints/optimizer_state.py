@@ -1,7 +1,7 @@
-"""An optimizer's state for the parameters of one model, as that for those of another which are made from them.
+"""Maps an optimizer's state from one model's parameters to those of another model built from them.
 
-fairseq saves what torch.optim.Optimizer.state_dict gives: `state`, by the index of a parameter, and `param_groups`, here
-one. Under --fp16 the parameters are flattened into one, in the same order, unless --fp16-no-flatten-grads.
+fairseq saves the result of torch.optim.Optimizer.state_dict: `state`, by parameter index, and `param_groups`, here only
+one. With --fp16, the parameters are flattened into one, in the same order, unless --fp16-no-flatten-grads.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any, Callable, Dict, List
 import torch
 from torch import Tensor
 
-Entry = Dict[str, Any]  # what an optimizer keeps for one parameter: tensors of its shape, and numbers such as the steps done
+Entry = Dict[str, Any]  # an optimizer's state for one parameter: tensors of its shape, and numbers such as the step count
 
 
 class Unmapped(Exception):
-    """Why a state cannot be carried over: a clause of a sentence."""
+    """The reason why a state cannot be mapped, as a clause of a sentence."""
 
 
 def map_optimizer_state(
@@ -23,10 +23,10 @@ def map_optimizer_state(
     mapping: Dict[str, List[str]],
     join: Callable[[List[Tensor], str], Tensor],
 ) -> Dict[str, Any]:
-    """The state of a model with parameters `shapes`, in this order -> that of one with parameters `mapping`, in this order.
+    """Map the state of a model with parameters `shapes`, in this order, to parameters `mapping`, in this order.
 
-    mapping: for each new parameter, the old ones that `join(tensors, new name)` makes it from. Raises Unmapped where the
-    optimizer keeps something else than tensors of the parameter's shape and numbers, and where numbers that become one differ.
+    mapping: for each new parameter, the old ones that `join(tensors, new name)` builds it from. Raises Unmapped if the
+    optimizer keeps anything but numbers and tensors of the parameter's shape, or if numbers to be merged differ.
     """
     if len(optimizer["param_groups"]) != 1:
         raise Unmapped(f"it has {len(optimizer['param_groups'])} groups of parameters")
@@ -43,14 +43,14 @@ def map_optimizer_state(
 
 
 def _by_name(optimizer: Dict[str, Any], shapes: Dict[str, torch.Size]) -> Dict[str, Entry]:
-    """Each parameter's entry; a parameter that never had a gradient has none."""
+    """Each parameter's entry; parameters that never had a gradient have none."""
     state, count = optimizer["state"], len(optimizer["param_groups"][0]["params"])
     if count == len(shapes):
         entries = {name: state[index] for index, name in enumerate(shapes) if index in state}
     elif count == 1 and 0 in state:
         entries = _unflattened(state[0], shapes)
     else:
-        raise Unmapped(f"it is for {count} parameters, and the model has {len(shapes)}")
+        raise Unmapped(f"it is for {count} parameters, but the model has {len(shapes)}")
     for name, entry in entries.items():
         if any(_per_weight(value) and value.shape != shapes[name] for value in entry.values()):
             raise Unmapped("this optimizer does not keep one number for each weight")

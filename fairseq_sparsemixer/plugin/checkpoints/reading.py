@@ -1,4 +1,4 @@
-"""Reading a checkpoint: no code of the file ever runs, and what cannot be read ends with one sentence."""
+"""Reading checkpoints: code in the file never runs, and an unreadable file gives a one-sentence error."""
 
 import argparse
 import functools
@@ -19,9 +19,9 @@ from fairseq_sparsemixer.plugin.checkpoints import settings
 from fairseq_sparsemixer.plugin.checkpoints.arrays import NoNumbers, safe_globals
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of, wrong_layout
 
-REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # in torch's words
+REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # from torch's error messages
 TRUSTED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own variable, for files that may run code
-READERS = (  # modules of fairseq that read files named by settings or flags
+READERS = (  # fairseq modules that read files named by settings or flags
     "fairseq.checkpoint_utils",
     "fairseq.data.codedataset",
     "fairseq.models.speech_to_text.xm_transformer",
@@ -29,26 +29,26 @@ READERS = (  # modules of fairseq that read files named by settings or flags
     "fairseq.modules.quantization.pq.em",
 )
 
-_reading = threading.local()  # what this thread wants of the checkpoint that it has fairseq read
+_reading = threading.local()  # this thread's options for the checkpoint that fairseq is reading
 
 
 def allow_fairseq_checkpoints() -> None:
-    """Let torch.load(weights_only=True) read what fairseq's checkpoints hold beside tensors.
+    """Let torch.load(weights_only=True) read the non-tensor content of fairseq's checkpoints.
 
-    These are the model's arguments, and the numbers and arrays of numpy that some validation metrics (BLEU) are.
+    This is the model's arguments, and the numpy numbers and arrays of some validation metrics (BLEU).
     """
     torch.serialization.add_safe_globals([argparse.Namespace, *safe_globals()])
 
 
 def data_only() -> bool:
-    """Whether files may hold nothing but data; not where the user trusts all of them: see TRUSTED."""
+    """Whether files may hold only data; False if the user trusts all files: see TRUSTED."""
     return os.environ.get(TRUSTED, "").lower() not in ("1", "y", "yes", "true")
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """A fairseq checkpoint as it was saved, its tensors left in the file until they are used.
+    """Load a fairseq checkpoint as it was saved; tensors are memory-mapped until used.
 
-    Raises ConfigurationError for a file that is missing, cut off, no checkpoint, or holds more than data.
+    Raises ConfigurationError for a file that is missing, truncated, not a checkpoint, or holds more than data.
     """
     with one_sentence_for(path):
         refuse_special_file(path)
@@ -58,7 +58,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 
 def refuse_special_file(path: str) -> None:
-    """Raise ConfigurationError for a folder, and for a pipe or device, which would be waited for without end."""
+    """Raise ConfigurationError for a folder, and for a pipe or device, on which reading could block forever."""
     if not str(path):
         raise ConfigurationError("the name of the checkpoint to read is empty; give a path")
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
@@ -67,7 +67,7 @@ def refuse_special_file(path: str) -> None:
 
 
 def require_checkpoint(path: str, state: Any) -> None:
-    """Raise ConfigurationError unless `state` has the parts of a checkpoint of fairseq, each of its type, and no code."""
+    """Raise ConfigurationError unless `state` has the parts of a fairseq checkpoint, with the right types and no code."""
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise KeyError("model")
     for key, kind in (("extra_state", dict), ("optimizer_history", list), ("last_optimizer_state", dict), ("task_state", dict)):
@@ -75,7 +75,7 @@ def require_checkpoint(path: str, state: Any) -> None:
             raise _unfit(path, key, f"a {type(state[key]).__name__}, not a {kind.__name__}")
     for key in COPIES_OF_MODEL:
         if not isinstance((state.get("extra_state") or {}).get(key, {}), dict):
-            raise _unfit(path, key, "no dictionary of tensors")
+            raise _unfit(path, key, "not a dictionary of tensors")
     history = state.get("optimizer_history") or []
     if not all(isinstance(entry, dict) and isinstance(entry.get("num_updates", 0), int) for entry in history):
         raise _unfit(path, "optimizer_history", "not a list of what each run did")
@@ -87,7 +87,7 @@ def require_checkpoint(path: str, state: Any) -> None:
 
 
 def _require_optimizer_state(path: str, optimizer: Dict[str, Any]) -> None:
-    """Of torch's optimizers; fairseq's own for sharded data parallelism keep theirs otherwise, and are left alone."""
+    """Check a torch optimizer's state; fairseq's sharded data parallelism uses another format, which is not checked."""
     entries, groups = optimizer.get("state", {}), optimizer.get("param_groups", [])
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise _unfit(path, "last_optimizer_state", "without a dictionary of states for each parameter")
@@ -110,15 +110,15 @@ def _load_mapped(path: str) -> Any:
 
 @contextmanager
 def one_sentence_for(path: str) -> Iterator[None]:
-    """What torch and fairseq raise for an unusable file, as ConfigurationError."""
+    """Turn the errors of torch and fairseq for an unusable file into ConfigurationError."""
     try:
         yield
     except ConfigurationError as error:
-        if error.message.startswith("the checkpoint"):  # said by what is handed the state alone
+        if error.message.startswith("the checkpoint"):  # raised by code that does not know the path
             raise ConfigurationError(error.message.replace("the checkpoint", f"the checkpoint {path}", 1)) from None
         raise
     except FileNotFoundError:
-        raise ConfigurationError(f"{path} does not exist; give the name of a checkpoint that does") from None
+        raise ConfigurationError(f"{path} does not exist; give the path of an existing checkpoint") from None
     except pickle.UnpicklingError as error:
         refused = REFUSED.search(str(error))
         if refused is None:
@@ -128,30 +128,30 @@ def one_sentence_for(path: str) -> Iterator[None]:
         raise _more_than_data(path, str(error)) from None
     except (RuntimeError, EOFError, ValueError, OSError, MemoryError) as error:
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigurationError(f"{path} is cut off, damaged, or no checkpoint ({reason}); use another file") from None
+        raise ConfigurationError(f"{path} is truncated, damaged, or not a checkpoint ({reason}); use another file") from None
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigurationError(f"{path} is not a fairseq checkpoint: {reason} is missing or unfit; use another file") from None
+        raise ConfigurationError(f"{path} is not a fairseq checkpoint: {reason} is missing or wrong; use another file") from None
 
 
 def _more_than_data(path: str, found: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{path} holds more than tensors and settings ({found}): not loaded, as that would run code of the file;"
+        f"{path} holds more than tensors and settings ({found}): not loaded, as that would run code from the file;"
         f" if you trust it, set {TRUSTED}=1"
     )
 
 
 class _Torch(ModuleType):
-    """torch, whose load is of data alone: what modules of fairseq that read files get in its place."""
+    """Replaces torch in fairseq modules that read files: its load accepts only data."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
     @staticmethod
     def load(file: Any, map_location: Any = None, **options: Any) -> Any:
-        """torch.load. Inside `_guarded`, the checkpoint is examined before fairseq looks at it, and may be mapped."""
+        """See torch.load. Inside `_guarded`, checks the checkpoint before fairseq uses it, and may memory-map it."""
         if getattr(_reading, "mapped", False):
-            state = _load_mapped(file.name)  # torch maps paths, not open files; mapped tensors are on the CPU
+            state = _load_mapped(file.name)  # torch maps paths, not open files; mapped tensors stay on the CPU
         else:
             state = torch.load(file, map_location=map_location, **{**options, "weights_only": data_only()})
         if getattr(_reading, "path", None) is not None:
@@ -171,7 +171,7 @@ def _for_this_thread(**wanted: Any) -> Iterator[None]:
 
 @contextmanager
 def changed_by(change: Callable[[Dict[str, Any]], Dict[str, Any]]) -> Iterator[None]:
-    """For this while, what this thread has fairseq read from a checkpoint goes through `change`."""
+    """In this context, apply `change` to checkpoints that fairseq reads in this thread."""
     with _for_this_thread(change=change):
         yield
 
@@ -179,7 +179,7 @@ def changed_by(change: Callable[[Dict[str, Any]], Dict[str, Any]]) -> Iterator[N
 def _guarded(function: Callable) -> Callable:
     @functools.wraps(function)
     def guarded(path: Any, *arguments: Any, **options: Any) -> Any:
-        # where all ranks read the same file at once, each takes only its own part of it into memory
+        # if all ranks read the same file, mapping it loads only each rank's own part into memory
         on_all_ranks = options.get("load_on_all_ranks", False)
         with one_sentence_for(path):
             refuse_special_file(path)
@@ -198,7 +198,7 @@ def _guarded(function: Callable) -> Callable:
 
 
 def _drop_copies(state: Dict[str, Any]) -> None:
-    """Leave out what fairseq 0.12.2's encoder layers hold twice, where the installed fairseq's do not know it."""
+    """Remove the duplicate weights of fairseq 0.12.2's encoder layers if the installed fairseq does not know them."""
     from fairseq_sparsemixer.plugin.models.fast_path import knows_copies, without_copies  # models import this module
 
     if isinstance(state.get("model"), dict) and not knows_copies():
@@ -206,13 +206,13 @@ def _drop_copies(state: Dict[str, Any]) -> None:
 
 
 def read_data_only(module: ModuleType) -> None:
-    """Have a module of fairseq that reads files read them as data, which runs no code."""
+    """Make a fairseq module that reads files load only data, so that no code runs."""
     if module.__name__ in READERS:
         module.torch = _Torch("torch")  # type: ignore[attr-defined]  # each of these imports it
 
 
 def install() -> None:
-    """Make fairseq read checkpoints this way: in fairseq-train, -generate, -validate and all others."""
+    """Make fairseq read checkpoints this way, in fairseq-train, -generate, -validate and all other commands."""
     for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
         function = getattr(checkpoint_utils, name)
         if not hasattr(function, "__wrapped__"):

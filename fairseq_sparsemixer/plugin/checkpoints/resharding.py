@@ -1,8 +1,8 @@
-"""From one layout of experts over files to another, tensor by tensor, without a checkpoint in memory.
+"""Changes how experts are sharded over files, tensor by tensor, without loading a checkpoint into memory.
 
-What is read stays in the files it is read from (mapped). Rows that one file has are passed on as they are; rows of several
-files are put together in a nameless file beside the output, mapped too. So the system may drop any of it from memory and
-read it again, and what the process itself holds is a page at a time.
+Inputs are memory-mapped. Rows from one file are passed through; rows from several files are concatenated in an unlinked
+file beside the output, also mapped. The system can evict and re-read all of it, and the process itself holds one page at
+a time.
 """
 
 import math
@@ -28,7 +28,7 @@ from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_
 
 @dataclass
 class Resharded:
-    """What was done: files read and written, experts, and whether there was optimizer state to move."""
+    """The files read and written, the number of experts, and whether there was optimizer state."""
 
     source: List[str]
     target: List[str]
@@ -39,8 +39,8 @@ class Resharded:
 def reshard(source: str, target: str, size: int) -> Resharded:
     """Write the checkpoint `source` as `target`, its experts in `size` files; 1: one portable file.
 
-    A sharded checkpoint is named as if it were one file: `checkpoint_last.pt` for checkpoint_last-rank-0.pt and on. Every
-    bit of every tensor is kept, of the optimizer's state too. Raises ConfigurationError for files that cannot be used.
+    A sharded checkpoint is named as if it were one file: `checkpoint_last.pt` for checkpoint_last-rank-0.pt etc. All
+    tensors, including the optimizer's state, are kept bit for bit. Raises ConfigurationError for unusable files.
     """
     refuse_special_target(target)
     states, read = _read_any(source)
@@ -51,7 +51,7 @@ def reshard(source: str, target: str, size: int) -> Resharded:
     optimizer = layout_of(states[0])["optimizer"]
     if states[0].get("last_optimizer_state") and optimizer is None:
         raise ConfigurationError(
-            f"{source} does not say which optimizer state belongs to experts: it was written before fairseq-sparsemixer did;"
+            f"{source} does not say which optimizer state belongs to experts: an older fairseq-sparsemixer wrote it;"
             " load it in a run with --reset-optimizer"
         )
     written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
@@ -62,7 +62,7 @@ def reshard(source: str, target: str, size: int) -> Resharded:
     except OSError as error:
         raise cannot_write(target, error) from None
     require_targets(written, read)
-    with ExitStack() as files:  # no file is replaced before all of the set are on the disk
+    with ExitStack() as files:  # no file is replaced before the whole set is on disk
         unfinished = [files.enter_context(unfinished_beside(os.path.realpath(path))) for path in written]
         for index, name in enumerate(unfinished):
             with one_sentence_for(source):
@@ -75,7 +75,7 @@ def reshard(source: str, target: str, size: int) -> Resharded:
 
 
 def _read_any(source: str):
-    """(the states, the files) of a portable checkpoint, or of a sharded one by its common name."""
+    """(states, files) of a portable checkpoint, or of a sharded one given by its common name."""
     refuse_special_file(source)
     if os.path.exists(source):
         state = read_checkpoint(source)
@@ -90,15 +90,15 @@ def _read_any(source: str):
 
 
 def _count_experts(source: str, states: List[Dict[str, Any]]) -> int:
-    """The largest number of experts that every layer's divides by: E where all layers have E."""
+    """The greatest common divisor of the layers' numbers of experts: E if all layers have E."""
     rows = [sum(state["model"][name].size(0) for state in states) for name in states[0]["model"] if EXPERTS in name]
     if not rows:
-        raise ConfigurationError(f"{source} has no experts; every number of ranks can load it as it is")
+        raise ConfigurationError(f"{source} has no experts; any number of ranks can load it as it is")
     return math.gcd(*rows)
 
 
 def _rows_from_files(size: int, index: int, folder: str) -> Combine:
-    """Shares [E / G, ...] of an expert tensor -> the rows of part `index` of `size`, in memory of no one."""
+    """Shares [E / G, ...] of an expert tensor -> the rows of part `index` of `size`, without materialising the whole."""
 
     def rows(shares: List[Tensor]) -> Tensor:
         count = sum(share.size(0) for share in shares) // size
@@ -114,7 +114,7 @@ def _rows_from_files(size: int, index: int, folder: str) -> Combine:
 
 
 def _without_the_rest(rows: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: torch.save writes all of a tensor's storage, also what lies around a view."""
+    """The same memory as a tensor with its own storage: torch.save writes the whole storage, not only the view."""
     rows = rows.contiguous()
     start = rows.storage_offset() * rows.element_size()
     storage = rows.untyped_storage()[start : start + rows.numel() * rows.element_size()]
@@ -122,7 +122,7 @@ def _without_the_rest(rows: Tensor) -> Tensor:
 
 
 def _put_together(pieces: List[Tensor], folder: str) -> Tensor:
-    """Pieces [n, ...] one after the other, in a file that is gone from the folder at once, and for good after its use."""
+    """Concatenate pieces [n, ...] in a file that is unlinked at once and freed after use."""
     shape = (sum(piece.size(0) for piece in pieces), *pieces[0].shape[1:])
     if not math.prod(shape):
         return torch.cat(pieces)

@@ -1,7 +1,7 @@
-"""The settings in a checkpoint are data too: fairseq evaluates some of them as Python expressions, here as literals alone.
+"""Keeps a checkpoint's settings from running code: fairseq evaluates some of them as Python expressions.
 
-In every module of fairseq, `eval` is `literal`. And a file whose settings hold anything else where fairseq would evaluate
-it is refused when it is read, with its name.
+In every fairseq module, `eval` is replaced by `literal`. In addition, a file with anything but literals in the settings
+that fairseq evaluates is refused on reading, with an error that names it.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints.literals import literal
 
-SETTINGS = ("cfg", "args")  # the entries of a checkpoint that hold them, of now and of fairseq < 0.10
-# What modules of fairseq evaluate. A plain transformer's encoder_layers is a number, fconv's a list of convolutions.
+SETTINGS = ("cfg", "args")  # the entries of a checkpoint that hold them, in current fairseq and in fairseq < 0.10
+# Settings that fairseq evaluates. encoder_layers is a number for a transformer, a list of convolutions for fconv.
 EVALUATED = frozenset(
     "adafactor_eps adam_betas adamax_betas lamb_betas adaptive_input_cutoff adaptive_softmax_cutoff character_filters"
     " conv_aggregator_layers conv_feature_layers feature_encoder_spec encoder_layers decoder_layers encoder_attention"
@@ -27,7 +27,7 @@ EVALUATED = frozenset(
 
 
 def refuse_code(path: str, state: Any) -> None:
-    """Raise ConfigurationError where the settings of a checkpoint hold more than a literal for fairseq to evaluate."""
+    """Raise ConfigurationError if an evaluated setting of a checkpoint is more than a literal."""
     for name, value in _settings([state.get(key) for key in SETTINGS] if isinstance(state, dict) else [], set()):
         if name in EVALUATED and isinstance(value, str) and value.strip():
             try:
@@ -39,27 +39,27 @@ def refuse_code(path: str, state: Any) -> None:
 
 
 def _settings(holder: Any, seen: Set[int]) -> Iterator[Tuple[Any, Any]]:
-    """All (name, value) in nested dictionaries, lists and namespaces."""
+    """All (name, value) pairs in nested dictionaries, lists and namespaces."""
     if isinstance(holder, (DictConfig, ListConfig)):
         holder = OmegaConf.to_container(holder, resolve=False)
     if isinstance(holder, argparse.Namespace):
         holder = vars(holder)
     if not isinstance(holder, (dict, list, tuple)) or id(holder) in seen:
         return
-    seen.add(id(holder))  # a pickle may hold itself
+    seen.add(id(holder))  # a pickle may contain itself
     for name, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
         yield name, value
         yield from _settings(value, seen)
 
 
 class _Guard(MetaPathFinder):
-    """Finds modules of fairseq as Python does, and prepares each before or after its code runs."""
+    """Finds fairseq modules as Python does, and calls `before` and `after` around their execution."""
 
     def __init__(self, before: Callable[[Any], None], after: Callable[[Any], None]):
         self.before, self.after = before, after
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Optional[Any]:
-        """See MetaPathFinder. None, for the other finders to look, for what is not a module of fairseq in Python."""
+        """See MetaPathFinder. Leaves everything but fairseq's Python modules to the other finders."""
         spec = PathFinder.find_spec(name, path, target) if name.startswith("fairseq.") else None
         if spec is None or not hasattr(spec.loader, "get_code") or not hasattr(spec.loader, "exec_module"):
             return spec
@@ -76,13 +76,13 @@ class _Guard(MetaPathFinder):
 
 
 def _evaluate_literals(module: Any) -> None:
-    module.eval = literal  # found before the builtin one
+    module.eval = literal  # shadows the builtin
 
 
 def install(prepare: Callable[[Any], None] = lambda module: None) -> None:
-    """Have every module of fairseq evaluate literals alone, those that are imported later too.
+    """Make every fairseq module, including ones imported later, evaluate only literals.
 
-    prepare: called with each of them as well, once it is imported.
+    prepare: also called with each of these modules, once it is imported.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("fairseq.") and module is not None:

@@ -1,8 +1,8 @@
-"""A sharded checkpoint is a set of files, one for each rank that shares the experts, all of one save.
+"""Sharded checkpoints: a set of files from the same save, one for each rank of an expert group.
 
-Its files cannot all be replaced in one instant. So each rank first writes its file under a name of its own, all wait for
-each other, and only then each gives the file its name: a kill in between leaves everything needed to finish, and `mend`
-does that when the set is next read.
+The files cannot be replaced atomically as a set. So each rank first writes a staged file, all ranks wait for each other,
+and only then each renames its file. A kill in between leaves everything needed to finish, and `mend` does so when the set
+is next read.
 """
 
 import logging
@@ -28,7 +28,7 @@ STAGED_SHARD = re.compile(rf"(checkpoint.*){suffix(0)[:-1]}\d+\.pt{re.escape(STA
 
 
 def agree_on_number(expert_group: ExpertGroup, number: int, device: torch.device) -> Optional[int]:
-    """The number that rank 0 proposes, on all ranks of its group; None on others."""
+    """The number proposed by rank 0, on all ranks of its group; None on other ranks."""
     if not expert_group.first_group:
         return None
     shared = torch.tensor(number, device=device)
@@ -37,9 +37,9 @@ def agree_on_number(expert_group: ExpertGroup, number: int, device: torch.device
 
 
 def read_set(path: str) -> List[Dict[str, Any]]:
-    """The checkpoints of all ranks of the set called `path`, tensors left in their files.
+    """The checkpoints of all ranks of the set `path`, with tensors memory-mapped.
 
-    Raises ConfigurationError when one is missing, or when they are not of one save.
+    Raises ConfigurationError if a file is missing, or if the files are not from the same save.
     """
     first = read_checkpoint(shard_path(path, 0))
     paths = [shard_path(path, index) for index in range(layout_of(first)["size"])]
@@ -49,9 +49,9 @@ def read_set(path: str) -> List[Dict[str, Any]]:
 
 
 def mend(path: str, size: int) -> None:
-    """Where a kill left a set of `size` files half replaced, finish what the killed ranks had begun.
+    """If a kill left a set of `size` files partly replaced, finish what the killed ranks had begun.
 
-    That is the newest save that is there as a whole, under whatever names. Raises ConfigurationError when there is none.
+    Restores the newest complete save, under whatever file names. Raises ConfigurationError if there is none.
     """
     paths = [shard_path(path, index) for index in range(size)]
     states = {shard: read_checkpoint(shard) for shard in paths if os.path.exists(shard)}
@@ -61,13 +61,13 @@ def mend(path: str, size: int) -> None:
         return
     staged = [state for shard in paths for state in _read_if_whole(shard + STAGED)]
     if not states and len(staged) < size:
-        return  # killed before the first save was on the disk: there is nothing to go on from
+        return  # killed before the first save was on disk: nothing to resume from
     for save in _saves_by_age([*states.values(), *staged]):
         whole = _find_all(paths, save)
         if whole:
             for shard, found in zip(paths, whole):
                 if found != shard:
-                    logger.info("%s is not of the last whole save; taken from %s", shard, found)
+                    logger.info("%s is not from the last complete save; restored from %s", shard, found)
                     replace_atomically(shard, partial(shutil.copyfile, found))
             return
     for shard in paths:
@@ -77,7 +77,7 @@ def mend(path: str, size: int) -> None:
 
 
 def _saves_by_age(states: List[Dict[str, Any]]) -> List[Optional[int]]:
-    """The numbers of the saves that these are of, the one with most updates first."""
+    """The save numbers of these checkpoints, the one with most updates first."""
     newest: Dict[Optional[int], int] = {}
     for state in states:
         save = layout_of(state)["save"]
@@ -86,7 +86,7 @@ def _saves_by_age(states: List[Dict[str, Any]]) -> List[Optional[int]]:
 
 
 def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
-    """A file of that save for each of the ranks, its own where that will do; None where one is missing."""
+    """A file of that save for each rank, preferably its own; None if one is missing."""
     found: List[str] = []
     for index, path in enumerate(paths):
         file = _find(path, index, len(paths), save)
@@ -98,9 +98,9 @@ def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
 
 
 def mend_folder(folder: str, size: int) -> None:
-    """mend what a run that was killed may have left in its folder: the last and the best set, and any with a staged file.
+    """Mend the sets that a killed run may have left in its folder: the last, the best, and any with a staged file.
 
-    Raises ConfigurationError when the last one cannot be made whole.
+    Raises ConfigurationError if the last one cannot be completed.
     """
     staged = (STAGED_SHARD.fullmatch(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ()))
     names = {"checkpoint_best.pt", *(f"{found.group(1)}.pt" for found in staged if found)} - {"checkpoint_last.pt"}
@@ -109,31 +109,31 @@ def mend_folder(folder: str, size: int) -> None:
         try:
             mend(os.path.join(folder, name), size)
         except ConfigurationError as error:
-            logger.warning("%s", error.message)  # the run goes on without it
+            logger.warning("%s", error.message)  # the run continues without it
 
 
 def require_size(path: str, found: int, wanted: int) -> None:
-    """Raise ConfigurationError when a set of `found` files meets a run whose experts are spread over `wanted` ranks."""
+    """Raise ConfigurationError if a set has `found` files but the run's experts are sharded over `wanted` ranks."""
     if found != wanted:
         raise ConfigurationError(
-            f"{path} was written with its experts spread over {found} ranks, and this run has --expert-parallel-size {wanted};"
+            f"{path} was written with experts sharded over {found} ranks, but this run has --expert-parallel-size {wanted};"
             f" convert it: fairseq-sparsemixer reshard IN OUT --expert-parallel-size {wanted}"
         )
 
 
 def _read_if_whole(path: str) -> List[Dict[str, Any]]:
-    """The checkpoint in a list; an empty one where there is none, or none that can be read."""
+    """A list with the checkpoint; empty if it does not exist or cannot be read."""
     if not os.path.exists(path):
         return []
     try:
         return [read_checkpoint(path)]
     except ConfigurationError as error:
-        logger.warning("%s", error.message)  # one that cannot be read does not stand for another
+        logger.warning("%s", error.message)  # an unreadable file cannot replace another
         return []
 
 
 def _find(path: str, index: int, size: int, save: Optional[int]) -> Optional[str]:
-    """A file of rank `index` of `size` of that save: `path`, or one of any name in its folder."""
+    """A file of that save for rank `index` of `size`: `path`, or any other checkpoint in its folder."""
     pattern = os.path.join(escape(os.path.dirname(path) or "."), f"checkpoint*{suffix(index)}.pt")
     for candidate in (path, path + STAGED, *sorted(glob(pattern + STAGED)), *sorted(glob(pattern))):
         for state in _read_if_whole(candidate):
@@ -148,10 +148,10 @@ def _of_one_save(states: Dict[str, Dict[str, Any]]) -> bool:
 
 
 def refuse_mixture(path: str, states: Dict[str, Dict[str, Any]]) -> None:
-    """Raise ConfigurationError when the files of a set, by name, are not of one save."""
+    """Raise ConfigurationError if the files of a set, by name, are not from the same save."""
     if not _of_one_save(states):
         each = ", ".join(f"{os.path.basename(name)} at update {updates(state)}" for name, state in states.items())
-        raise ConfigurationError(f"the files of the sharded checkpoint {path} are of different saves ({each}); use another one")
+        raise ConfigurationError(f"the files of the sharded checkpoint {path} are from different saves ({each}); use another one")
 
 
 def updates(state: Dict[str, Any]) -> int:

@@ -1,9 +1,9 @@
-"""Sparse upcycling (Komatsuzaki et al., 2022; arXiv 2212.05055): a dense checkpoint becomes one with experts.
+"""Sparse upcycling (Komatsuzaki et al., 2022; arXiv 2212.05055): converts a dense checkpoint to one with experts.
 
-Every expert starts as a copy of the dense layer it replaces, and the router indifferent between them. The new model then
-computes what the dense one did, up to what a router multiplies outputs by: 1 / E for Switch and SparseMixer, where all
-experts are equally likely. That factor is measured on the router itself and compensated: in SparseMixer's omega, which
-leaves the experts on the scale that their optimizer expects, and otherwise in the experts' output layer.
+Every expert starts as a copy of the dense layer it replaces, and the router gives all experts the same weight. The new
+model then computes the same as the dense one, up to the router's multiplier: 1 / E for Switch and SparseMixer, where all
+experts are equally likely. The multiplier is measured on the router and compensated: in SparseMixer's omega, which keeps
+the experts on the scale that their optimizer expects, and otherwise in the experts' output layer.
 """
 
 import argparse
@@ -32,31 +32,31 @@ from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConf
 
 WITH_EXPERTS = {"transformer": "transformer_moe", "transformer_moe": "transformer_moe", "transformer_lm": "transformer_lm_moe"}
 FEED_FORWARD = re.compile(r"((?:encoder|decoder)\.layers\.(\d+))\.fc1\.weight")
-TIE_BREAK = 1e-6  # size of the first logits: enough for an arg-max to spread tokens, too little to change a multiplier
+TIE_BREAK = 1e-6  # scale of the initial logits: enough for an arg-max to spread tokens, too small to change a multiplier
 PROBES = 64  # random tokens on which a router's multiplier is measured
-TOLERANCE = 1e-5  # by how much the multiplier may differ between tokens, relative
+TOLERANCE = 1e-5  # relative difference of the multiplier allowed between tokens
 
 
 class Indifferent(NamedTuple):
-    """A gate that treats all experts alike, and what it multiplies the sum of k equal experts by."""
+    """A gate that gives all experts the same weight, and its multiplier of the sum of k equal experts."""
 
     gate: nn.Module
     multiplier: float
 
 
 def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed: int = 1) -> Dict[str, Any]:
-    """A dense checkpoint of fairseq -> one of the model with experts that `options` describe, without optimizer state.
+    """A dense fairseq checkpoint -> one of the model with experts described by `options`, without optimizer state.
 
-    noise: standard deviation of what is added to each expert's weights, relative to that of the weights themselves; with 0
-    the experts differ only by what they learn. Raises ConfigurationError for a checkpoint or options that do not go.
+    noise: standard deviation of the noise added to each expert's weights, relative to that of the weights; with 0, experts
+    differ only by what they learn. Raises ConfigurationError for an unsuitable checkpoint or unsuitable options.
     """
     check_options(options)
     if options.router == DENSE:
         raise ConfigurationError(f"--router {DENSE} has no experts; choose another router")
     if not 0 <= noise < math.inf:
-        raise ConfigurationError(f"--noise {noise} must not be negative, and must be finite; give 0 for none")
+        raise ConfigurationError(f"--noise {noise} must be at least 0 and finite; give 0 for none")
     if any(EXPERTS in name for name in state["model"]):
-        raise ConfigurationError("the checkpoint has experts already; upcycle takes a dense one")
+        raise ConfigurationError("the checkpoint already has experts; upcycle needs a dense one")
     cfg = _configuration(state)
     cfg["model"] = _with_experts(cfg["model"], options)
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
@@ -72,7 +72,7 @@ def _configuration(state: Dict[str, Any]) -> Dict[str, Any]:
     if state.get("cfg"):
         return dict(state["cfg"])
     if state.get("args") is None:
-        raise ConfigurationError("the checkpoint does not say what model it is of (neither cfg nor args)")
+        raise ConfigurationError("the checkpoint does not name its model (it has neither cfg nor args); use another one")
     cfg = convert_namespace_to_omegaconf(copy.deepcopy(state["args"]))  # as fairseq < 0.10 wrote it
     configuration: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return configuration
@@ -86,10 +86,10 @@ def _with_experts(model: Any, options: MoEOptions) -> Any:
     name = WITH_EXPERTS.get(dense)
     if name not in MODEL_REGISTRY:
         known = ", ".join(dense for dense, moe in WITH_EXPERTS.items() if moe in MODEL_REGISTRY)
-        raise ConfigurationError(f"the checkpoint is of a model called {arch}; upcycle knows {known}")
+        raise ConfigurationError(f"the checkpoint is of the model {arch}; upcycle supports {known}")
     values.update({option.name: getattr(options, option.name) for option in fields(MoEOptions)})
     if "moe_encoder_only" in values:
-        values["moe_encoder_only"] = False  # of a model trained with --router dense
+        values["moe_encoder_only"] = False  # set in a model trained with --router dense
     values["_name"] = name
     if "arch" in values:
         values["arch"] = name
@@ -97,7 +97,7 @@ def _with_experts(model: Any, options: MoEOptions) -> Any:
 
 
 def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
-    """Raise ConfigurationError when the flags ask for more in a layer than a dense one can give: shared experts, gates."""
+    """Raise ConfigurationError if the flags require more in a layer than a dense one provides: shared experts, gates."""
     values = vars(model) if isinstance(model, argparse.Namespace) else model
     cfg = TransformerMoEConfig.from_namespace(argparse.Namespace(**values))
     for stack, layer_class in (("encoder", MoEEncoderLayer), ("decoder", MoEDecoderLayer)):
@@ -109,13 +109,13 @@ def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
             for name in sorted(expected):
                 if found.get(name) != expected[name]:
                     raise ConfigurationError(
-                        f"the flags give a layer {name} of {tuple(expected[name])}, and the dense checkpoint can only give"
-                        f" {tuple(found[name]) if name in found else 'none'}; leave out the flag that asks for it"
+                        f"the flags require {name} of shape {tuple(expected[name])}, but the dense checkpoint provides"
+                        f" {tuple(found[name]) if name in found else 'none'}; leave out the flag that requires it"
                     )
 
 
 def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed: int) -> Dict[str, Tensor]:
-    """Dense weights by name -> weights with experts in every layer that routes."""
+    """Dense weights by name -> weights with experts in every MoE layer."""
     result = without_copies(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,10 +156,10 @@ def _compensate(experts: Dict[str, Tensor], indifferent: Indifferent) -> None:
 def indifferent_gate(model_dim: int, options: MoEOptions) -> Indifferent:
     """A gate of options.router that gives every token the same weight, whichever expert it chooses.
 
-    It stays as it is where that holds already (GShard renormalises). Else its logits are tiny, so that an arg-max router
-    spreads tokens from the start; or zero, for SparseMixer, whose mask compares logits with each other however small they
-    are (and which samples, so that zero logits spread tokens too). Raises ConfigurationError for a router that weighs
-    tokens unevenly in all cases.
+    The gate is unchanged if that already holds (GShard renormalises). Otherwise its logits are tiny, so that an arg-max
+    router spreads tokens from the start; or zero for SparseMixer, whose mask compares logits relative to each other (it
+    samples, so zero logits spread tokens too). Raises ConfigurationError for a router that weighs tokens unevenly in all
+    cases.
     """
     gate = build_gate(options.router, model_dim, options.num_experts, **router_options(options)).eval()
     probes = torch.randn(PROBES, model_dim)
@@ -172,6 +172,6 @@ def indifferent_gate(model_dim: int, options: MoEOptions) -> Indifferent:
         if weight.min() > 0 and weight.max() - weight.min() <= TOLERANCE * weight.mean():
             return Indifferent(gate, float(weight.mean()))
     raise ConfigurationError(
-        f"--router {options.router} weighs tokens differently even where all experts are alike, so that no start equals the"
+        f"--router {options.router} weighs tokens differently even if all experts are equal, so no initialisation equals the"
         " dense model; choose another router"
     )

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: whoever reads the file, and whenever the writer is killed, it is whole, the old one or the new one."""
+"""Atomic checkpoint writes: a reader sees the old file or the new one, complete, even if the writer is killed."""
 
 import errno
 import functools
@@ -19,26 +19,26 @@ from fairseq_sparsemixer.files import UNFINISHED, finish, is_abandoned, is_speci
 
 logger = logging.getLogger(__name__)
 
-STAGED = ".staged"  # ends the name of a file that waits for the files of other ranks: see shards
-ATTEMPTS, PAUSE = 3, 2.5  # as fairseq: a network file system may fail for a moment
-LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # no moment
+STAGED = ".staged"  # suffix of files that wait for the files of other ranks: see shards
+ATTEMPTS, PAUSE = 3, 2.5  # as in fairseq: a network file system may fail temporarily
+LASTING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # permanent
 
 LEFT_BEHIND = re.compile(rf"checkpoint.*\.pt(?:{re.escape(STAGED)})?(?:\.\d+-[0-9a-f]+)?{re.escape(UNFINISHED)}")
 
-persist_remotely = checkpoint_utils.torch_persistent_save  # fairseq's own, kept for the paths that only iopath knows
+persist_remotely = checkpoint_utils.torch_persistent_save  # fairseq's own, for paths that only iopath supports
 
 
 def replace_atomically(path: str, write: Callable[[str], Any]) -> None:
-    """Have `write` make a file beside `path`, and give it that name once its bytes are on the disk. Raises OSError."""
+    """Let `write` create a file beside `path`, and rename it to `path` once it is on disk. Raises OSError."""
     with unfinished_beside(path) as unfinished:
         write(unfinished)
         finish(unfinished, path)
 
 
 def save_atomically(obj: Any, path: str) -> None:
-    """torch.save that leaves the previous file until the new one is whole; a link is followed.
+    """torch.save that keeps the previous file until the new one is complete; links are followed.
 
-    Tries again when the disk fails for a moment. Raises ConfigurationError where it cannot be written.
+    Retries on temporary disk errors. Raises ConfigurationError if the file cannot be written.
     """
     refuse_special_target(path)
     target = os.path.realpath(path)
@@ -46,47 +46,47 @@ def save_atomically(obj: Any, path: str) -> None:
 
 
 def try_again(write: Callable[[], Any], path: str) -> None:
-    """Write, and again where the disk fails for a moment. Raises ConfigurationError that names `path`."""
+    """Call `write`, retrying on temporary disk errors. Raises ConfigurationError that names `path`."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return write()
         except (OSError, RuntimeError) as error:
             if attempt == ATTEMPTS or getattr(error, "errno", None) in LASTING:
                 raise cannot_write(path, error) from None
-            logger.warning("writing %s failed (%s); trying again", path, error)
+            logger.warning("writing %s failed (%s); retrying", path, error)
             time.sleep(PAUSE)
 
 
 def cannot_write(path: str, error: Exception) -> ConfigurationError:
-    """What to tell the user of what the system, or torch's writer, said."""
+    """The user's error for an error of the system or of torch's writer."""
     reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(folder) and getattr(error, "errno", None) not in LASTING:
         reason += f"; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
-    return ConfigurationError(f"{path} cannot be written ({reason}); give another place, or make this one writable")
+    return ConfigurationError(f"{path} cannot be written ({reason}); give another path, or make this one writable")
 
 
 def refuse_special_target(path: str) -> None:
-    """Raise ConfigurationError where a file of that name would take the place of something else than a file."""
+    """Raise ConfigurationError if `path` exists and is not a regular file."""
     if not path:
         raise ConfigurationError("the name of the checkpoint to write is empty; give a path")
     if os.path.isdir(path) or is_special(path):
         kind = "a folder" if os.path.isdir(path) else "a pipe or device"
-        raise ConfigurationError(f"{path} is {kind}, no place for a checkpoint; give the name of a file")
+        raise ConfigurationError(f"{path} is {kind}, not a file; give the name of a file")
 
 
 def require_targets(written: Any, read: Any) -> None:
-    """Raise ConfigurationError, before any work is done, where files cannot be written, or are those that are read."""
+    """Raise ConfigurationError, before any work is done, if files cannot be written or would overwrite an input."""
     lost = overwritten(read, written)
     if lost is not None:
-        raise ConfigurationError(f"{lost} would be overwritten, and it is what is read; choose another OUT")
+        raise ConfigurationError(f"{lost} would be overwritten, but it is an input; choose another OUT")
     if len({os.path.realpath(path) for path in written}) < len(written):
-        raise ConfigurationError(f"{written[-1]} is to be written twice; give each file a name of its own")
+        raise ConfigurationError(f"{written[-1]} would be written twice; give each file its own name")
     for path in written:
         refuse_special_target(path)
         folder = os.path.dirname(os.path.realpath(path))
         if not os.path.isdir(folder):
-            raise ConfigurationError(f"{path} cannot be written, as the folder {folder} does not exist; make it first")
+            raise ConfigurationError(f"{path} cannot be written, as the folder {folder} does not exist; create it first")
         try:
             with unfinished_beside(os.path.realpath(path)):
                 pass
@@ -95,9 +95,9 @@ def require_targets(written: Any, read: Any) -> None:
 
 
 def remove_unfinished(folder: str, staged: bool = False) -> None:
-    """Remove what killed runs were writing in a folder of checkpoints; staged: also what waited for other ranks.
+    """Remove unfinished files of killed runs from a checkpoint folder; staged: also files that waited for other ranks.
 
-    Files that a process is writing now stay.
+    Files that a process is still writing are kept.
     """
     for path in glob(os.path.join(escape(folder), f"checkpoint*.pt*{UNFINISHED}")):
         if LEFT_BEHIND.fullmatch(os.path.basename(path)) and is_abandoned(path):
@@ -110,17 +110,17 @@ def _remove(path: str) -> None:
     try:
         os.remove(path)
     except FileNotFoundError:
-        pass  # another run was faster
+        pass  # another run removed it
 
 
 def _place(path: str) -> str:
-    """Where a run's file of that name goes: where a link leads, but a link to another checkpoint of its folder is replaced."""
+    """The file to write for `path`: a link's target, except that a link to a file in the same folder is replaced."""
     place = os.path.realpath(path)
     return path if os.path.dirname(place) == os.path.realpath(os.path.dirname(path) or ".") else place
 
 
 def _persist(obj: Any, filename: str, async_write: bool = False) -> None:
-    """fairseq's torch_persistent_save."""
+    """Replaces fairseq's torch_persistent_save."""
     if async_write or not PathManager.supports_rename(filename):
         persist_remotely(obj, filename, async_write)
         return
@@ -129,7 +129,7 @@ def _persist(obj: Any, filename: str, async_write: bool = False) -> None:
 
 
 class _AtomicPathManager(PathManager):
-    """fairseq's PathManager, whose copy of a file is never seen half made."""
+    """fairseq's PathManager with an atomic copy."""
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
@@ -143,7 +143,7 @@ class _AtomicPathManager(PathManager):
 
 
 def verify_save_dir(save_dir: str) -> None:
-    """fairseq's verify_checkpoint_directory. Raises ConfigurationError where checkpoints cannot be written."""
+    """Replaces fairseq's verify_checkpoint_directory. Raises ConfigurationError if checkpoints cannot be written."""
     try:
         os.makedirs(save_dir, exist_ok=True)
         with unfinished_beside(os.path.join(save_dir, "writable")):
@@ -154,12 +154,12 @@ def verify_save_dir(save_dir: str) -> None:
 
 def _unusable(save_dir: str, error: OSError) -> ConfigurationError:
     return ConfigurationError(
-        f"--save-dir {save_dir} cannot take checkpoints ({error.strerror or error}); give a folder with room that can be written"
+        f"--save-dir {save_dir} cannot be written ({error.strerror or error}); give a writable folder with free space"
     )
 
 
 def _save_or_say_why_not(save_checkpoint: Callable) -> Callable:
-    """fairseq's save_checkpoint, which also makes the folder and removes old files, with one sentence for the disk's errors."""
+    """fairseq's save_checkpoint, which also creates the folder and removes old files, with one-sentence disk errors."""
 
     @functools.wraps(save_checkpoint)
     def save(cfg: Any, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Architecture functions: named sets of defaults, for a command line's flags and for a hydra config alike."""
+"""Architecture functions: named sets of defaults, for command-line flags and hydra configs alike."""
 
 import functools
 from argparse import Namespace
@@ -14,8 +14,8 @@ Architecture = Callable[[Any], None]
 def register_architecture(model: str, name: str) -> Callable[[Architecture], Architecture]:
     """fairseq's register_model_architecture, for a function that may call fairseq's own architecture functions.
 
-    Those ask for getattr(args, name, default). A hydra config of omegaconf 2.0, which fairseq 0.12.2 has, answers None: they
-    are given a Namespace instead. fairseq's trainer asks for base_layers in the same way.
+    Those call getattr(args, name, default), for which a hydra config of omegaconf 2.0 (used by fairseq 0.12.2) returns None.
+    So they get a Namespace instead. fairseq's trainer reads base_layers in the same way.
     """
 
     def register(function: Architecture) -> Architecture:
@@ -36,12 +36,12 @@ def register_architecture(model: str, name: str) -> Callable[[Architecture], Arc
 
 
 def fill_defaults(args: Any, options: type) -> None:
-    """Give args every field of the dataclass `options` that it does not have yet."""
+    """Set the fields of the dataclass `options` that args does not have yet."""
     fill(args, **{option.name: option.default for option in fields(options)})
 
 
 def fill(args: Any, **defaults: Any) -> None:
-    """Give args every one of the defaults that it does not have yet."""
+    """Set the defaults that args does not have yet."""
     for name, value in defaults.items():
         if not (name in args if OmegaConf.is_config(args) else hasattr(args, name)):
             setattr(args, name, value)

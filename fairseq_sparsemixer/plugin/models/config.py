@@ -1,4 +1,4 @@
-"""What must hold among the flags of a Mixture-of-Experts model before anything is built."""
+"""Checks on the flags of a Mixture-of-Experts model before anything is built."""
 
 from typing import Any, List
 
@@ -11,9 +11,9 @@ from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, SECONDS
 
 
 def check_options(cfg: Any, autoregressive: bool = True) -> None:
-    """Raise ConfigurationError, naming flag, value and remedy, for options that make no model.
+    """Raise ConfigurationError, naming flag, value and remedy, for invalid options.
 
-    autoregressive: whether an MoE layer is to stand in a decoder that generates token by token.
+    autoregressive: whether there are MoE layers in a decoder that generates token by token.
     """
     check_numbers(cfg)
     for stack in ("encoder", "decoder"):
@@ -22,19 +22,19 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
         return
     check_noise(cfg)
     if getattr(cfg, "scale_fc", False):
-        raise ConfigurationError("--scale-fc normalises inside layers that are experts here; leave it out, or use --router dense")
+        raise ConfigurationError("--scale-fc normalises inside layers that experts replace; leave it out, or use --router dense")
     with in_flags():
         build_gate(cfg.router, 1, cfg.num_experts, **router_options(cfg))  # a gate checks its own options
         if cfg.expert_activation is not None:
             resolve_activation(cfg.expert_activation)
     if autoregressive and not gate_class(cfg.router).causal and not cfg.force_expert_choice:
         raise ConfigurationError(
-            f"--router {cfg.router} lets a token's experts depend on tokens after it, which an autoregressive decoder must"
-            " not see; in transformer_moe use --moe-encoder-only, else another router, or --force-expert-choice to insist"
+            f"--router {cfg.router} lets a token's experts depend on later tokens, which an autoregressive decoder must not"
+            " see; use --moe-encoder-only (transformer_moe) or another router, or --force-expert-choice to allow it"
         )
 
 
-# None stands for the router's default. jitter_eps and capacity_factor may be infinite, where the router allows it.
+# None means the router's default. jitter_eps and capacity_factor may be infinite if the router allows it.
 NUMBERS = {
     "moe_freq": (COUNT, "2 puts experts in every second layer"),
     "num_experts": (COUNT, ""),
@@ -42,7 +42,7 @@ NUMBERS = {
     "jitter_eps": (Rule(lambda x: x >= 0, "be at least 0"), "the papers use 0.1"),
     "expert_dropout": (PROBABILITY, ""),
     "capacity_factor": (Rule(lambda x: x > 0, "be positive"), "1.25 is usual, and inf drops nothing"),
-    "moe_bias_update_rate": (NOT_NEGATIVE, "DeepSeek-V3 uses 0.001, and 0 switches it off"),
+    "moe_bias_update_rate": (NOT_NEGATIVE, "DeepSeek-V3 uses 0.001, and 0 disables it"),
     "num_shared_experts": (Rule(lambda x: 0 <= x < TOO_LARGE, "be at least 0", whole=True), "0 means none"),
     "expert_parallel_size": (COUNT, "leave it out for the largest that fits"),
     "collective_timeout": (SECONDS, "leave it out for torch's default"),
@@ -50,7 +50,7 @@ NUMBERS = {
 
 
 def check_numbers(cfg: Any) -> None:
-    """Raise ConfigurationError for a number out of range, whatever the router."""
+    """Raise ConfigurationError for a number out of range for every router."""
     for name, (rule, remedy) in NUMBERS.items():
         value = getattr(cfg, name)
         if value is not None:
@@ -58,9 +58,9 @@ def check_numbers(cfg: Any) -> None:
 
 
 def layers_to_keep(cfg: Any, stack: str) -> List[int]:
-    """The layers of a trained model's "encoder" or "decoder" that a pruned one has, in order; empty where none is pruned.
+    """The layers of the stack "encoder" or "decoder" that remain after pruning, sorted; empty if it is not pruned.
 
-    Raises ConfigurationError for anything but layers by number.
+    Raises ConfigurationError for anything but layer numbers.
     """
     name = f"{stack}_layers_to_keep"
     given = getattr(getattr(cfg, stack, None), "layers_to_keep", None) or getattr(cfg, name, None)
@@ -68,13 +68,13 @@ def layers_to_keep(cfg: Any, stack: str) -> List[int]:
         return []
     numbers = given.split(",") if isinstance(given, str) else [""]
     if not all(number.strip().isdecimal() for number in numbers) or len(set(map(int, numbers))) < len(numbers):
-        raise ConfigurationError(f"--{name.replace('_', '-')} {given} must name layers by number, each once, such as 0,2,4")
+        raise ConfigurationError(f"--{name.replace('_', '-')} {given} must list layer numbers, each once, such as 0,2,4")
     return sorted(map(int, numbers))
 
 
 def check_noise(cfg: Any) -> None:
-    """Raise ConfigurationError for fairseq's noise where experts cannot take it: dropout out of range, noise of quantization."""
-    for name in ("activation_dropout", "relu_dropout"):  # an expert's unless --expert-dropout is given
+    """Raise ConfigurationError for noise that experts do not support: dropout out of range, quantization noise."""
+    for name in ("activation_dropout", "relu_dropout"):  # used by experts unless --expert-dropout is given
         dropout = Rule(lambda x: 0 <= x <= 1, "be at least 0 and at most 1")
         refuse(broken_rule(f"--{name.replace('_', '-')}", getattr(cfg, name, 0) or 0, dropout))
     for kind in ("pq", "scalar"):
@@ -82,12 +82,12 @@ def check_noise(cfg: Any) -> None:
         amount = getattr(getattr(cfg, "quant_noise", None), kind, None) or getattr(cfg, name, 0)
         if amount:
             refuse(
-                f"--{name.replace('_', '-')} {amount} puts noise on the weights of fairseq's own layers, and would leave the"
-                " experts without; leave it out, or use --router dense"
+                f"--{name.replace('_', '-')} {amount} adds noise to the weights of fairseq's own layers, but not to the"
+                " experts; leave it out, or use --router dense"
             )
 
 
 def refuse(sentence: str) -> None:
-    """Raise ConfigurationError, unless the sentence is empty."""
+    """Raise ConfigurationError with the sentence, unless it is empty."""
     if sentence:
         raise ConfigurationError(sentence)

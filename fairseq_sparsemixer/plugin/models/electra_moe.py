@@ -1,7 +1,7 @@
 """`electra_moe`: ELECTRA (Clark et al., 2020; arXiv 2003.10555) with experts in the discriminator.
 
-A small dense generator fills in masked tokens; the discriminator tells for each token whether it was replaced, and is
-what one fine-tunes. Both see the same embeddings, each through a projection where its width differs.
+A small dense generator fills in masked tokens. The discriminator predicts for each token whether it was replaced, and is
+the model to fine-tune. Both share the embeddings, through a projection if their width differs.
 
 B sentences, T tokens, N of them masked, V words.
 """
@@ -28,10 +28,10 @@ from fairseq_sparsemixer.ranges import COUNT, POSITIVE, broken_rule
 
 
 class ElectraOutput(NamedTuple):
-    """One forward of pre-training.
+    """The output of a pre-training forward.
 
-    generator_logits: [N, V], one row for each masked token, row by row of the batch. scores: [B, T], the discriminator's
-    logits that a token was replaced. replaced: [B, T] bool, whether it was.
+    generator_logits: [N, V], one row per masked token, in row-major order of the batch. scores: [B, T], the
+    discriminator's logits that a token was replaced. replaced: [B, T] bool, whether it was.
     """
 
     generator_logits: Tensor
@@ -40,7 +40,7 @@ class ElectraOutput(NamedTuple):
 
 
 class ElectraEmbedding(nn.Module):
-    """Token plus position embedding, normalised; shared by generator and discriminator. Dropout is the encoder's."""
+    """Normalised token plus position embedding, shared by generator and discriminator. The encoder applies dropout."""
 
     def __init__(self, num_words: int, embedding_dim: int, padding_idx: int, max_positions: int):
         super().__init__()
@@ -54,7 +54,7 @@ class ElectraEmbedding(nn.Module):
 
 
 class ProjectedEmbedding(nn.Module):
-    """A shared embedding at one model's width, in the place of the nn.Embedding that fairseq's encoder expects."""
+    """A shared embedding projected to one model's width, replacing the nn.Embedding that fairseq's encoder expects."""
 
     def __init__(self, shared: ElectraEmbedding, width: int):
         super().__init__()
@@ -65,7 +65,7 @@ class ProjectedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[V, embedding_dim], which the generator's output layer is tied to."""
+        """[V, embedding_dim], tied to the generator's output layer."""
         return self.shared.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class ProjectedEmbedding(nn.Module):
 
 
 class GeneratorHead(RobertaLMHead):
-    """fairseq's masked-LM head for a model narrower or wider than its embeddings: its first layer changes the width."""
+    """fairseq's masked-LM head for a model whose width differs from its embeddings': the first layer changes the width."""
 
     def __init__(self, embed_dim: int, output_dim: int, activation_fn: str, weight: Optional[Tensor], embedding_dim: int):
         super().__init__(embedding_dim, output_dim, activation_fn, weight)
@@ -82,7 +82,7 @@ class GeneratorHead(RobertaLMHead):
 
 
 class DiscriminatorHead(nn.Module):
-    """Two layers to one score a token: the logit that it was replaced."""
+    """Two layers with one score per token: the logit that it was replaced."""
 
     def __init__(self, embed_dim: int, activation_fn: str):
         super().__init__()
@@ -96,10 +96,10 @@ class DiscriminatorHead(nn.Module):
 
 
 class ElectraEncoder(RobertaMoEEncoder):
-    """What generator and discriminator have in common: an encoder on the shared embedding."""
+    """The common base of generator and discriminator: an encoder on the shared embedding."""
 
     def __init__(self, args: Any, dictionary: Any, shared: ElectraEmbedding):
-        self.__dict__["shared"] = shared  # for the hook below; registered as a module once, in what the hook builds
+        self.__dict__["shared"] = shared  # for the hook below, which registers it as a module
         super().__init__(args, dictionary)
 
     def build_embedding(self, vocab_size: int, embedding_dim: int, padding_idx: int) -> ProjectedEmbedding:
@@ -128,8 +128,8 @@ def corrupt(src_tokens: Tensor, target: Tensor, logits: Tensor, padding_idx: int
     """The discriminator's input: masked tokens replaced by samples from the generator (Gumbel-max).
 
     src_tokens, target [B, T], where target is the original word at masked tokens and padding elsewhere; logits [N, V].
-    Returns (tokens [B, T], replaced [B, T]). A sample that is the original word counts as not replaced (section 2);
-    padding is never sampled: it would hide the token from the discriminator.
+    Returns (tokens [B, T], replaced [B, T]). A sample equal to the original word counts as not replaced (section 2).
+    Padding is never sampled, because it would hide the token from the discriminator.
     """
     gumbel = -torch.empty_like(logits, dtype=torch.float32).exponential_().log()
     noisy = logits.float() + gumbel
@@ -141,7 +141,7 @@ def corrupt(src_tokens: Tensor, target: Tensor, logits: Tensor, padding_idx: int
 
 @register_model("electra_moe")
 class ElectraMoEModel(RobertaMoEModel):
-    """ELECTRA. `encoder` is the discriminator, `generator` is there in pre-training alone."""
+    """ELECTRA. `encoder` is the discriminator; `generator` exists only in pre-training."""
 
     def __init__(self, args: Any, discriminator: RobertaEncoder, generator: RobertaEncoder):
         super().__init__(args, discriminator)
@@ -173,9 +173,9 @@ class ElectraMoEModel(RobertaMoEModel):
         return cls(args, Discriminator(args, dictionary, shared), Generator(small, dictionary, shared))
 
     def forward(self, src_tokens: Tensor, *args, target: Optional[Tensor] = None, **kwargs):
-        """Pre-training, given target [B, T] as fairseq's masked_lm task makes it: an ElectraOutput.
+        """With target [B, T] from fairseq's masked_lm task (pre-training): an ElectraOutput.
 
-        Without target: the discriminator alone, as RobertaModel.forward.
+        Without target: only the discriminator, as in RobertaModel.forward.
         """
         if target is None:
             return super().forward(src_tokens, *args, **kwargs)
@@ -186,12 +186,12 @@ class ElectraMoEModel(RobertaMoEModel):
         return ElectraOutput(logits, scores, replaced)
 
     def register_classification_head(self, *args, **kwargs) -> None:
-        """See RobertaModel. What gets a head is fine-tuned, and needs its generator no longer."""
+        """See RobertaModel. A model that gets a head is fine-tuned and no longer needs its generator."""
         super().register_classification_head(*args, **kwargs)
         self.generator = None
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
-        """See RobertaModel. Leaves out a pre-trained generator where this model has none."""
+        """See RobertaModel. Drops a pre-trained generator if this model has none."""
         super().upgrade_state_dict_named(state_dict, name)
         if self.generator is None:
             prefix = f"{name}.generator." if name else "generator."
@@ -202,7 +202,7 @@ class ElectraMoEModel(RobertaMoEModel):
 def generator_args(args: Any) -> Any:
     """The generator's args: as deep as the discriminator, generator_size times as wide, without experts.
 
-    Raises ConfigurationError for a size that makes no model.
+    Raises ConfigurationError for an invalid size.
     """
     for name, rule in (("generator_size", POSITIVE), ("embedding_dim", COUNT)):
         refuse(broken_rule(f"--{name.replace('_', '-')}", getattr(args, name), rule))

@@ -1,9 +1,9 @@
-"""Encoder layers without the second set of weights that fairseq 0.12.2 keeps for torch's fused inference.
+"""Encoder layers without the duplicate weights that fairseq 0.12.2 keeps for torch's fused inference.
 
-There, an encoder layer copies its weights when a state dict is loaded, into parameters of its own, and calls
-torch._transformer_encoder_layer_fwd with them. An MoE layer has no such weights, that call is refused by torch 2, and the
-copies count as parameters, which nothing trains. Earlier and later versions of fairseq have none of it. Whichever is
-installed, our encoders have one set of weights, and read checkpoints with and without the copies.
+In that version, an encoder layer copies its weights into extra parameters when a state dict is loaded, and passes them to
+torch._transformer_encoder_layer_fwd. An MoE layer has no such weights, torch 2 refuses that call, and the copies count as
+parameters although nothing trains them. Earlier and later fairseq versions have no copies. With any version, our encoders
+have one set of weights, and read checkpoints with and without the copies.
 """
 
 import re
@@ -18,17 +18,17 @@ NAME_OF_COPY = re.compile(rf"(?:.*\.)?layers\.\d+\.(?:{'|'.join(COPIES)})")
 
 
 def without_copies(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """A model's state dict less what is there twice."""
+    """A model's state dict without the duplicate weights."""
     return {name: value for name, value in state.items() if not NAME_OF_COPY.fullmatch(name)}
 
 
 def knows_copies() -> bool:
-    """Whether the installed fairseq's encoder layers make the copies themselves."""
+    """Whether the installed fairseq's encoder layers make these copies."""
     return "_load_from_state_dict" in vars(TransformerEncoderLayerBase)
 
 
 class NoFastPath:
-    """Mixed into an encoder layer, before fairseq's class."""
+    """Mixin for an encoder layer, before fairseq's class."""
 
     def __init__(self, cfg: Any, return_fc: bool = False):
         super().__init__(cfg, return_fc=return_fc)  # type: ignore[call-arg]  # of the class behind this one
@@ -36,12 +36,12 @@ class NoFastPath:
             self.can_use_fastpath = False
             for name in COPIES:
                 delattr(self, name)
-                setattr(self, name, torch.empty(0))  # no parameter; TorchScript compiles the branch that names it, too
+                setattr(self, name, torch.empty(0))  # not a parameter; TorchScript also compiles the branch that uses it
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
         for name in COPIES:
             state_dict.pop(prefix + name, None)
-        # past fairseq's, which would make the copies
+        # skips fairseq's method, which would make the copies
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)  # type: ignore[arg-type]  # a layer, once mixed in
 
 
@@ -51,4 +51,4 @@ class DenseEncoderLayer(NoFastPath, TransformerEncoderLayerBase):
     def __init__(self, cfg: Any, return_fc: bool = False):
         super().__init__(cfg, return_fc=return_fc)
         for dropout in (self.dropout_module, self.activation_dropout_module):
-            dropout.module_name = TransformerEncoderLayerBase.__name__  # by which --retain-dropout-modules knows it
+            dropout.module_name = TransformerEncoderLayerBase.__name__  # the name that --retain-dropout-modules matches

@@ -1,6 +1,6 @@
-"""fairseq-hydra-train hands a model its options as they stand in the YAML: this sees that each is one the model has.
+"""Checks a model's option names under fairseq-hydra-train, which passes them from the YAML unchecked.
 
-fairseq checks them for models registered with a dataclass alone, and those cannot have architectures (`--arch`).
+fairseq checks them only for models registered with a dataclass, which cannot have architectures (`--arch`).
 """
 
 from argparse import ArgumentParser, Namespace
@@ -15,7 +15,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 def check_option_names(options: Any, model: BaseFairseqModel, architecture: Callable[[Any], None]) -> None:
     """Raise ConfigurationError for a name in a hydra config that is neither a flag of the model nor set by its architecture."""
-    if not isinstance(options, DictConfig):  # argparse has checked a command line's
+    if not isinstance(options, DictConfig):  # argparse has already checked command-line flags
         return
     parser, filled = ArgumentParser(add_help=False), Namespace()
     model.add_args(parser)
@@ -24,5 +24,5 @@ def check_option_names(options: Any, model: BaseFairseqModel, architecture: Call
     for name in map(str, options):
         if name not in known:
             close = get_close_matches(name, sorted(known), n=1)
-            remedy = f"did you mean {close[0]}?" if close else "options have the names of fairseq-train's flags"
+            remedy = f"did you mean {close[0]}?" if close else "options are named like fairseq-train's flags"
             raise ConfigurationError(f"model.{name} is not an option of {options.get('_name')}; {remedy}")

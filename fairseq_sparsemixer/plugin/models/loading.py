@@ -1,4 +1,4 @@
-"""A checkpoint must hold the experts that the flags describe."""
+"""Checks that a checkpoint holds the experts that the flags describe."""
 
 import re
 from typing import Any, Dict, Optional
@@ -12,22 +12,22 @@ from fairseq_sparsemixer.names import EXPERTS, GATE, SHARED_EXPERTS
 
 
 def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
-    """End with one sentence when state_dict's experts are not the model's.
+    """Raise ConfigurationError if state_dict's experts do not match the model's.
 
-    Raises ConfigurationError. fairseq's trainer puts advice about architectures over it, which ours takes off again.
+    fairseq's trainer replaces the error by advice about architectures; our trainer restores it.
     """
     expected = {name: value for name, value in model.state_dict().items() if EXPERTS in name}
     found = {name: value for name, value in state_dict.items() if EXPERTS in name}
     if expected and not found:
         raise ConfigurationError(
-            "the checkpoint is dense, and the flags ask for experts; give it experts by fairseq-sparsemixer upcycle"
-            " DENSE.pt MOE.pt and start from that, or use --router dense"
+            "the checkpoint is dense, but the flags ask for experts; convert it by fairseq-sparsemixer upcycle"
+            " DENSE.pt MOE.pt and start from MOE.pt, or use --router dense"
         )
     for name in sorted(set(expected) ^ set(found)):
         layer = name.split(EXPERTS)[0]
-        difference = "the checkpoint has experts in {} and the flags have none there"
+        difference = "the checkpoint has experts in {}, but the flags have none there"
         if name in expected:
-            difference = "the flags have experts in {} and the checkpoint has none there"
+            difference = "the flags have experts in {}, but the checkpoint has none there"
         raise ConfigurationError(f"{difference.format(layer)}; give the --router and --moe-freq the checkpoint was trained with")
     _check_shared_experts(model.state_dict(), state_dict)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -35,45 +35,46 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
     for name, value in expected.items():
         layer = name.split(EXPERTS)[0]
         whole, own, rows = layers[layer + EXPERTS[:-1]].num_experts, value.size(0), found[name].size(0)
-        if rows not in (whole, own):  # a rank takes its own experts out of all, or is given them alone
+        if rows not in (whole, own):  # a rank slices its own experts out of all, or gets only its own
             raise ConfigurationError(f"--num-experts {whole} does not match the checkpoint, which has {rows} experts in {layer}")
         if value.shape[1:] != found[name].shape[1:]:
             raise ConfigurationError(
-                f"{name} is {tuple(found[name].shape)} in the checkpoint and {tuple(value.shape)}"
+                f"{name} is {tuple(found[name].shape)} in the checkpoint, but {tuple(value.shape)}"
                 " by the flags; give the embedding and feed-forward sizes the checkpoint was trained with"
             )
 
 
 def _check_shared_experts(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
-    """They are one network, as wide as all of them together."""
+    """Raise ConfigurationError if the shared experts, one network of their total width, differ in shape."""
     shapes = [{n: v.shape for n, v in state.items() if SHARED_EXPERTS in n} for state in (expected, found)]
     if shapes[0] == shapes[1]:
         return
     widths = [max((shape[-1] for name, shape in own.items() if name.endswith("bias_in")), default=0) for own in shapes]
     raise ConfigurationError(
-        f"--num-shared-experts gives shared experts a joint width of {widths[0]}, and the checkpoint's have {widths[1]} (0: there"
-        " are none); give the --num-shared-experts and feed-forward sizes the checkpoint was trained with"
+        f"--num-shared-experts gives shared experts a total width of {widths[0]}, but the checkpoint's have {widths[1]} (0:"
+        " none); give the --num-shared-experts and feed-forward sizes the checkpoint was trained with"
     )
 
 
-FLAG_OF_PARAMETER = {  # of a gate, where a flag of its own decides whether it is there
+FLAG_OF_PARAMETER = {  # gate parameters whose presence depends on a flag
     ".balancer.bias": "the --router, with or without --moe-bias-update-rate,",
     ".projection.bias": "the --router, with or without --router-bias,",
 }
 
 
 def _check_gates(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
-    """Routers differ in what they learn beside the projection: SparseMixer has its omega."""
+    """Raise ConfigurationError if the routers have different parameters: SparseMixer, for example, has omega."""
     for name in sorted({n for n in expected if GATE in n} ^ {n for n in found if GATE in n}):
         holder, other = ("flags", "checkpoint") if name in expected else ("checkpoint", "flags")
         flags = next((flag for end, flag in FLAG_OF_PARAMETER.items() if name.endswith(end)), "the --router")
         raise ConfigurationError(
-            f"the router of the {holder} has {name} and that of the {other} has not; give {flags} the checkpoint was trained with"
+            f"the router of the {holder} has {name}, but that of the {other} has not;"
+            f" give {flags} the checkpoint was trained with"
         )
 
 
 def prune(state_dict: Dict[str, Tensor], model_cfg: Any) -> Dict[str, Tensor]:
-    """What --encoder-layers-to-keep and --decoder-layers-to-keep leave of a trained model, renumbered as fairseq does it.
+    """Apply --encoder-layers-to-keep and --decoder-layers-to-keep to a trained model, renumbering layers as fairseq does.
 
     Raises ConfigurationError for a layer that the checkpoint does not have.
     """
@@ -85,19 +86,19 @@ def prune(state_dict: Dict[str, Tensor], model_cfg: Any) -> Dict[str, Tensor]:
             for layer in (int(number) for number in kept.split(",")):
                 if layer not in there:
                     raise ConfigurationError(
-                        f"--{stack}-layers-to-keep {kept} names layer {layer}, and those of the checkpoint are 0 to"
+                        f"--{stack}-layers-to-keep {kept} names layer {layer}, but those of the checkpoint are 0 to"
                         f" {max(there, default=-1)}; leave it out"
                     )
     return prune_state_dict(state_dict, model_cfg)
 
 
 class ChecksCheckpoints:
-    """Mixed into a fairseq model, before its class: check_checkpoint_fits before anything is loaded."""
+    """Mixin for a fairseq model, before its class: calls check_checkpoint_fits before anything is loaded."""
 
     def load_state_dict(
         self, state_dict: Dict[str, Tensor], strict: bool = True, model_cfg: Any = None, args: Optional[Any] = None
     ):
-        """See BaseFairseqModel. Ends with one sentence when the checkpoint's experts do not match the flags."""
+        """See BaseFairseqModel. Raises ConfigurationError if the checkpoint's experts do not match the flags."""
         state_dict = prune(state_dict, model_cfg)
         check_checkpoint_fits(self, state_dict)  # type: ignore[arg-type]  # a model, once mixed in
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]  # of the class behind this one

@@ -1,7 +1,7 @@
 """fairseq's transformer layers with the feed-forward network replaced by an MoE layer.
 
 A layer's feed-forward network is fc2(dropout(activation(fc1(x)))): fc1 becomes the MoE layer, which does all of it, and the
-others identities. Attention, residuals, normalisation and incremental decoding stay fairseq's own lines.
+others become identities. Attention, residuals, normalisation and incremental decoding remain fairseq's own code.
 """
 
 from contextlib import nullcontext
@@ -27,31 +27,31 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def expert_dropout(cfg: Any) -> float:
-    """The dropout inside an expert: its own flag, or what fairseq's feed-forward layers have."""
+    """The dropout inside an expert: --expert-dropout, or that of fairseq's feed-forward layers."""
     if cfg.expert_dropout is not None:
         return cfg.expert_dropout
     return float(cfg.activation_dropout or cfg.relu_dropout or 0)
 
 
 def name_dropout(module: nn.Module, name: str) -> None:
-    """Let --retain-dropout-modules know the module's own dropout by the name that it has in fairseq's model."""
+    """Name the module's own dropout as in fairseq's model, for --retain-dropout-modules."""
     for dropout in module.children():
         if isinstance(dropout, FairseqDropout):
             dropout.module_name = name
 
 
 class _NoWeights:
-    """Mixed into what stands for fc1 and fc2: fairseq 0.12.2's encoder layer asks for their weights' shapes (see fast_path)."""
+    """Mixin for the replacements of fc1 and fc2: fairseq 0.12.2's encoder layer reads their weights' shapes (see fast_path)."""
 
     weight = bias = torch.empty(0)
 
 
 class _NoLayer(_NoWeights, nn.Identity):
-    """In fc2's place."""
+    """Replaces fc2."""
 
 
 class _FeedForward(_NoWeights, nn.Module):
-    """The MoE layer as fairseq's layer calls its fc1: with x alone. The padding mask and the ids are left here beforehand."""
+    """The MoE layer as fc1 of fairseq's layer, which passes only x. The padding mask and token ids are set beforehand."""
 
     moe: MoELayer
 
@@ -68,14 +68,14 @@ class _FeedForward(_NoWeights, nn.Module):
         return self.moe(x, self.padding_mask, self.token_ids)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # torch.jit.script asks each module, from the outermost on
+        # torch.jit.script calls this on each module, outermost first
         raise ConfigurationError(
-            "torch.jit.script cannot compile a model with experts, which run as Python decides; use the model as it is, or"
-            " --router dense"
+            "torch.jit.script cannot compile a model with experts, whose control flow depends on data; use the model unscripted,"
+            " or --router dense"
         )
 
     def make_generation_fast_(self, name: str, **kwargs) -> None:
-        """Called by fairseq before generation: under --retain-dropout, the experts drop out where a dense layer would."""
+        """Called by fairseq before generation: with --retain-dropout, experts keep dropout if a dense layer would."""
         dropout = FairseqDropout(self.moe.experts.dropout, self.dropout_name)
         dropout.make_generation_fast_(name, **kwargs)
         for experts in (self.moe.experts, self.moe.shared_experts):
@@ -84,7 +84,7 @@ class _FeedForward(_NoWeights, nn.Module):
 
 
 def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
-    """Let the layers of a stack whose gate asks for them know the ids [B, T] of the tokens they are about to see."""
+    """Pass the ids [B, T] of the next tokens to those layers of a stack whose gate wants them."""
     for layer in layers:
         feed_forward = getattr(layer, "fc1", None)
         if isinstance(feed_forward, _FeedForward) and feed_forward.moe.gate.wants_token_ids:
@@ -92,18 +92,18 @@ def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
 
 
 class _MoEBlock:
-    """What both kinds of layer share: the hooks that build the feed-forward network, and the way of the padding mask."""
+    """Shared by both kinds of layer: the hooks that build the feed-forward network, and passing the padding mask."""
 
     fc1: _FeedForward
     moe_cfg: Any
     training: bool
 
     def _prepare(self, cfg: Any) -> None:
-        # plain attributes, set before fairseq's constructor calls the build hooks; a decoder layer keeps no cfg itself
+        # a plain attribute, set before fairseq's constructor calls the build hooks; a decoder layer keeps no cfg itself
         self.__dict__["moe_cfg"] = cfg
 
     def _finish(self, base: Type[nn.Module]) -> None:
-        self.activation_fn = _identity  # the experts have applied both
+        self.activation_fn = _identity  # the experts apply both
         self.activation_dropout_module = nn.Identity()
         name_dropout(self, base.__name__)  # type: ignore[arg-type]  # a layer, once mixed in
         self.fc1.dropout_name = base.__name__
@@ -127,18 +127,18 @@ class _MoEBlock:
         return _NoLayer()
 
     def _run(self, forward: Callable, padding_mask: Optional[Tensor], *args, **kwargs):
-        """fairseq's forward, with the padding mask [B, T] at hand as the layer's x [T, B, M] needs it."""
+        """fairseq's forward, with the padding mask [B, T] transposed to match the layer's x [T, B, M]."""
 
         token_ids = self.fc1.token_ids
 
-        def with_mask(*args, **kwargs):  # inside what is recomputed: another forward may have run before the backward
+        def with_mask(*args, **kwargs):  # recomputed too: another forward may run before the backward
             self.fc1.padding_mask = None if padding_mask is None else padding_mask.t()
             self.fc1.token_ids = token_ids
             return forward(*args, **kwargs)
 
         if not (self.moe_cfg.checkpoint_activations and self.training and torch.is_grad_enabled()):
             return with_mask(*args, **kwargs)
-        # Not reentrant: the auxiliary losses, which are not outputs of this call, keep their graph.
+        # Not reentrant, so that the auxiliary losses, which are not outputs of this call, keep their graph.
         with torch.autograd.graph.save_on_cpu() if self.moe_cfg.offload_activations else nullcontext():
             return checkpoint(with_mask, *args, use_reentrant=False, **kwargs)
 
@@ -172,16 +172,16 @@ class MoEDecoderLayer(_MoEBlock, TransformerDecoderLayerBase):
 
 
 class RoutesEveryNth:
-    """Mixed into an encoder or decoder: of the layers built one after the other, which ones route.
+    """Mixin for an encoder or decoder: decides which of the layers built in sequence are MoE layers.
 
-    Where a trained model is pruned (--encoder-layers-to-keep, --decoder-layers-to-keep), those that did in the whole one.
+    In a pruned model (--encoder-layers-to-keep, --decoder-layers-to-keep), these are the MoE layers of the full model.
     """
 
     stack = ""  # encoder or decoder
     _built = 0
 
     def routes_next_layer(self, cfg: Any) -> bool:
-        """Whether the layer being built now is an MoE layer; to be asked once a layer."""
+        """Whether the layer being built is an MoE layer; call once per layer."""
         kept = layers_to_keep(cfg, self.stack)
         index = kept[self._built] if kept else self._built
         self._built += 1
@@ -189,7 +189,7 @@ class RoutesEveryNth:
 
 
 class RemembersUpdates:
-    """Mixed into a model: keeps the number of updates that fairseq tells it, for what depends on it in training."""
+    """Mixin for a model: stores the number of updates, for code that depends on it in training."""
 
     num_updates = 0
 

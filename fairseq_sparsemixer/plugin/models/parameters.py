@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them one token meets."""
+"""Counts a model's parameters, and those active for one token."""
 
 from typing import Tuple
 
@@ -8,7 +8,7 @@ from fairseq_sparsemixer.moe.layer import MoELayer
 
 
 def parameter_counts(model: nn.Module) -> Tuple[int, int]:
-    """(total, active): all parameters, and those used for one token: k of E experts in each MoE layer, shared ones all."""
+    """(total, active): all parameters, and those used for one token: k of E experts per MoE layer and all shared experts."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in model.modules():

@@ -31,11 +31,11 @@ BERT_STD = 0.02  # of BERT's initial weights (arXiv 1810.04805), as in fairseq's
 
 @dataclass
 class MoEFlags(MoEOptions, FairseqDataclass):
-    """The experts' options in the form of which fairseq makes flags."""
+    """MoEOptions as a dataclass from which fairseq can generate flags."""
 
 
 def init_bert_experts(module: nn.Module) -> None:
-    """What fairseq's init_bert_params does to feed-forward layers, for experts."""
+    """Initialise experts as fairseq's init_bert_params does feed-forward layers."""
     if isinstance(module, Experts):
         for weight in (module.weight_in, module.weight_out):
             nn.init.normal_(weight, std=BERT_STD)
@@ -53,7 +53,7 @@ class RobertaMoEEncoder(RobertaEncoder):
 
 @register_model("roberta_moe")
 class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
-    """fairseq's RoBERTa with experts; `--router dense` makes it the plain model of the same flags."""
+    """fairseq's RoBERTa with experts; with `--router dense`, the plain model."""
 
     def __init__(self, args: Any, encoder: RobertaEncoder):
         super().__init__(args, encoder)
@@ -61,7 +61,7 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
-        """RoBERTa's flags, then one for each field of MoEOptions; the architectures below give the defaults."""
+        """RoBERTa's flags, then one per field of MoEOptions; the architectures below set the defaults."""
         RobertaModel.add_args(parser)
         parser.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in the backward pass")
         parser.add_argument("--offload-activations", action="store_true", help="keep checkpointed activations on the CPU")
@@ -69,26 +69,26 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "RobertaMoEModel":
-        """See RobertaModel. Raises ConfigurationError for options that make no model."""
+        """See RobertaModel. Raises ConfigurationError for invalid options."""
         check_option_names(args, cls, base)
         with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             cls.complete(args, task)
         check_options(args, autoregressive=False)
         check_pruning(args)
-        if OmegaConf.is_config(args):  # the model asks hasattr(args, name), which is always true of a config of omegaconf 2.0
+        if OmegaConf.is_config(args):  # the model uses hasattr(args, name), which is always true for a config of omegaconf 2.0
             args = Namespace(**{name: args[name] for name in args})
         return cls.assemble(args, task.source_dictionary)
 
     @classmethod
     def assemble(cls, args: Any, dictionary: Any) -> "RobertaMoEModel":
-        """The model of complete and checked args."""
+        """Build the model from complete and checked args."""
         return cls(args, RobertaMoEEncoder(args, dictionary))
 
     @classmethod
     def complete(cls, args: Any, task: Any) -> None:
-        """Give args what the flags leave open: fairseq's and the experts' defaults, and the length that the task needs."""
+        """Complete args by fairseq's and the experts' defaults, and the maximum length that the task needs."""
         if not utils.safe_hasattr(args, "max_positions"):
-            # fairseq 0.12.2's masked_lm task has no maximum of its own, only the setting
+            # fairseq 0.12.2's masked_lm task reports no maximum; it only has the setting
             of_task = task.max_positions() or utils.safe_getattr(task.cfg, "tokens_per_sample")
             args.max_positions = utils.safe_getattr(args, "tokens_per_sample", of_task)
         if getattr(args, "offload_activations", False):
@@ -96,25 +96,25 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
         base(args)
 
     def load_state_dict(self, state_dict: Dict[str, Tensor], *args, **kwargs):
-        """See ChecksCheckpoints. Ends with one sentence, too, when the checkpoint's sentences had another maximal length."""
+        """See ChecksCheckpoints. Also exits with one sentence if the checkpoint has another number of positions."""
         check_positions(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 def check_positions(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
-    """Raise SystemExit (for the reason see check_checkpoint_fits) when the tables of positions differ in length."""
+    """Raise SystemExit (for the reason, see check_checkpoint_fits) if the position tables differ in length."""
     for name, module in model.named_modules():
         found = state_dict.get(f"{name}.weight")
         if isinstance(module, LearnedPositionalEmbedding) and found is not None and len(found) != len(module.weight):
-            unused = len(module.weight) - module.max_positions  # fairseq counts positions from behind the padding symbol
+            unused = len(module.weight) - module.max_positions  # fairseq's positions start after the padding index
             raise SystemExit(
-                f"fairseq-sparsemixer: the checkpoint knows {len(found) - unused} positions and the flags say"
+                f"fairseq-sparsemixer: the checkpoint has {len(found) - unused} positions, but the flags say"
                 f" {module.max_positions}; give --max-positions {len(found) - unused}"
             )
 
 
 def check_pruning(args: Any) -> None:
-    """Raise ConfigurationError for fairseq's pruning of feed-forward layers, which reads weights that experts do not have."""
+    """Raise ConfigurationError for fairseq's pruning of feed-forward layers, which needs weights that experts do not have."""
     off = {"ffn_reg_scale_factor": 0.0, "ffn_blocks_to_remove": -1}
     for name, value in off.items():
         if args.router != DENSE and utils.safe_getattr(args, name, value) != value:

@@ -1,4 +1,4 @@
-"""Flags to a router's options."""
+"""Maps flags to a router's options."""
 
 from typing import Any, Dict
 
@@ -10,9 +10,9 @@ WORDS = {"true": True, "false": False, "none": None}
 
 
 def router_options(cfg: Any) -> Dict[str, Any]:
-    """The options of cfg.router among the flags; a flag left at its default keeps the router's default.
+    """The options of cfg.router set by flags; a flag at its default keeps the router's default.
 
-    Raises ConfigurationError where a flag was given that this router cannot honour, listing the routers that can.
+    Raises ConfigurationError for a flag that this router does not support, listing the routers that do.
     """
     with in_flags():
         accepted = gate_options(cfg.router)
@@ -34,23 +34,23 @@ def _refusal(option: str, value: Any, router: str) -> str:
     if option == "top_k":
         why = f"which gives each token {gate_class(router).top_k}"
     others = ", ".join(routers_with(option))
-    return f"{FLAGS[option]} {value} does not go with --router {router}, {why}; the routers that take it: {others}"
+    return f"{FLAGS[option]} {value} does not work with --router {router}, {why}; routers that take it: {others}"
 
 
 def _further_options(cfg: Any) -> Dict[str, Any]:
-    """What --router-option gives: name and value of each. Raises ConfigurationError for what the router does not take."""
+    """Names and values given by --router-option. Raises ConfigurationError for options that the router does not take."""
     given: Dict[str, Any] = {}
     text = getattr(cfg, "router_option", None)
     for pair in text.split(",") if text else []:
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not (name and equals and value):
-            raise ConfigurationError(f"--router-option {text} must be NAME=VALUE, or several of them with commas between")
+            raise ConfigurationError(f"--router-option {text} must be NAME=VALUE, or several of them separated by commas")
         if name in FIELDS:
-            raise ConfigurationError(f"--router-option {name}={value} has a flag of its own; give {FLAGS[name]} {value}")
+            raise ConfigurationError(f"--router-option {name}={value} has its own flag; give {FLAGS[name]} {value}")
         own = [option for option in gate_options(cfg.router) if option not in FIELDS]
         if name not in own:
-            takes = f"it takes {', '.join(own)}" if own else "it takes none beside its flags"
-            raise ConfigurationError(f"--router-option {name}={value} does not go with --router {cfg.router}; {takes}")
+            takes = f"it takes {', '.join(own)}" if own else "it takes none besides its flags"
+            raise ConfigurationError(f"--router-option {name}={value} does not work with --router {cfg.router}; {takes}")
         if name in given:
             raise ConfigurationError(f"--router-option {text} gives {name} twice; give it once")
         given[name] = _value(value)
@@ -58,7 +58,7 @@ def _further_options(cfg: Any) -> Dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, true, false or none where it is one, else the text itself."""
+    """The text as a number, true, false or none if it is one, else unchanged."""
     if text.lower() in WORDS:
         return WORDS[text.lower()]
     for kind in (int, float):

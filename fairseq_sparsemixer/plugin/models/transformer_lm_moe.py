@@ -22,13 +22,13 @@ class TransformerLanguageModelMoEConfig(MoEOptions, TransformerLanguageModelConf
 
 @register_model("transformer_lm_moe", dataclass=TransformerLanguageModelMoEConfig)
 class TransformerLanguageModelMoE(ChecksCheckpoints, RemembersUpdates, TransformerLanguageModel):
-    """fairseq's language model with experts; `--router dense` makes it the plain model of the same flags."""
+    """fairseq's language model with experts; with `--router dense`, the plain model."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "TransformerLanguageModelMoE":
-        """See TransformerLanguageModel. Raises ConfigurationError for options that make no model."""
+        """See TransformerLanguageModel. Raises ConfigurationError for invalid options."""
         check_options(args)
-        dense = super().build_model(args, task)  # names its decoder's class itself; its embeddings are what is kept
+        dense = super().build_model(args, task)  # hard-codes its decoder class; only the embeddings are reused
         if args.router == DENSE:
             return dense
         cfg = TransformerMoEConfig.from_namespace(args)
@@ -37,7 +37,7 @@ class TransformerLanguageModelMoE(ChecksCheckpoints, RemembersUpdates, Transform
 
 @register_architecture("transformer_lm_moe", "transformer_lm_moe_base")
 def base(args: Any) -> None:
-    """6 layers of width 512, each normalising its inputs: fairseq's transformer_lm architecture function with experts."""
+    """fairseq's transformer_lm architecture with experts: 6 layers of width 512, each normalising its inputs."""
     transformer_lm.base_lm_architecture(args)
 
 

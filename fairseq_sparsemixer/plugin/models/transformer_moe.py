@@ -39,18 +39,18 @@ from fairseq_sparsemixer.plugin.models.moe_block import (
 class TransformerMoEConfig(MoEOptions, TransformerConfig):
     """fairseq's TransformerConfig with the options of the experts."""
 
-    moe_encoder_only: bool = field(default=False, metadata={"help": "no experts in the decoder (transformer_moe alone)"})
+    moe_encoder_only: bool = field(default=False, metadata={"help": "no experts in the decoder (transformer_moe only)"})
 
 
 def wrap_for_fsdp(cfg: Any, layer: nn.Module) -> nn.Module:
-    """As fairseq does it: a checkpointed layer is always wrapped, any other when it is large enough."""
+    """As in fairseq: wrap a checkpointed layer always, any other layer if it is large enough."""
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
 def as_class(module: nn.Module, base: Type[nn.Module]) -> nn.Module:
-    """What TorchScript compiles, which cannot call super(): the same module, less the methods of ours that serve experts.
+    """The same module as an instance of `base`, without our methods: TorchScript cannot compile super().
 
-    Where there are experts, MoELayer refuses.
+    If there are experts, MoELayer refuses.
     """
     plain = copy.copy(module)
     plain.__class__ = base
@@ -75,7 +75,7 @@ class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
         return wrap_for_fsdp(cfg, layer)
 
     def forward_embedding(self, src_tokens: Tensor, *args, **kwargs):
-        """See TransformerEncoderBase; the place where token ids are known."""
+        """See TransformerEncoderBase; overridden because token ids are known here."""
         hand_down_token_ids(self.layers, src_tokens)
         return super().forward_embedding(src_tokens, *args, **kwargs)
 
@@ -102,7 +102,7 @@ class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
         return super().routes_next_layer(cfg) and not cfg.moe_encoder_only
 
     def extract_features(self, prev_output_tokens: Tensor, encoder_out: Any = None, incremental_state: Any = None, **kwargs):
-        """See TransformerDecoderBase; token by token, its layers see the last one alone."""
+        """See TransformerDecoderBase; in incremental decoding, the layers see only the last token."""
         hand_down_token_ids(self.layers, prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:])
         return super().extract_features(prev_output_tokens, encoder_out, incremental_state, **kwargs)
 
@@ -112,16 +112,16 @@ class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
 
 @register_model("transformer_moe")
 class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel):
-    """fairseq's transformer with experts; `--router dense` makes it the plain transformer of the same flags."""
+    """fairseq's transformer with experts; with `--router dense`, the plain transformer."""
 
     @classmethod
     def add_args(cls, parser) -> None:
-        """One flag for each field of TransformerMoEConfig; the architectures below give the defaults."""
+        """One flag per field of TransformerMoEConfig; the architectures below set the defaults."""
         gen_parser_from_dataclass(parser, TransformerMoEConfig(), delete_default=True, with_prefix="")
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "TransformerMoEModel":
-        """See TransformerModel. Raises ConfigurationError for options that make no model."""
+        """See TransformerModel. Raises ConfigurationError for invalid options."""
         check_option_names(args, cls, base)
         cfg = TransformerMoEConfig.from_namespace(args)
         check_options(cfg, autoregressive=not cfg.moe_encoder_only)
@@ -151,7 +151,7 @@ def base_by_name(args: Any) -> None:
 
 @register_architecture("transformer_moe", "transformer_moe_glam")
 def glam(args: Any) -> None:
-    """GLaM's choices (arXiv 2112.06905) in the base transformer: two experts a token, in every other layer, gated by GELU."""
+    """The base transformer with GLaM's choices (arXiv 2112.06905): two GEGLU experts per token in every other layer."""
     preset = {"router": "gshard", "moe_freq": 2, "expert_activation": "geglu"}
     for name, value in preset.items():
         setattr(args, name, getattr(args, name, value))

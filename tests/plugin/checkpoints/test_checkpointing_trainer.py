@@ -23,7 +23,7 @@ def test_the_place_in_an_epoch_is_counted_in_batches_of_all_ranks(written_by, do
 
 
 def test_writing_in_place_is_refused():
-    with pytest.raises(ConfigurationError, match="--write-checkpoints-asynchronously leaves half a file"):
+    with pytest.raises(ConfigurationError, match="--write-checkpoints-asynchronously leaves a truncated file"):
         refuse_writing_in_place(SimpleNamespace(checkpoint=SimpleNamespace(write_checkpoints_asynchronously=True)))
 
 

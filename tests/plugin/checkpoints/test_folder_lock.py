@@ -59,7 +59,7 @@ def is_refused(folder: Path) -> bool:
 
 def test_a_folder_is_one_process_s_until_it_is_killed(tmp_path):
     with another_process(lambda: lock_folder(str(tmp_path))) as pid:
-        holder = f"in use by process {pid} on {socket.gethostname()}, which trains into it; wait until that ends, or give another"
+        holder = f"in use by process {pid} on {socket.gethostname()}, which is training; wait until that ends, or give another"
         with pytest.raises(ConfigurationError, match=holder):
             lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))
@@ -90,7 +90,7 @@ def test_a_process_that_the_holder_forked_and_left_behind_does_not_keep_the_fold
 def test_without_locks_there_is_a_warning(tmp_path, caplog):
     with patch.object(folder_lock.fcntl, "lockf", side_effect=OSError(37, "No locks available")):
         lock_folder(str(tmp_path))
-    assert "is not protected from a second training (its file system has no locks)" in caplog.text
+    assert "is not locked against a second training run (its file system has no locks)" in caplog.text
     assert not is_refused(tmp_path)
 
 

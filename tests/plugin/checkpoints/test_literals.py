@@ -30,7 +30,7 @@ def test_literals_are_what_python_makes_of_them(text):
 
 @pytest.mark.parametrize("text", CODE)
 def test_anything_else_is_refused(text):
-    with pytest.raises(ConfigurationError, match="is not evaluated, as it is more than numbers"):
+    with pytest.raises(ConfigurationError, match="is not evaluated: it is more than numbers"):
         literal(text)
 
 

@@ -45,7 +45,7 @@ def test_a_parameter_that_never_had_a_gradient_has_no_state():
     (state(1), "some of the parameters that became b were never updated"),
     (state(_3={"step": 4}), "the parameters that became b differ in step: some of them had no gradient in some updates"),
     (state(_1={"moment": torch.ones(2)}), "this optimizer does not keep one number for each weight"),
-    ({"state": {}, "param_groups": [{"params": [0, 1]}]}, "it is for 2 parameters, and the model has 4"),
+    ({"state": {}, "param_groups": [{"params": [0, 1]}]}, "it is for 2 parameters, but the model has 4"),
     ({"state": {}, "param_groups": [{}, {}]}, "it has 2 groups of parameters"),
     ({"state": {0: {"moment": torch.ones(17)}}, "param_groups": [{"params": [0]}]}, "it is not for the 18 numbers that"),
 ])  # fmt: skip

@@ -65,14 +65,14 @@ def unusable(kind: str, trained: Path, folder: Path) -> Path:
 
 SENTENCES = {
     "missing": "does not exist",
-    "truncated": "is cut off, damaged, or no checkpoint",
-    "empty": "is cut off, damaged, or no checkpoint",
-    "text": "is (not a checkpoint|cut off)",
+    "truncated": "is truncated, damaged, or not a checkpoint",
+    "empty": "is truncated, damaged, or not a checkpoint",
+    "text": "is (not a checkpoint|truncated)",
     "folder": "is a folder; name a checkpoint file",
     "pipe": "is a pipe or device; name a checkpoint file",
-    "recursive": "is (not a checkpoint|cut off)",
+    "recursive": "is (not a checkpoint|truncated)",
     "foreign": "is not a fairseq checkpoint",
-    "tensor": "is (not a fairseq checkpoint|cut off, damaged, or not a checkpoint)",
+    "tensor": "is (not a fairseq checkpoint|truncated, damaged, or not a checkpoint)",
     "malicious": r"holds more than tensors and settings \(\w+.system\): not loaded, as that would run code",
     "malicious, old format": r"holds more than tensors and settings \(\w+.system\): not loaded, as that would run code",
 }
@@ -147,8 +147,8 @@ CHANGES = {
     "the history is text": ({"optimizer_history": "long"}, "its optimizer_history is a str, not a list"),
     "its updates are text": ({"optimizer_history": [{"num_updates": "many"}]}, "its optimizer_history is not a list of what"),
     "the extra state is text": ({"extra_state": "none"}, "its extra_state is a str, not a dict"),
-    "the model is a number": ({"model": 3}, "'model' is missing or unfit"),
-    "there is no model": ({"model": None}, "'model' is missing or unfit"),
+    "the model is a number": ({"model": 3}, "'model' is missing or wrong"),
+    "there is no model": ({"model": None}, "'model' is missing or wrong"),
 }
 
 
@@ -166,9 +166,9 @@ RUNS = {
     "no model": (lambda state: state.pop("model"), "m.pt is not a fairseq checkpoint: 'model' is missing"),
     "another criterion": (
         lambda state: state["optimizer_history"][-1].update(criterion_name="x"),
-        "m.pt does not go with this run .Criterion does not match.*--reset-optimizer",
+        "m.pt does not fit this run .Criterion does not match.*--reset-optimizer",
     ),
-    "another model": (lambda state: state["model"].update(odd=torch.ones(2)), "m.pt does not go with this run .*odd"),
+    "another model": (lambda state: state["model"].update(odd=torch.ones(2)), "m.pt does not fit this run .*odd"),
     "no cfg": (lambda state: state["cfg"].pop("distributed_training"), "m.pt .*distributed_training"),
 }
 

@@ -110,9 +110,9 @@ def test_only_the_last_set_must_be_whole(tmp_path, caplog):
         for index, save in enumerate(saves_of):
             write(tmp_path / f"checkpoint_{name}-rank-{index}.pt", index, save)
     shards.mend_folder(str(tmp_path), size=2)
-    assert "checkpoint_best.pt are of different saves" in caplog.text
+    assert "checkpoint_best.pt are from different saves" in caplog.text
     write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=3)
-    with pytest.raises(ConfigurationError, match="checkpoint_last.pt are of different saves"):
+    with pytest.raises(ConfigurationError, match="checkpoint_last.pt are from different saves"):
         shards.mend_folder(str(tmp_path), size=2)
     shards.mend_folder(str(tmp_path / "not there yet"), size=2)
 
@@ -120,7 +120,7 @@ def test_only_the_last_set_must_be_whole(tmp_path, caplog):
 def test_files_of_different_saves_are_refused(tmp_path):
     write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
     write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
-    sentence = r"of different saves \(checkpoint_last-rank-0.pt at update 2, checkpoint_last-rank-1.pt at update 1\)"
+    sentence = r"from different saves \(checkpoint_last-rank-0.pt at update 2, checkpoint_last-rank-1.pt at update 1\)"
     for use in (saves, mend):
         with pytest.raises(ConfigurationError, match=sentence):
             use(tmp_path)
@@ -137,6 +137,6 @@ def test_a_missing_file_is_named(tmp_path):
 def test_another_number_of_ranks_is_told_how_to_convert(tmp_path):
     for index in range(4):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1, size=4)
-    with pytest.raises(ConfigurationError, match="over 4 ranks, and .* reshard IN OUT --expert-parallel-size 2"):
+    with pytest.raises(ConfigurationError, match="over 4 ranks, but .* reshard IN OUT --expert-parallel-size 2"):
         mend(tmp_path)
     assert read_checkpoint(str(tmp_path / "checkpoint_last-rank-3.pt"))["expert_parallel"]["index"] == 3

@@ -148,7 +148,7 @@ def test_a_failing_disk_is_tried_again_and_then_reported(tmp_path):
     path = str(tmp_path / "checkpoint_last.pt")
     save_atomically(state(1), path)
     full = OSError(28, "No space left on device")
-    sentence = "checkpoint_last.pt cannot be written .No space left on device; .* MiB are free there.; give another place"
+    sentence = "checkpoint_last.pt cannot be written .No space left on device; .* MiB are free there.; give another path"
     with patch("time.sleep"), patch("torch.save", side_effect=full) as save, pytest.raises(ConfigurationError, match=sentence):
         save_atomically(state(2), path)
     assert save.call_count == 3
@@ -225,9 +225,9 @@ def test_links_devices_pipes_and_folders_keep_their_places(tmp_path):
         assert link.is_symlink() and read_checkpoint(str(kept))["update"] == 1
         kept.unlink()
         for path, sentence in (
-            (str(pipe), "pipe.pt is a pipe or device, no place for a checkpoint; give the name of a file"),
+            (str(pipe), "pipe.pt is a pipe or device, not a file; give the name of a file"),
             ("/dev/null", "/dev/null is a pipe or device"),
-            (str(tmp_path), "is a folder, no place for a checkpoint"),
+            (str(tmp_path), "is a folder, not a file"),
             ("", "the name of the checkpoint to write is empty"),
         ):
             with pytest.raises(ConfigurationError, match=sentence):
@@ -252,7 +252,7 @@ def test_a_save_dir_that_cannot_be_used_gets_one_sentence_before_training(tmp_pa
         (tmp_path / "file" / "in", "Not a directory"),
         ("/proc/x", "No such"),
     ):
-        with pytest.raises(ConfigurationError, match=f"--save-dir {folder} cannot take checkpoints .{reason}") as error:
+        with pytest.raises(ConfigurationError, match=f"--save-dir {folder} cannot be written .{reason}") as error:
             checkpoint_utils.verify_checkpoint_directory(str(folder))
         assert "\n" not in str(error.value)
     (tmp_path / "run").mkdir()
@@ -270,14 +270,14 @@ def test_a_save_dir_that_vanishes_or_turns_into_a_file_gets_one_sentence(tmp_pat
     assert read_checkpoint(str(folder / "checkpoint_last.pt"))["update"] == 2
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    with pytest.raises(ConfigurationError, match="run cannot take checkpoints .File exists"):
+    with pytest.raises(ConfigurationError, match="run cannot be written .File exists"):
         save_as_fairseq_does(folder, 3)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_save_dir_gets_one_sentence(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ConfigurationError, match="cannot take checkpoints .Permission denied"):
+    with pytest.raises(ConfigurationError, match="cannot be written .Permission denied"):
         checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
 
 

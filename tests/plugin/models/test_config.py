@@ -22,27 +22,27 @@ from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConf
     (dict(num_experts=0), "--num-experts 0 must be at least 1"),
     (dict(num_experts=2, router="sparsemixer_v2", moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
     (dict(num_experts=2, moe_top_k=3), "--moe-top-k 3 must lie between 1 and --num-experts 2"),
-    (dict(moe_top_k=2), "--moe-top-k 2 does not go with --router sparsemixer, which gives each token 1; .*noisy_topk"),
-    (dict(router="gshard", moe_top_k=1), "--moe-top-k 1 does not go with --router gshard, which gives each token 2"),
+    (dict(moe_top_k=2), "--moe-top-k 2 does not work with --router sparsemixer, which gives each token 1; .*noisy_topk"),
+    (dict(router="gshard", moe_top_k=1), "--moe-top-k 1 does not work with --router gshard, which gives each token 2"),
     (dict(router="switch", gradient_estimator="heun3"),
      "--router switch, which does not sample.*: sparsemixer, sparsemixer_v2$"),
     (dict(router="base", capacity_factor=1.0),
-     "--capacity-factor 1.0 does not go with --router base, which drops nothing; .*gshard"),
-    (dict(router="dense_st", capacity_factor=1.0), "--capacity-factor 1.0 does not go with --router dense_st"),
+     "--capacity-factor 1.0 does not work with --router base, which drops nothing; .*gshard"),
+    (dict(router="dense_st", capacity_factor=1.0), "--capacity-factor 1.0 does not work with --router dense_st"),
     (dict(capacity_factor=-1.0), "--capacity-factor -1.0 must be positive"),
     (dict(router="sinkhorn", moe_bias_update_rate=0.1), "--moe-bias-update-rate 0.1 .* whose selection takes no bias; .*switch"),
     (dict(moe_bias_update_rate=-0.1), "--moe-bias-update-rate -0.1 must be at least 0 and finite"),
-    (dict(router="hash", jitter_eps=0.2), "--jitter-eps 0.2 does not go with --router hash, which has no use for it"),
+    (dict(router="hash", jitter_eps=0.2), "--jitter-eps 0.2 does not work with --router hash, which has no use for it"),
     (dict(router="gshard", num_experts=1), "--num-experts 1 must be at least 2"),
     (dict(num_shared_experts=-1), "--num-shared-experts -1 must be at least 0; 0 means none"),
     (dict(expert_activation="selu"), "--expert-activation selu is unknown; choose from relu, gelu"),
     (dict(router="expert_choice"),
-     "--router expert_choice .* decoder must not see; .* --moe-encoder-only, .*--force-expert-choice"),
+     "--router expert_choice .* decoder must not see; .* --moe-encoder-only .*--force-expert-choice"),
     (dict(moe_freq=0), "--moe-freq 0 must be at least 1; 2 puts experts in every second layer"),
     (dict(jitter_eps=-0.1), "--jitter-eps -0.1 must be at least 0"),
     (dict(router="switch", jitter_eps=float("inf")), "--jitter-eps inf must lie between 0 and 1"),
     (dict(router="gshard", estimator_at_argmax=True),
-     "--estimator-at-argmax True does not go with --router gshard, .* sample.*: sparsemixer, sparsemixer_v2$"),
+     "--estimator-at-argmax True does not work with --router gshard, .* sample.*: sparsemixer, sparsemixer_v2$"),
     (dict(router="base", router_bias=True), "--router-bias True .* base, whose logits take no bias; .*: .*sparsemixer, .*switch"),
     (dict(gradient_estimator="euclid"), "--gradient-estimator euclid is unknown; choose from switch, euler"),
 ])  # fmt: skip
@@ -72,7 +72,7 @@ def test_every_number_among_the_flags_has_a_rule():
 @pytest.mark.parametrize("flag", ["quant_noise_pq", "quant_noise_scalar"])
 def test_noise_of_quantization_which_would_miss_the_experts_is_refused(flag):
     for args in (Namespace(**vars(MoEOptions()), **{flag: 0.1}), TransformerMoEConfig.from_namespace(Namespace(**{flag: 0.1}))):
-        with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.1 puts noise .* or use --router dense"):
+        with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.1 adds noise .* or use --router dense"):
             check_options(args)
         args.router = "dense"
         check_options(args)
@@ -136,11 +136,11 @@ def test_options_of_a_router_of_ones_own_reach_it(router_of_ones_own, build_tran
 
 
 @pytest.mark.parametrize("given, sentence", [
-    ("warmth=1", "--router-option warmth=1 does not go with --router tempered; it takes temperature, greedy"),
+    ("warmth=1", "--router-option warmth=1 does not work with --router tempered; it takes temperature, greedy"),
     ("temperature", "--router-option temperature must be NAME=VALUE"),
     ("temperature=", "--router-option temperature= must be NAME=VALUE"),
     ("temperature=1,temperature=2", "--router-option temperature=1,temperature=2 gives temperature twice"),
-    ("capacity_factor=2", "--router-option capacity_factor=2 has a flag of its own; give --capacity-factor 2"),
+    ("capacity_factor=2", "--router-option capacity_factor=2 has its own flag; give --capacity-factor 2"),
     ("temperature=-1", "temperature=-1 must be positive"),
 ])  # fmt: skip
 def test_router_options_that_make_no_router(router_of_ones_own, given, sentence):
@@ -150,7 +150,7 @@ def test_router_options_that_make_no_router(router_of_ones_own, given, sentence)
 
 def test_a_router_without_further_options_says_so():
     with pytest.raises(
-        ConfigurationError, match="temperature=1 does not go with --router switch; it takes none beside its flags"
+        ConfigurationError, match="temperature=1 does not work with --router switch; it takes none besides its flags"
     ):
         check_options(MoEOptions(router="switch", router_option="temperature=1"))
 

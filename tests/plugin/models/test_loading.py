@@ -11,19 +11,19 @@ from fairseq_sparsemixer.plugin.models.loading import check_checkpoint_fits
 
 @pytest.mark.parametrize("ours, theirs, message", [
     (dict(num_experts=4), dict(num_experts=2), "--num-experts 4 does not match the checkpoint, which has 2 experts in"),
-    (dict(moe_freq=1), dict(moe_freq=2), "the flags have experts in .* and the checkpoint has none there; give the --router and"),
+    (dict(moe_freq=1), dict(moe_freq=2), "the flags have experts in .*, but the checkpoint has none there; give the --router"),
     (dict(), dict(router="dense"), "the checkpoint is dense, .* fairseq-sparsemixer upcycle .* or use --router dense"),
-    (dict(moe_bias_update_rate=0.1), dict(), "flags has .*balancer.bias .* with or without --moe-bias-update-rate, the"),
-    (dict(), dict(moe_bias_update_rate=0.1), "checkpoint has .*balancer.bias .* with or without --moe-bias-update-rate, the"),
-    (dict(num_shared_experts=2), dict(), "--num-shared-experts gives .* a joint width of 64, and the checkpoint's have 0"),
-    (dict(), dict(num_shared_experts=1), "--num-shared-experts gives .* a joint width of 0, and the checkpoint's have 32"),
-    (dict(num_shared_experts=1), dict(num_shared_experts=2), "a joint width of 32, and the checkpoint's have 64"),
-    (dict(moe_freq=2), dict(moe_freq=1), "the checkpoint has experts in .* and the flags have none there"),
+    (dict(moe_bias_update_rate=0.1), dict(), "flags has .*balancer.bias, .* with or without --moe-bias-update-rate, the"),
+    (dict(), dict(moe_bias_update_rate=0.1), "checkpoint has .*balancer.bias, .* with or without --moe-bias-update-rate, the"),
+    (dict(num_shared_experts=2), dict(), "--num-shared-experts gives .* a total width of 64, but the checkpoint's have 0"),
+    (dict(), dict(num_shared_experts=1), "--num-shared-experts gives .* a total width of 0, but the checkpoint's have 32"),
+    (dict(num_shared_experts=1), dict(num_shared_experts=2), "a total width of 32, but the checkpoint's have 64"),
+    (dict(moe_freq=2), dict(moe_freq=1), "the checkpoint has experts in .*, but the flags have none there"),
     (dict(router="dense"), dict(), "the checkpoint has experts in decoder.layers.0"),
-    (dict(router="switch"), dict(router="sparsemixer"), "the router of the checkpoint has .*omega and that of the flags has not"),
-    (dict(router="sparsemixer"), dict(router="switch"), "the router of the flags has .*omega and that of the checkpoint has not"),
-    (dict(router_bias=True), dict(), "flags has .*projection.bias .* give the --router, with or without --router-bias, the"),
-    (dict(), dict(encoder_ffn_embed_dim=48), "is .* in the checkpoint and .* by the flags; give the embedding and feed-forward"),
+    (dict(router="switch"), dict(router="sparsemixer"), "router of the checkpoint has .*omega, but that of the flags has not"),
+    (dict(router="sparsemixer"), dict(router="switch"), "router of the flags has .*omega, but that of the checkpoint has not"),
+    (dict(router_bias=True), dict(), "flags has .*projection.bias, .* give the --router, with or without --router-bias, the"),
+    (dict(), dict(encoder_ffn_embed_dim=48), "is .* in the checkpoint, but .* by the flags; give the embedding and feed-forward"),
 ])  # fmt: skip
 def test_a_mismatch_names_what_differs_and_what_to_do(build_translation_model, ours, theirs, message):
     state = build_translation_model(**theirs).state_dict()
@@ -56,11 +56,11 @@ def test_a_pruned_model_is_the_whole_one_without_the_other_layers(build_translat
 
 
 @pytest.mark.parametrize("kept, message", [
-    ("0,5", "--encoder-layers-to-keep 0,5 names layer 5, and those of the checkpoint are 0 to 1"),
-    ("0,x", "--encoder-layers-to-keep 0,x must name layers by number"),
-    ("0,0", "--encoder-layers-to-keep 0,0 must name layers by number, each once"),
-    ("-1", "--encoder-layers-to-keep -1 must name layers by number"),
-    ([0, 1], r"--encoder-layers-to-keep \[0, 1\] must name layers by number"),
+    ("0,5", "--encoder-layers-to-keep 0,5 names layer 5, but those of the checkpoint are 0 to 1"),
+    ("0,x", "--encoder-layers-to-keep 0,x must list layer numbers"),
+    ("0,0", "--encoder-layers-to-keep 0,0 must list layer numbers, each once"),
+    ("-1", "--encoder-layers-to-keep -1 must list layer numbers"),
+    ([0, 1], r"--encoder-layers-to-keep \[0, 1\] must list layer numbers"),
 ])  # fmt: skip
 def test_layers_to_keep_that_there_are_not_are_named(build_translation_model, kept, message):
     state = build_translation_model().state_dict()

@@ -76,7 +76,7 @@ def test_another_number_of_experts_in_the_checkpoint_ends_in_one_sentence(masked
 
 
 def test_another_maximal_length_in_the_checkpoint_ends_in_one_sentence(masked_lm_task):
-    with pytest.raises(SystemExit, match="knows 32 positions and the flags say 40; give --max-positions 32"):
+    with pytest.raises(SystemExit, match="has 32 positions, but the flags say 40; give --max-positions 32"):
         build(masked_lm_task, max_positions=40).load_state_dict(build(masked_lm_task).state_dict())
 
 
