@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer import build_moe_layer
-from fairseq_sparsemixer.moe.gradient_memory import GradientMemory
+from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
 
 AUX_WEIGHT = 0.01  # of the balance loss, as in training
 
@@ -60,7 +60,7 @@ class Contender(NamedTuple):
         """Give back what our experts keep for gradients between steps, so that a measurement of memory sees it."""
         for module in self.module.modules():
             if hasattr(module, "gradient_memory"):
-                module.gradient_memory = GradientMemory()
+                module.gradient_memory = GradBufferPool()
 
     def step(self, x: Tensor, upstream: Tensor) -> None:
         """Forward and backward, gradients made anew, as fairseq does it."""

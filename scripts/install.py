@@ -143,7 +143,9 @@ def check_torch(version):
     """Raises InstallError unless TORCH is a version that the project works with."""
     match = re.match(r"(\d+)\.(\d+)", version)
     if not match or not OLDEST_TORCH <= (int(match.group(1)), int(match.group(2))) < (3, 0):
-        raise InstallError("TORCH={} is no version from {}.{} up to 3; leave it out, or give one".format(version, *OLDEST_TORCH))
+        raise InstallError(
+            "TORCH={} is not a version from {}.{} up to 3; leave it out, or give one".format(version, *OLDEST_TORCH)
+        )
 
 
 def why_nothing_can_be_built(include):

@@ -64,7 +64,7 @@ def _write(images: Dict[Path, bytes], out: Path, json_file: Optional[Path], figu
     try:
         for path in images:
             if is_special(path) or path.is_dir() or path.is_symlink():
-                raise ConfigurationError(f"--out {out} has {path.name}, which is no plain file; give another folder")
+                raise ConfigurationError(f"--out {out} has {path.name}, which is not a regular file; give another folder")
         out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             finished = []

@@ -92,7 +92,8 @@ def running_together(
     processes: List[subprocess.Popen] = []
     try:
         for command in commands:
-            processes.append(_started(command, environment, streams))
+            with _signals_held() as release:
+                processes.append(_started(command, environment, streams, release))
         yield processes
     finally:
         stop(processes, first=first)
@@ -108,13 +109,38 @@ def running(command: Sequence[str], *arguments: Any, **streams: Any) -> Iterator
         yield process
 
 
-def _started(command: Sequence[str], environment: Dict[str, str], streams: Dict[str, Any]) -> subprocess.Popen:
+@contextmanager
+def _signals_held() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back until the block ends; yields what lets them through again, for a child.
+
+    Python drops what a handler raises in the hooks that it runs around a fork (logging has some): the signal would be lost.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     try:
-        return subprocess.Popen(list(command), env=environment, preexec_fn=die_with_parent(), **streams)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        yield release
+    finally:
+        release()
+
+
+def _started(
+    command: Sequence[str], environment: Dict[str, str], streams: Dict[str, Any], release: Callable[[], None]
+) -> subprocess.Popen:
+    ask = die_with_parent()
+
+    def prepare() -> None:
+        if ask is not None:
+            ask()
+        release()
+
+    try:
+        return subprocess.Popen(list(command), env=environment, preexec_fn=prepare, **streams)
     except OSError as error:
-        raise ConfigurationError(
-            f"{command[0]} is no command here ({error.strerror}); is it installed in this environment?"
-        ) from None
+        raise ConfigurationError(f"{command[0]} was not found ({error.strerror}); is it installed in this environment?") from None
 
 
 def first_failure(processes: Sequence[subprocess.Popen], grace: float) -> Optional[int]:

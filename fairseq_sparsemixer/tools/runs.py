@@ -54,7 +54,7 @@ class Run:
     load: Optional[ExpertLoad] = None
 
     def figures(self) -> Dict[str, Any]:
-        """The run in a few numbers; None where the logs do not tell. A loss that is no number is never the best."""
+        """The run in a few numbers; None where the logs do not tell. A loss that is not a number is never the best."""
         return {
             "run": self.name,
             "updates": self.updates,
@@ -146,14 +146,14 @@ class _Entry(NamedTuple):
         except (ValueError, OverflowError):
             number = None
         if number is None or LARGEST < abs(number) < math.inf:
-            self.refuse(name, value, "is no number that fairseq writes")
+            self.refuse(name, value, "is not a number that fairseq writes")
         return number
 
     def count(self, name: str) -> int:
         """A number of updates."""
         number = self.number(name)
         if not (0 <= number <= LARGEST and number == int(number)):
-            self.refuse(name, self.values.get(name), "is no number of updates")
+            self.refuse(name, self.values.get(name), "is not a number of updates")
         return int(number)
 
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:

@@ -101,11 +101,11 @@ def _open_member(path: Path, member: str) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             yield file
     else:
-        with tarfile.open(path) as archive:
-            file = archive.extractfile(member)
-            if file is None:
-                raise KeyError(f"{member} is no file")
-            yield file
+        with tarfile.open(path) as tar:
+            content = tar.extractfile(member)
+            if content is None:
+                raise KeyError(f"{member} is not a file")
+            yield content
 
 
 def _decode(name: str, open_file) -> Iterator[str]:

@@ -48,7 +48,7 @@ def download(
         return _check(path, sha256, f"{path} is not what was expected", "delete it and run again")
     part = path.with_name(path.name + PART)
     if part.is_symlink() or (part.exists() and not part.is_file()):
-        raise ConfigurationError(f"{part} is no file of a download; move it away")
+        raise ConfigurationError(f"{part} is not a file of a download; move it away")
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab") as file:
         _take(file, part)
@@ -110,7 +110,7 @@ def _fetch(url: str, file: IO[bytes], resumed: bool, sha256: Optional[str], adva
 
 
 def _place(url: str, response: Any, asked: int) -> Tuple[int, Optional[int]]:
-    """(where what the server sends begins, length of the whole file or None). Raises _Unusable for what is no part of it."""
+    """(where what the server sends begins, length of the whole file or None). Raises _Unusable for what is not a part of it."""
     if response.headers.get_content_type() == "text/html":
         raise _Unusable(f"{url} gives a page, not the file: it has moved, or something between here and there answers; {BY_HAND}")
     length = response.headers.get("Content-Length", "")

@@ -33,7 +33,7 @@ def fetch(session: Session, urls: Mapping[str, str], sums: Mapping[str, str] = {
     """
     if session.options.raw_dir is not None:
         if not session.options.raw_dir.is_dir():
-            raise ConfigurationError(f"--raw-dir {session.options.raw_dir} is no folder")
+            raise ConfigurationError(f"--raw-dir {session.options.raw_dir} is not a folder")
         return session.options.raw_dir
     folder = downloads(session)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ LANGUAGES = ("de", "en")  # source, target
 ARCHIVE = "de-en.tgz"
 URLS = {ARCHIVE: "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"}  # as fairseq's prepare-iwslt14.sh
 TESTS = ("IWSLT14.TED.dev2010", "IWSLT14.TEDX.dev2012", "IWSLT14.TED.tst2010", "IWSLT14.TED.tst2011", "IWSLT14.TED.tst2012")
-ABOUT = ("<url>", "<talkid>", "<keywords>")  # lines about a talk that are no sentences
+ABOUT = ("<url>", "<talkid>", "<keywords>")  # lines about a talk that are not sentences
 TAGS = ("<title>", "</title>", "<description>", "</description>")  # around sentences
 
 

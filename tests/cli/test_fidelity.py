@@ -110,7 +110,7 @@ def test_missing_dictionaries_are_asked_for(quick, trained, tmp_path):
         main(["fidelity", *flags, "--data-bin", str(tmp_path / "elsewhere")])
 
 
-@pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"no checkpoint", "is no checkpoint")])
+@pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"no checkpoint", "is not a checkpoint")])
 def test_a_checkpoint_that_cannot_be_loaded_ends_with_one_sentence(trained, content, message):
     flags, checkpoint = trained
     checkpoint.unlink()

@@ -77,13 +77,13 @@ def log(run_dir, **changes):
 @pytest.mark.parametrize("name", ["loss", "wps", "wpb", "num_updates"])
 @pytest.mark.parametrize("value", [None, "x", "", [], {}, True, [[]], 1e308, 10**400, "-1e300"])
 def test_a_value_that_fairseq_does_not_write_is_named_with_file_line_and_name(run_dir, name, value):
-    with pytest.raises(ConfigurationError, match=f"train.log:2: {name} .* is no number.*; correct the line"):
+    with pytest.raises(ConfigurationError, match=f"train.log:2: {name} .* is not a number.*; correct the line"):
         read_run(log(run_dir, **{name: value}))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "nan", "inf"])
 def test_a_number_of_updates_is_a_whole_one(run_dir, value):
-    with pytest.raises(ConfigurationError, match="num_updates .* is no number of updates"):
+    with pytest.raises(ConfigurationError, match="num_updates .* is not a number of updates"):
         read_run(log(run_dir, num_updates=value))
 
 
@@ -117,7 +117,7 @@ def test_a_training_that_diverged_is_plotted_without_its_gaps_and_is_null_in_jso
     assert main(["plot", str(run_dir), "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 0
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     assert json.loads((tmp_path / "f.json").read_text(), parse_constant=refuse)[0]["valid_loss"] is None
 
@@ -146,7 +146,7 @@ def test_nothing_is_written_before_all_is_read_and_can_be_written(run_dir, tmp_p
     kept(tmp_path, run_dir, "--out", "")
     assert "the name of the folder is empty" in capsys.readouterr().err
     (out / "expert_load.png").symlink_to("/dev/null")
-    assert "expert_load.png, which is no plain file" in kept(tmp_path, run_dir, "--out", out)
+    assert "expert_load.png, which is not a regular file" in kept(tmp_path, run_dir, "--out", out)
     (run_dir / "load.jsonl").write_text('{"num_updates": 1, "layers": [], "load": []}\n')
     assert "load.jsonl:1: layers" in kept(tmp_path, run_dir, "--out", out)
 

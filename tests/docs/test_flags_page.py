@@ -1,4 +1,4 @@
-"""docs/flags.md: its table is the dataclasses', and fairseq-train takes or refuses every row written by hand, as the page says."""
+"""docs/flags.md: its table is that of the dataclasses, and fairseq-train takes or refuses every other row as the page says."""
 
 import re
 import shlex

@@ -36,7 +36,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
     make_tar(tmp_path / "a.tgz", de=b"eins\n")
     with pytest.raises(ConfigurationError, match="a.tgz:folder/en cannot be read"):
         list(read_member(tmp_path, "a.tgz", "folder/en").lines)
-    with pytest.raises(ConfigurationError, match="folder is no file"):
+    with pytest.raises(ConfigurationError, match="folder is not a file"):
         with tarfile.open(tmp_path / "c.tgz", "w:gz") as archive:
             archive.add(tmp_path, "folder", recursive=False)
         list(read_member(tmp_path, "c.tgz", "folder").lines)

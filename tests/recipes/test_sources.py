@@ -38,5 +38,5 @@ def test_raw_files_that_are_there_are_taken(session, tmp_path):
     session.options.raw_dir = tmp_path
     assert fetch(session, {"name": "http://nowhere.invalid"}) == tmp_path
     session.options.raw_dir = tmp_path / "missing"
-    with pytest.raises(ConfigurationError, match="--raw-dir .*missing is no folder"):
+    with pytest.raises(ConfigurationError, match="--raw-dir .*missing is not a folder"):
         fetch(session, {})

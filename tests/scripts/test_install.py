@@ -295,7 +295,7 @@ def test_a_refused_choice_removes_nothing(machine, monkeypatch):
 @pytest.mark.parametrize("version", ["1.13.1", "2.3", "3.0", "newest"])
 def test_a_torch_that_will_not_do_is_refused(monkeypatch, version):
     monkeypatch.setenv("TORCH", version)
-    with pytest.raises(install.InstallError, match="TORCH={} is no version from 2.4 up to 3".format(version)):
+    with pytest.raises(install.InstallError, match="TORCH={} is not a version from 2.4 up to 3".format(version)):
         install.given_choices()
 
 

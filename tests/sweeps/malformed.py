@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def number_flags(commands: Dict[str, List[str]]) -> Iterator[Case]:
-    """Every number flag of every command, with what is no number, no finite number, or an extreme one.
+    """Every number flag of every command, with what is not a number, no finite number, or an extreme one.
 
     commands: for each command, arguments with which it succeeds.
     """

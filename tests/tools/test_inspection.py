@@ -169,5 +169,5 @@ def test_similarities_are_means_over_pairs(saved):
 
 def test_a_file_without_a_model_is_refused(tmp_path):
     torch.save({"weights": 1}, tmp_path / "m.pt")
-    with pytest.raises(ConfigurationError, match="m.pt is no checkpoint of fairseq"):
+    with pytest.raises(ConfigurationError, match="m.pt is not a fairseq checkpoint"):
         inspect_checkpoint(str(tmp_path / "m.pt"))

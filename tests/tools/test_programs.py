@@ -27,14 +27,15 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 """
-# `python -m recipes.NAME` with a program in the place of fairseq-train
+# `python -m recipes.NAME` with a program in the place of fairseq-train; a signal finds Python still busy with the fork
 RECIPE = """
-import sys
+import os, sys, time
 from pathlib import Path
 from rich.console import Console
 from recipes.common.progress import run_program
 from recipes.common.session import run_as_program
 
+os.register_at_fork(after_in_parent=lambda: time.sleep(0.2))
 child = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
 run_as_program(lambda: run_program([sys.executable, "-c", child], Path(sys.argv[1]), Console()))
 """
@@ -90,6 +91,11 @@ def test_a_recipe_does_not_leave_its_training_behind(tmp_path, number, status):
     assert ("interrupted; the same command goes on" in recipe.stderr.read()) == (status == 130)
 
 
+def test_a_program_starts_with_no_signal_held_back(tmp_path):
+    run([sys.executable, "-c", "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))"], tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "set()\n"
+
+
 def test_a_full_disk_ends_the_program_as_well(tmp_path):
     from rich.console import Console
 
@@ -124,7 +130,7 @@ def test_what_watches_a_program_may_end_it(tmp_path):
 
 
 def test_a_program_that_is_not_there_is_a_sentence(tmp_path):
-    with pytest.raises(ConfigurationError, match="no-such-program is no command here .No such file"):
+    with pytest.raises(ConfigurationError, match="no-such-program was not found .No such file"):
         follow(["no-such-program"], tmp_path / "log", print)
 
 

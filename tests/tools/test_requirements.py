@@ -29,6 +29,9 @@ def metadata_of(root: Path, name: str, files: dict) -> None:
 def test_a_package_is_traced_to_every_distribution_that_has_it(monkeypatch, tmp_path):
     metadata_of(tmp_path, "ve-thing", {"top_level.txt": "thing\nthing_cli\n"})
     metadata_of(tmp_path, "thing-of-another-builder", {"RECORD": "thing/__init__.py,,\nthing/core.py,,\n"})
+    (tmp_path / "thing").mkdir()
+    for file in ("__init__.py", "core.py"):  # files that are gone are left out by newer importlib.metadata
+        (tmp_path / "thing" / file).touch()
     metadata_of(tmp_path, "thing", {"top_level.txt": "something_else\n"})  # the name says nothing
     monkeypatch.syspath_prepend(str(tmp_path))
     assert requirements.providers("thing") == ["thing-of-another-builder 1.0", "ve-thing 1.0"]

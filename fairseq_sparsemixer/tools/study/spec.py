@@ -95,7 +95,7 @@ class Study:
 def read_study(path: Path) -> Study:
     """Read and check a study. Raises ConfigurationError, naming the file and the key, for anything that cannot be run."""
     content = read_spec_file(path)
-    require(path, all(isinstance(key, str) for key in content), "has a key that is no text; put it in quotes")
+    require(path, all(isinstance(key, str) for key in content), "has a key that is not a text; put it in quotes")
     variants = variants_key(content)
     known = {name.replace("_", "-") for name in (entry.name for entry in fields(Study))} - {ROUTERS} | {variants}
     require(path, not set(content) - known, f"has an unknown key {_first(set(content) - known)}; known are {_list(known)}")
@@ -188,7 +188,7 @@ def _mapping(path: Path, key: str, value: Any) -> Dict[str, Any]:
     good = value is None or isinstance(value, dict)
     require(path, good, f"has {key}: {shown(value)}; give keys with values, as in key: value")
     other = next((name for name in value or {} if not isinstance(name, str)), None)
-    require(path, other is None, f"has {key}: {shown(other)}, a key that is no text; put it in quotes")
+    require(path, other is None, f"has {key}: {shown(other)}, a key that is not a text; put it in quotes")
     return dict(value or {})
 
 
@@ -197,7 +197,9 @@ def _values(path: Path, key: str, flags: Any) -> Dict[str, Any]:
     flags = _mapping(path, key, flags)
     for name, value in flags.items():
         require(
-            path, FLAG.fullmatch(name), f"has {key}: {shown(name)}, which is no name of a flag; give it without dashes and value"
+            path,
+            FLAG.fullmatch(name),
+            f"has {key}: {shown(name)}, which is not a name of a flag; give it without dashes and value",
         )
         several = isinstance(value, list) and bool(value)
         parts = value if several else [value]

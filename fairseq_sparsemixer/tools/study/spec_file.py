@@ -100,5 +100,5 @@ def _content(path: Path) -> Dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigurationError(f"the study {shown(path)} cannot be read ({reason})") from None
-    require(path, isinstance(content, dict), "is no mapping of keys to values")
+    require(path, isinstance(content, dict), "is not a mapping of keys to values")
     return dict(content)

@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path) -> Any:
     """What the file holds. Raises BadYaml, OSError or UnicodeDecodeError."""
     if not path.is_file():
-        raise BadYaml(f"cannot be read ({'is no file' if path.exists() else 'no such file'}); give the path of a YAML file")
+        raise BadYaml(f"cannot be read ({'is not a file' if path.exists() else 'no such file'}); give the path of a YAML file")
     if path.stat().st_size > LARGEST:
         raise BadYaml(f"has more than {LARGEST:,} bytes; give a file of keys and values")
     try:
@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> Any:
     except RecursionError:
         raise BadYaml(f"is more than {DEPTH} levels deep; give keys and values") from None
     except yaml.YAMLError as error:
-        raise BadYaml(f"is no YAML ({' '.join(str(error).split())})") from None
+        raise BadYaml(f"is not YAML ({' '.join(str(error).split())})") from None
     except (ValueError, TypeError) as error:  # a date that is none, a number too long
         if isinstance(error, (BadYaml, UnicodeDecodeError)):
             raise

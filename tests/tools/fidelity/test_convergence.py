@@ -1,4 +1,4 @@
-"""Order of convergence in the step, for a smooth loss that is no polynomial."""
+"""Order of convergence in the step, for a smooth loss that is not a polynomial."""
 
 import pytest
 

@@ -96,7 +96,7 @@ def test_the_model_is_as_it_was_afterwards(setting):
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(build_translation_model):
     with pytest.raises(
-        ConfigurationError, match="--layer encoder.layers.1 is no MoE layer of m.pt; choose from encoder.layers.0"
+        ConfigurationError, match="--layer encoder.layers.1 is not an MoE layer of m.pt; choose from encoder.layers.0"
     ):
         trained.find_layer(build_translation_model(), "encoder.layers.1", "m.pt")
 

@@ -60,8 +60,8 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(routers={"switch": {"router": True}}), "routers: switch: "),
         (dict(flags={"see": 7}), "flags: see, which is short for seed"),
         (dict(flags={"save": "x"}), "which is short for save-dir"),
-        (dict(flags={"seed=7": True}), "flags: seed=7, which is no name of a flag"),
-        (dict(flags={"--lr": 1}), "flags: --lr, which is no name of a flag"),
+        (dict(flags={"seed=7": True}), "flags: seed=7, which is not a name of a flag"),
+        (dict(flags={"--lr": 1}), "flags: --lr, which is not a name of a flag"),
         (dict(flags={"lr": "--seed"}), "lr: --seed, which would be read as a flag"),
         (dict(flags={"lr": ["0.1", "--seed", "7"]}), "which would be read as a flag"),
         (dict(flags={"source-lang": "-s"}), "which would be read as a flag"),
@@ -69,8 +69,8 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(flags={"lr": {"a": 1}}), "give a value, or a list of values"),
         (dict(flags={"lr": [[1]]}), "give a value, or a list of values"),
         (dict(flags={"lr": "a\0b"}), "flags: lr"),
-        (dict(flags={False: 1}), "False, a key that is no text"),
-        (dict(routers={"switch": {}, 3: {}}), "routers: 3, a key that is no text"),
+        (dict(flags={False: 1}), "False, a key that is not a text"),
+        (dict(routers={"switch": {}, 3: {}}), "routers: 3, a key that is not a text"),
         (dict(routers={"switch": {}, "..": {}}), "routers: .., which cannot name a folder"),
         (dict(routers={"switch": {}, "x" * 500: {}}), "which cannot name a folder"),
         (dict(routers={"switch": {}, "switch-e4": {"router": "dense"}}), "two runs that would be called switch-e4-seed1"),
@@ -121,7 +121,7 @@ def test_text_that_is_no_yaml_and_a_missing_file_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_study(path)
     path.write_text("a: [")
-    with pytest.raises(ConfigurationError, match="no YAML"):
+    with pytest.raises(ConfigurationError, match="not YAML"):
         read_study(path)
 
 
@@ -140,11 +140,11 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a
         ("[" * 3000 + "]" * 3000, "levels deep"),
         ("{a: " * 60 + "1" + "}" * 60, "levels deep"),
         ("#" * (1 << 20) + "\n", "has more than 1,048,576 bytes"),
-        ("!!python/object/apply:os.system ['true']\n", "is no YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("title: 2026-99-99\n", "holds a value that cannot be read"),
-        ("a: 1\n---\nb: 2\n", "is no YAML"),
-        ("\0", "is no YAML"),
-        ("", "is no mapping"),
+        ("a: 1\n---\nb: 2\n", "is not YAML"),
+        ("\0", "is not YAML"),
+        ("", "is not a mapping"),
     ],
 )
 def test_yaml_that_is_more_than_it_looks_is_refused(tmp_path, text, complaint):

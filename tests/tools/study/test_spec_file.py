@@ -110,5 +110,5 @@ def test_a_circle_of_several_names_the_file_that_closes_it(folder):
 
 def test_a_base_that_is_no_study_is_named_itself(folder):
     write(folder / "base.yaml", "a: [")
-    with pytest.raises(ConfigurationError, match="base.yaml is no YAML"):
+    with pytest.raises(ConfigurationError, match="base.yaml is not YAML"):
         read_study(write(folder / "heir.yaml", {"base": "base.yaml"}))
