@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.checkpoints.layout import layout_of, shard_path, suffix
 from fairseq_sparsemixer.checkpoints.reading import read_checkpoint
-from fairseq_sparsemixer.checkpoints.writing import STAGED, replace_atomically
+from fairseq_sparsemixer.checkpoints.writing import STAGED, Unwritable, replace_atomically, try_again
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.parallel import ExpertGroup
 
@@ -68,7 +68,7 @@ def mend(path: str, size: int) -> None:
             for shard, found in zip(paths, whole):
                 if found != shard:
                     logger.info("%s is not of the last whole save; taken from %s", shard, found)
-                    replace_atomically(shard, partial(shutil.copyfile, found))
+                    try_again(partial(replace_atomically, shard, partial(shutil.copyfile, found)), shard)
             return
     for shard in paths:
         if shard not in states:
@@ -99,7 +99,8 @@ def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
 def mend_folder(folder: str, size: int) -> None:
     """mend what a run that was killed may have left in its folder: the last and the best set, and any with a staged file.
 
-    Raises ConfigurationError when the last one cannot be made whole.
+    Raises ConfigurationError when the last one cannot be made whole, or there is no room for what is taken from staged files:
+    those would be removed.
     """
     staged = (STAGED_SHARD.fullmatch(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ()))
     names = {"checkpoint_best.pt", *(f"{found.group(1)}.pt" for found in staged if found)} - {"checkpoint_last.pt"}
@@ -107,6 +108,8 @@ def mend_folder(folder: str, size: int) -> None:
     for name in sorted(names):
         try:
             mend(os.path.join(folder, name), size)
+        except Unwritable:
+            raise
         except ConfigurationError as error:
             logger.warning("%s", error.message)  # the run goes on without it
 
