@@ -1,6 +1,7 @@
 """Logs the tokens per expert during training, one JSON line every few updates, for the load plots."""
 
 import json
+import logging
 from pathlib import Path
 from typing import List, Optional
 
@@ -9,12 +10,14 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
+
 
 class LoadLog:
     """Sums loads over `interval` updates and appends `{"num_updates", "layers", "load"}` to the file, on rank 0.
 
     load is [layers][experts], the tokens of each expert since the previous line. Raises ConfigurationError if the file
-    cannot be written.
+    cannot be written at the start. If a later write fails, the training goes on with a warning.
     """
 
     def __init__(self, path: str, interval: int):
@@ -22,6 +25,7 @@ class LoadLog:
         self.layers: List[str] = []
         self.num_updates: Optional[int] = None
         self.sum: Optional[Tensor] = None
+        self.separator = ""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a", encoding="utf-8").close()
@@ -46,5 +50,10 @@ class LoadLog:
         if load is None or dist.is_initialized() and dist.get_rank() != 0:
             return
         line = {"num_updates": num_updates, "layers": self.layers, "load": load.round().long().tolist()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self.separator + json.dumps(line) + "\n")
+            self.separator = ""
+        except OSError as error:
+            self.separator = "\n"  # a part of the line may be there
+            logger.warning("--moe-load-file %s lacks update %d (%s); make room there", self.path, num_updates, error.strerror)

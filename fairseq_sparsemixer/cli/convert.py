@@ -25,15 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write DST, and say what came along and which flags go on from it."""
     from fairseq_sparsemixer.plugin.checkpoints.converting import convert
+    from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
     from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
 
     require_targets([options.target], [options.source])
     require_json(options.json, [options.source, options.target])
-    theirs = read_checkpoint(options.source)
-    with one_sentence_for(options.source):
-        done = convert(theirs)
-    save_atomically(done.state, options.target)
+    with writing_checkpoints([options.target]):
+        theirs = read_checkpoint(options.source)
+        with one_sentence_for(options.source):
+            done = convert(theirs)
+        save_atomically(done.state, options.target)
     experts, layers = done.options, count_layers(done.state["model"])
     print(f"{layers} layers of {experts.num_experts} experts, router {experts.router}: {options.target}")
     print(f"optimizer state left out: {done.left_out}" if done.left_out else "optimizer state moved")

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write OUT, and say how it differs from DENSE."""
+    from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
     from fairseq_sparsemixer.plugin.checkpoints.upcycling import upcycle
     from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
@@ -44,10 +45,11 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"--seed {options.seed} is not a seed; give a number from 0 to 2**63 - 1")
     require_targets([options.target], [options.source])
     require_json(options.json, [options.source, options.target])
-    dense = read_checkpoint(options.source)
-    with one_sentence_for(options.source):
-        sparse = upcycle(dense, moe, options.noise, options.seed)
-    save_atomically(sparse, options.target)
+    with writing_checkpoints([options.target]):
+        dense = read_checkpoint(options.source)
+        with one_sentence_for(options.source):
+            sparse = upcycle(dense, moe, options.noise, options.seed)
+        save_atomically(sparse, options.target)
     counts = [sum(value.numel() for value in state["model"].values()) for state in (dense, sparse)]
     layers = count_layers(sparse["model"])
     print(f"{layers} layers of {moe.num_experts} experts, {counts[0]:,} -> {counts[1]:,} numbers: {options.target}")

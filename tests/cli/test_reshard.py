@@ -190,6 +190,19 @@ def test_a_set_is_not_touched_before_all_of_the_new_one_is_on_the_disk(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot keep room for a file")
+def test_a_disk_without_room_for_what_is_put_together_is_said_before_it_is_written_to(tmp_path):
+    torch.save(made_up(), tmp_path / "in.pt")
+    reshard(str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
+        with pytest.raises(SystemExit, match="out.pt cannot be written .No space left on device; .* MiB are free there"):
+            main(["reshard", str(tmp_path / "two.pt"), str(tmp_path / "out.pt"), "--portable"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with patch("os.posix_fallocate", side_effect=OSError(95, "Operation not supported")):  # a file system that has no such thing
+        assert main(["reshard", str(tmp_path / "two.pt"), str(tmp_path / "out.pt"), "--portable"]) == 0
+
+
 def test_figures_take_no_file_s_place_and_are_refused_before_any_work(tmp_path):
     torch.save(made_up(), tmp_path / "in.pt")
     for figures, sentence in (

@@ -50,3 +50,24 @@ def test_a_run_that_goes_on_appends(tmp_path):
 def test_a_file_that_cannot_be_written_is_named_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match="--moe-load-file .* cannot be written .*; give another path"):
         LoadLog(str(tmp_path), interval=1)
+
+
+def test_a_disk_that_fills_up_costs_a_line_and_a_warning(tmp_path, caplog):
+    path = tmp_path / "load.jsonl"
+    log = LoadLog(str(path), interval=1)
+
+    def add(update):
+        log.watch(["l"], update)
+        log.add(torch.ones(1, 2))
+
+    add(0)
+    whole = path.read_text()
+    path.unlink()
+    path.mkdir()  # an error that also root meets
+    add(1)
+    assert caplog.messages == [f"--moe-load-file {path} lacks update 2 (Is a directory); make room there"]
+    path.rmdir()
+    path.write_text(whole + whole[:10])  # as a full disk leaves it
+    add(2)
+    lines = [json.loads(line)["num_updates"] for line in path.read_text().splitlines() if line.endswith("}")]
+    assert lines == [1, 3]

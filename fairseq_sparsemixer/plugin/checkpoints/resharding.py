@@ -5,6 +5,7 @@ file beside the output, also mapped. The system can evict and re-read all of it,
 a time.
 """
 
+import errno
 import math
 import os
 import secrets
@@ -21,6 +22,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish, unfinished_beside
 from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import shards
+from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, Combine, combine_experts, layout_of, shard_path
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, try_again
@@ -62,11 +64,11 @@ def reshard(source: str, target: str, size: int) -> Resharded:
     except OSError as error:
         raise cannot_write(target, error) from None
     require_targets(written, read)
-    with ExitStack() as files:  # no file is replaced before the whole set is on disk
+    with writing_checkpoints(written), ExitStack() as files:  # no file is replaced before the whole set is on disk
         unfinished = [files.enter_context(unfinished_beside(os.path.realpath(path))) for path in written]
         for index, name in enumerate(unfinished):
             with one_sentence_for(source):
-                state = combine_experts(states, _rows_from_files(size, index, folder))
+                state = combine_experts(states, _rows_from_files(size, index, target))
             state[LAYOUT] = {"size": size, "index": index, "save": save, "optimizer": optimizer}
             try_again(partial(torch.save, state, name), written[index])
         for name, path in zip(unfinished, written):
@@ -97,7 +99,7 @@ def _count_experts(source: str, states: List[Dict[str, Any]]) -> int:
     return math.gcd(*rows)
 
 
-def _rows_from_files(size: int, index: int, folder: str) -> Combine:
+def _rows_from_files(size: int, index: int, target: str) -> Combine:
     """Shares [E / G, ...] of an expert tensor -> the rows of part `index` of `size`, without materialising the whole."""
 
     def rows(shares: List[Tensor]) -> Tensor:
@@ -108,7 +110,7 @@ def _rows_from_files(size: int, index: int, folder: str) -> Combine:
             if low < high:
                 pieces.append(share[low:high])
             first += share.size(0)
-        return _without_the_rest(pieces[0]) if len(pieces) == 1 else _put_together(pieces, folder)
+        return _without_the_rest(pieces[0]) if len(pieces) == 1 else _put_together(pieces, target)
 
     return rows
 
@@ -121,12 +123,31 @@ def _without_the_rest(rows: Tensor) -> Tensor:
     return torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.size(), rows.stride())
 
 
-def _put_together(pieces: List[Tensor], folder: str) -> Tensor:
-    """Concatenate pieces [n, ...] in a file that is unlinked at once and freed after use."""
+def _put_together(pieces: List[Tensor], target: str) -> Tensor:
+    """Concatenate pieces [n, ...] in a file beside `target` that is unlinked at once and freed after use.
+
+    Raises ConfigurationError if there is no room for it.
+    """
     shape = (sum(piece.size(0) for piece in pieces), *pieces[0].shape[1:])
-    if not math.prod(shape):
+    count = math.prod(shape)
+    if not count:
         return torch.cat(pieces)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".reshard-") as file:
-        whole = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=pieces[0].dtype).view(shape)
+    try:
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(os.path.abspath(target)), prefix=".reshard-") as file:
+            _take_room(file.fileno(), count * pieces[0].element_size())
+            whole = torch.from_file(file.name, shared=True, size=count, dtype=pieces[0].dtype).view(shape)
+    except OSError as error:
+        raise cannot_write(target, error) from None
     torch.cat(pieces, out=whole)
     return whole
+
+
+def _take_room(descriptor: int, size: int) -> None:
+    """Have the disk keep room for a file: where there is none, a write to it as a mapped one ends the process by a signal."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:
+        pass  # a system that has no such call
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+            raise

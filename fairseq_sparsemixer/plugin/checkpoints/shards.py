@@ -20,7 +20,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, shard_path, suffix
 from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
-from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, replace_atomically
+from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, Unwritable, replace_atomically, try_again
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def mend(path: str, size: int) -> None:
             for shard, found in zip(paths, whole):
                 if found != shard:
                     logger.info("%s is not from the last complete save; restored from %s", shard, found)
-                    replace_atomically(shard, partial(shutil.copyfile, found))
+                    try_again(partial(replace_atomically, shard, partial(shutil.copyfile, found)), shard)
             return
     for shard in paths:
         if shard not in states:
@@ -100,7 +100,8 @@ def _find_all(paths: List[str], save: Optional[int]) -> Optional[List[str]]:
 def mend_folder(folder: str, size: int) -> None:
     """Mend the sets that a killed run may have left in its folder: the last, the best, and any with a staged file.
 
-    Raises ConfigurationError if the last one cannot be completed.
+    Raises ConfigurationError if the last one cannot be completed, or there is no room to restore from staged files, which
+    would be removed.
     """
     staged = (STAGED_SHARD.fullmatch(name) for name in (os.listdir(folder) if os.path.isdir(folder) else ()))
     names = {"checkpoint_best.pt", *(f"{found.group(1)}.pt" for found in staged if found)} - {"checkpoint_last.pt"}
@@ -108,6 +109,8 @@ def mend_folder(folder: str, size: int) -> None:
     for name in sorted(names):
         try:
             mend(os.path.join(folder, name), size)
+        except Unwritable:
+            raise
         except ConfigurationError as error:
             logger.warning("%s", error.message)  # the run continues without it
 

@@ -57,13 +57,17 @@ def try_again(write: Callable[[], Any], path: str) -> None:
             time.sleep(PAUSE)
 
 
-def cannot_write(path: str, error: Exception) -> ConfigurationError:
+class Unwritable(ConfigurationError):
+    """The disk does not take the file."""
+
+
+def cannot_write(path: str, error: Exception) -> Unwritable:
     """The user's error for an error of the system or of torch's writer."""
     reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(folder) and getattr(error, "errno", None) not in LASTING:
         reason += f"; {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there"
-    return ConfigurationError(f"{path} cannot be written ({reason}); give another path, or make this one writable")
+    return Unwritable(f"{path} cannot be written ({reason}); give another path, or make this one writable")
 
 
 def refuse_special_target(path: str) -> None:
@@ -146,7 +150,7 @@ def verify_save_dir(save_dir: str) -> None:
     """Replaces fairseq's verify_checkpoint_directory. Raises ConfigurationError if checkpoints cannot be written."""
     try:
         os.makedirs(save_dir, exist_ok=True)
-        with unfinished_beside(os.path.join(save_dir, "writable")):
+        with unfinished_beside(os.path.join(save_dir, "checkpoint_writable.pt")):  # a name that remove_unfinished knows
             pass
     except OSError as error:
         raise _unusable(save_dir, error) from None

@@ -13,7 +13,7 @@ import runs
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints import folder_lock
-from fairseq_sparsemixer.plugin.checkpoints.folder_lock import NAME, lock_folder, release_folders
+from fairseq_sparsemixer.plugin.checkpoints.folder_lock import NAME, lock_folder, release_folders, writing_checkpoints
 
 
 @contextmanager
@@ -94,6 +94,14 @@ def test_without_locks_there_is_a_warning(tmp_path, caplog):
     assert not is_refused(tmp_path)
 
 
+def test_a_full_disk_has_no_room_for_the_note_and_the_folder_is_taken_all_the_same(tmp_path):
+    with patch("os.write", side_effect=OSError(28, "No space left on device")):
+        lock_folder(str(tmp_path))
+    assert is_refused(tmp_path)
+    release_folders()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_second_training_ends_with_the_sentence_and_touches_nothing(corpus, tmp_path):
     run = tmp_path / "run"
@@ -106,3 +114,24 @@ def test_a_second_training_ends_with_the_sentence_and_touches_nothing(corpus, tm
         runs.train(corpus, run, "--no-save", updates=2)  # writes nothing
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != NAME} == before
     assert len(runs.train(corpus, run, updates=2)) == 1
+
+
+def test_a_command_writes_no_checkpoint_of_a_training_that_is_under_way(tmp_path):
+    with another_process(lambda: lock_folder(str(tmp_path))) as pid:
+        for name in ("checkpoint_last.pt", "checkpoint_1_20-rank-0.pt", "checkpoint.best_loss_3.1200.pt", "checkpoint3.pt"):
+            sentence = f"{name} may be overwritten by process {pid} on .*, which is training; wait until that ends, or give"
+            with pytest.raises(ConfigurationError, match=sentence), writing_checkpoints([str(tmp_path / name)]):
+                pass
+        with writing_checkpoints([str(tmp_path / "whole.pt"), str(tmp_path / "checkpoint_portable.pt")]):
+            pass  # names that no training uses
+
+
+def test_no_training_starts_where_a_command_writes_a_checkpoint(tmp_path):
+    with writing_checkpoints([str(tmp_path / f"checkpoint_last-rank-{rank}.pt") for rank in range(2)]):
+        assert is_refused(tmp_path)
+    assert not (tmp_path / NAME).exists() and not is_refused(tmp_path)
+    lock_folder(str(tmp_path))
+    with writing_checkpoints([str(tmp_path / "checkpoint_last.pt")]):  # by the training's own process
+        pass
+    assert is_refused(tmp_path)
+    release_folders()

@@ -1,7 +1,9 @@
 """Sets of files by rank: of one save, finished after a kill, or refused."""
 
+import errno
 from pathlib import Path
 from typing import List, Optional
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -115,6 +117,22 @@ def test_only_the_last_set_must_be_whole(tmp_path, caplog):
     with pytest.raises(ConfigurationError, match="checkpoint_last.pt are from different saves"):
         shards.mend_folder(str(tmp_path), size=2)
     shards.mend_folder(str(tmp_path / "not there yet"), size=2)
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_full_disk_ends_the_run_before_what_is_needed_to_mend_is_removed(tmp_path, name):
+    for index in range(2):
+        write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
+        write(tmp_path / f"checkpoint_{name}-rank-{index}.pt", index, save=2 - index)
+    write(tmp_path / f"checkpoint_{name}-rank-1.pt{STAGED}", 1, save=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch("shutil.copyfile", side_effect=full), patch("time.sleep"):
+        with pytest.raises(ConfigurationError, match=f"checkpoint_{name}-rank-1.pt cannot be written .No space left"):
+            shards.mend_folder(str(tmp_path), size=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    shards.mend_folder(str(tmp_path), size=2)
+    assert len({state["expert_parallel"]["save"] for state in shards.read_set(str(tmp_path / f"checkpoint_{name}.pt"))}) == 1
 
 
 def test_files_of_different_saves_are_refused(tmp_path):

@@ -262,6 +262,14 @@ def test_a_save_dir_that_cannot_be_used_gets_one_sentence_before_training(tmp_pa
     assert (tmp_path / "run" / "dummy").read_text() == (tmp_path / "file").read_text() == "the user's"
 
 
+def test_what_a_kill_leaves_of_the_trial_is_removed_as_well(tmp_path):
+    with patch("os.remove", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_unfinished(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_save_dir_that_vanishes_or_turns_into_a_file_gets_one_sentence(tmp_path):
     folder = tmp_path / "run"
     save_as_fairseq_does(folder, 1)
