@@ -20,6 +20,7 @@ from recipes.common.steps import begin_step, require_usable
 
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent
 BARE = re.compile(r"[\w./\[\]+-]+")  # hydra reads these characters as they stand
+TO_DOUBLE = re.compile(r"\\+(?='|\Z)")  # backslashes before a quote; between quotes, hydra keeps all others as they are
 
 
 def train(
@@ -126,7 +127,9 @@ def as_override(value: Any) -> str:
     if value is None:
         return "null"
     text = json.dumps(value, separators=(",", ":")) if isinstance(value, (bool, list, int, float)) else str(value)
-    return text if BARE.fullmatch(text) or isinstance(value, list) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if BARE.fullmatch(text) or isinstance(value, list):
+        return text
+    return "'" + TO_DOUBLE.sub(lambda found: 2 * found[0], text).replace("'", "\\'") + "'"
 
 
 def read_log_line(line: str) -> Optional[Advance]:

@@ -16,10 +16,21 @@ from recipes.common.training import as_override, read_log_line, train
 CONFIG = "optimization:\n  max_update: 7\n"
 
 
-@pytest.mark.parametrize("value", ["plain", "/with space/a,b", "it's (odd)\\", True, None, 0.1, 3, [4], "a=b"])
+def read_by_hydra(text):
+    (override,) = OverridesParser.create().parse_overrides([f"key={text}"])
+    return override.value()
+
+
+@pytest.mark.parametrize("value", ["plain", "/with space/a,b", "it's (odd)", r"D:\\a\b c", True, None, 0.1, 3, [4], "a=b"])
 def test_hydra_reads_a_value_as_it_was_meant(value):
-    (override,) = OverridesParser.create().parse_overrides([f"key={as_override(value)}"])
-    assert override.value() == value
+    assert read_by_hydra(as_override(value)) == value
+
+
+@pytest.mark.parametrize("value", ["it's (odd)\\", r"\\'\'' \\"])
+def test_hydra_reads_backslashes_before_a_quote_as_they_were_meant(value):
+    if read_by_hydra(r"'a\\'") != "a\\":
+        pytest.skip("in this hydra, no text between quotes ends in a single backslash")
+    assert read_by_hydra(as_override(value)) == value
 
 
 def test_the_advance_is_read_from_either_form_of_fairseqs_log():
