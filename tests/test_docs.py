@@ -10,6 +10,7 @@ from fairseq import options
 
 import fairseq_sparsemixer  # noqa: F401
 from fairseq_sparsemixer.cli import build_parser
+from fairseq_sparsemixer.tools.glue import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -95,6 +96,8 @@ def arguments_of(program, words):
 @pytest.mark.parametrize("command", programs(), ids=" ".join)
 def test_a_command_line_is_understood(command):
     page, *words = command
+    if "--report-mcc" in words and not TASKS["CoLA"].has_score():
+        pytest.skip("this fairseq has no --report-mcc, as docs/tasks.md says")
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     elif words[0] == "python":

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 from unittest.mock import patch
@@ -14,6 +15,7 @@ import runs
 import torch
 from fairseq import checkpoint_utils
 from ranks import Rank, collect, free_port, start_ranks
+from runs import initialised
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
@@ -87,10 +89,11 @@ def test_the_checkpoint_is_what_one_process_would_have_written(corpus, portable,
         for weights in (state["model"], state["extra_state"]["ema"], state["extra_state"]["ema_fp32_params"]):
             for name in [name for name in weights if name.endswith("k_proj.bias")]:
                 del weights[name]  # softmax cancels it: Adam follows the rounding of a gradient that is zero
-    for part in ("model", "last_optimizer_state"):
-        torch.testing.assert_close(dict(spread[part]), dict(alone[part]), rtol=1e-4, atol=1e-5)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    close(dict(spread["last_optimizer_state"]), dict(alone["last_optimizer_state"]))
+    close(initialised(spread["model"]), initialised(alone["model"]))
     for part in ("ema", "ema_fp32_params"):
-        torch.testing.assert_close(dict(spread["extra_state"][part]), dict(alone["extra_state"][part]), rtol=1e-4, atol=1e-5)
+        close(initialised(spread["extra_state"][part]), initialised(alone["extra_state"][part]))
     assert spread["expert_parallel"] == alone["expert_parallel"]
     paths = {"spread": portable, "alone": tmp_path / "run" / "checkpoint_last.pt"}
     words = {name: [line.split("\t")[2] for line in runs.generate(corpus, path, tmp_path / name)] for name, path in paths.items()}

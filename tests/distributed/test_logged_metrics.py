@@ -99,7 +99,7 @@ def logged(world_size: int, meeting: str, flags: List[str]) -> Dict[str, List[Di
     with (
         patch.multiple(MoETrainer, train_step=step, _prepare_sample=sample),
         patch.multiple(meters, **exact),
-        patch.multiple(sentence_prediction, **exact),
+        patch.multiple(sentence_prediction, create=True, **exact),  # fairseq 0.12.2 does not round there
         patch.object(fairseq_cli.train, "get_valid_stats", stats),
         patch.object(electra_moe, "corrupt", likeliest),
     ):
@@ -143,6 +143,8 @@ def test_electras_metrics_of_two_ranks_are_those_of_one_process(data):
     ],
 )
 def test_glues_scores_of_two_ranks_are_those_of_one_process(name, flags, scores, data):
+    if not TASKS[name].has_score():
+        pytest.skip("this fairseq computes accuracy alone of GLUE's scores")
     figures = compare(data(name), *SENTENCES, *TASKS[name].flags().split(), *flags, but=BY_SENTENCE)
     assert scores <= figures.keys() and {"moe_gate_loss", "entropy_gating", "expert1_balance_top"} <= figures.keys()
     assert all(any(figures[score]) for score in scores)

@@ -56,7 +56,7 @@ def assert_same_training(save_dir: Path, expected: Path) -> None:
     for shard in SHARDS:
         found, wanted = read_checkpoint(str(save_dir / shard)), read_checkpoint(str(expected / shard))
         assert found["optimizer_history"][-1]["num_updates"] == 2
-        for name, value in wanted["model"].items():
+        for name, value in runs.initialised(wanted["model"]).items():
             assert torch.equal(found["model"][name], value), name
 
 

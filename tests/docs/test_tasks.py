@@ -10,6 +10,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import fairseq_sparsemixer  # noqa: F401
 from fairseq_sparsemixer.cli import build_parser
+from fairseq_sparsemixer.tools.glue import TASKS
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 PARSERS = {
@@ -33,6 +34,8 @@ def test_every_kind_of_command_is_shown():
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_is_understood(command):
+    if "--report-mcc" in command and not TASKS["CoLA"].has_score():
+        pytest.skip("this fairseq has no --report-mcc, as the page says")
     program, *words = shlex.split(command.replace(' --user-dir "$UD"', ""))
     if program == "fairseq-sparsemixer":
         assert build_parser().parse_args(words).task == "CoLA"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fairseq.data.data_utils import batch_by_size
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLosses
+from runs import initialised
 
 from fairseq_sparsemixer import __file__ as package
 from fairseq_sparsemixer.moe.layer import MoELayer
@@ -47,8 +48,7 @@ def test_a_resumed_run_goes_on_bit_by_bit_as_one_that_was_never_interrupted(trai
     train(*flags, "--max-update", "6", "--save-dir", tmp_path / "parts")
     assert len(whole) == 6 and exact_losses == whole
     states = [torch.load(tmp_path / folder / "checkpoint_last.pt")["model"] for folder in ("whole", "parts")]
-    saved = [name for name in states[0] if not name.endswith("._float_tensor")]  # fairseq 0.12.2 leaves it unset
-    assert all(torch.equal(states[0][name], states[1][name]) for name in saved)
+    assert all(torch.equal(states[1][name], value) for name, value in initialised(states[0]).items())
 
 
 @pytest.mark.slow

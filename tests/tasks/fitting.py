@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 from unittest.mock import patch
 
 import torch
-from runs import run
+from runs import initialised, run
 from torch import Tensor, nn
 
 LAYER = "--{0}-layers 2 --{0}-embed-dim 16 --{0}-ffn-embed-dim 24 --{0}-attention-heads 2"
@@ -85,4 +85,5 @@ def bits(model: nn.Module, sample: Dict[str, Any], padding: int) -> float:
 
 def weights(checkpoint: Path) -> Dict[str, Tensor]:
     """The tensors of a checkpoint's model."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=False)["model"]  # a file that this test has made
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # a file that this test has made
+    return initialised(state["model"])

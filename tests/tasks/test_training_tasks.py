@@ -1,11 +1,14 @@
 """fairseq's tasks on text of one language: what they feed a model with experts, and the loss that is logged for it."""
 
+import argparse
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from fairseq import options
 from fitting import EXPERTS, LAYER, TRANSLATION, bits, fit, weights
+from runs import initialised
 from texts import draw_sentences, write_dictionary, write_sentences
 from torch.nn.functional import log_softmax
 
@@ -28,6 +31,10 @@ def save_dir(run) -> Path:
 
 
 def test_denoising_reads_noise_and_learns_the_text(pairs, tmp_path):
+    try:
+        options.parse_args_and_arch(options.get_training_parser(), [str(pairs), "--task", "denoising", "--arch", "bart_base"])
+    except argparse.ArgumentError as error:
+        pytest.skip(f"in this fairseq, its denoising task excludes its own models as well: {error}")
     flags = (
         *"--task denoising --tokens-per-sample 16 --sample-break-mode eos --mask 0.4 --replace-length 1 --rotate 0".split(),
         *"--batch-size 8 --no-epoch-checkpoints --disable-validation".split(), *TRANSLATION, *EXPERTS,
@@ -45,7 +52,7 @@ def test_denoising_reads_noise_and_learns_the_text(pairs, tmp_path):
     # what it masks next hangs on torch's random state, which fairseq does not keep: the weights alone can be compared
     fit(pairs, tmp_path / "parts", *flags, updates=3)
     resumed = fit(pairs, tmp_path / "parts", *flags, updates=4).models[0].state_dict()
-    assert all(torch.equal(resumed[name], value) for name, value in run.models[3].state_dict().items())
+    assert all(torch.equal(resumed[name], value) for name, value in initialised(run.models[3].state_dict()).items())
 
 
 def test_masked_words_alone_count_in_masked_lm(pairs, tmp_path):
