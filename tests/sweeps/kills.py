@@ -18,8 +18,8 @@ from ranks import Rank, collect, meeting_place, rank_number, start_ranks
 from runs import EXPERTS, SMALL, run
 
 import fairseq_sparsemixer
-from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint, shards
 from fairseq_sparsemixer.cli.launch import rank_command
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint, shards
 
 LAST = "checkpoint_last.pt"
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent

@@ -26,8 +26,8 @@ from ranks import collect, start_ranks
 from sandbox import LONGEST, files_below
 from test_two_writers import SPEC, whole
 
-from fairseq_sparsemixer.plugin.checkpoints import writing
 from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.plugin.checkpoints import writing
 from fairseq_sparsemixer.tools.study import runner
 
 pytestmark = pytest.mark.sweep

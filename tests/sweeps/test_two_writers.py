@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections import Counter
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import List
 
@@ -15,7 +16,6 @@ import runs
 import theirs
 import yaml
 from kills import ENDLESS, LAST
-from multiprocessing.connection import wait
 from ranks import Rank, collect, start_ranks
 
 from fairseq_sparsemixer.cli import main

@@ -35,7 +35,7 @@ def batch(words: Any) -> Dict[str, torch.Tensor]:
 
 
 def outputs(checkpoint: Path, data: Path) -> torch.Tensor:
-    """Log-probabilities of the words that are no padding [N, V], of one forward as in training (all dropout is 0)."""
+    """Log-probabilities of the words that are not padding [N, V], of one forward as in training (all dropout is 0)."""
     from fairseq import checkpoint_utils
 
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides={"data": str(data)})
