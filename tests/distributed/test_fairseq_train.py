@@ -218,7 +218,7 @@ def test_sampling_routers_never_deadlock(router, five_batches):
     "flags, sentence",
     [
         (["--expert-parallel-size", "3"], "--num-experts 4 cannot be split over --expert-parallel-size 3"),
-        (["--zero-sharding", "os"], "--zero-sharding os hands"),
+        (["--zero-sharding", "os"], "--zero-sharding os assigns"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -101,7 +101,7 @@ def _check(study: Study, run: Run, folder: Path, data: str) -> None:
     try:
         words = shlex.split(path.read_text(encoding="utf-8"))
     except ValueError:  # no text, or quotes that do not end
-        raise ConfigurationError(f"{path} is no command line; give another --out, or delete {folder}") from None
+        raise ConfigurationError(f"{path} is not a command line; give another --out, or delete {folder}") from None
     command = train_command(study, run, folder)
     before, now = _flags(words), _flags(command)
     for flag in sorted({*before, *now}):
