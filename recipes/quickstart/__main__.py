@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace, out: Path) -> None:
     study = write_study(options, text, out / "study.yaml")
     show(study, out, console)
     with progress_display(console) as progress:
-        failures = run_study(study, out, workers=1, progress=progress)
+        failures = run_study(study, out, workers=None, progress=progress)  # one a core
     if failures:
         raise ConfigurationError("; ".join(failures))
     console.rule("[bold]results[/]", align="left")

@@ -27,8 +27,8 @@ COLUMNS = {
 FIGURES = ("router", "parameters", "active_parameters", "updates", "valid_loss", "bleu", "load_entropy")  # of the columns
 # no speeds: runs that come one after the other, or are interrupted, have met a machine with more or less other work
 LEGEND = (
-    "active: parameters that one token meets. valid loss: label-smoothed cross-entropy, bits per token, the best validation."
-    " expert load entropy: of the tokens' shares, over log E; 1 is even."
+    "active: parameters that one token uses. valid loss: label-smoothed cross-entropy, bits per token, best validation."
+    " expert load entropy: entropy of per-expert token shares / log E (1 = balanced)."
 )
 
 
