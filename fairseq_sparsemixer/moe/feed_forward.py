@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
+from fairseq_sparsemixer.moe.onednn import linear, takes_onednn
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -48,7 +49,10 @@ def groups_of(counts: Sequence[int], rounded: bool = False) -> List[Group]:
 
 
 def _round_up(count: int) -> int:
-    """Round up to one of sixteen sizes per power of two; counts below 32 stay as they are."""
+    """Round up to one of sixteen sizes per power of two; counts below 32 stay as they are.
+
+    oneDNN prepares a kernel for each new number of rows, which takes longer than a small product (benchmarks/NOTES.md).
+    """
     step = 1 << max(count.bit_length() - 5, 0)
     return -(-count // step) * step
 
@@ -69,7 +73,7 @@ def feed_forward_by_expert(
     if torch.is_grad_enabled():
         out: Tensor = _ByExpert.apply(rows, *weights, counts, activation, dropout, memory or GradBufferPool())
         return out
-    return _run_by_expert(rows, weights, counts, activation, dropout, keep=None)
+    return _run_by_expert(rows, weights, groups_of(counts, rounded=takes_onednn(rows)), activation, dropout, keep=None)
 
 
 class _ByExpert(torch.autograd.Function):
@@ -84,16 +88,17 @@ class _ByExpert(torch.autograd.Function):
                 counts: Sequence[int], activation: Activation, dropout: float, memory: GradBufferPool) -> Tensor:  # fmt: skip
         weights = Weights(weight_in, bias_in, weight_out, bias_out)
         keep: List[Tuple[Tensor, ...]] = []
-        out = _run_by_expert(rows, weights, counts, activation, dropout, keep)
+        groups = groups_of(counts, rounded=takes_onednn(rows))
+        out = _run_by_expert(rows, weights, groups, activation, dropout, keep)
         ctx.save_for_backward(rows, weight_in, weight_out, *(tensor for hidden in keep for tensor in hidden))
-        ctx.counts, ctx.activation, ctx.dropout, ctx.memory = counts, activation, dropout, memory
+        ctx.counts, ctx.groups, ctx.activation, ctx.dropout, ctx.memory = counts, groups, activation, dropout, memory
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         rows, weight_in, weight_out, *saved = ctx.saved_tensors
-        groups = groups_of(ctx.counts, _by_onednn(rows))
+        groups: List[Group] = ctx.groups
         grad = grad.contiguous()
         needs_rows, needs_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
         grad_rows: Any = torch.empty_like(rows) if needs_rows else None
@@ -107,7 +112,7 @@ class _ByExpert(torch.autograd.Function):
         width = len(saved) // max(len(groups), 1)
         for index, (expert, count, where) in enumerate(groups):
             kept = saved[index * width : (index + 1) * width]
-            grad_hidden = _linear(grad[where], weight_out[expert])
+            grad_hidden = linear(grad[where], weight_out[expert])
             hidden, grad_inner = activation_backward(kept, grad_hidden, ctx.activation, ctx.dropout)
             if needs_weights:
                 own, incoming, own_grad = rows[where][:count], grad[where][:count], grad_inner[:count]
@@ -116,26 +121,26 @@ class _ByExpert(torch.autograd.Function):
                 torch.mm(own.t(), own_grad, out=grad_in[expert])
                 torch.sum(own_grad, 0, out=grad_bias_in[expert])
             if needs_rows:
-                grad_rows[where] = _linear(grad_inner, weight_in[expert])
+                grad_rows[where] = linear(grad_inner, weight_in[expert])
         return grad_rows, grad_in, grad_bias_in, grad_out, grad_bias_out, None, None, None, None
 
 
 def _run_by_expert(
     rows: Tensor,
     weights: Weights,
-    counts: Sequence[int],
+    groups: Sequence[Group],
     activation: Activation,
     dropout: float,
     keep: Optional[List[Tuple[Tensor, ...]]],
 ) -> Tensor:
     """The forward pass; appends what each group's backward needs to `keep`, if given."""
     out = rows.new_empty(rows.size(0), weights.weight_out.size(2))
-    for expert, _, where in groups_of(counts, _by_onednn(rows)):
-        inner = _linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert])
+    for expert, _, where in groups:
+        inner = linear(rows[where], weights.weight_in[expert].t(), weights.bias_in[expert])
         hidden, kept = activation_forward(inner, activation, dropout)
         if keep is not None:
             keep.append(kept)
-        out[where] = _linear(hidden, weights.weight_out[expert].t(), weights.bias_out[expert])
+        out[where] = linear(hidden, weights.weight_out[expert].t(), weights.bias_out[expert])
     return out
 
 
@@ -178,21 +183,3 @@ def _drop(hidden: Tensor, keep: Tensor, dropout: float) -> Tensor:
 
 def _scale(dropout: float) -> float:
     return 1 / (1 - dropout) if dropout < 1 else 0.0
-
-
-def _linear(rows: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """rows [n, I], weight [O, I] in any layout -> rows @ weight.T + bias, [n, O]."""
-    if _by_onednn(rows):  # not fused with relu: oneDNN's relu turns NaN into 0 and hides the failure
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-        return product
-    return F.linear(rows, weight, bias)
-
-
-def _by_onednn(rows: Tensor) -> bool:
-    return USE_ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
-
-
-# torch uses MKL or OpenBLAS for float32 products on a CPU. For the few rows of an expert, oneDNN (shipped for
-# torch.compile) takes about 3/4 of MKL's time, bias included. But it prepares a kernel for each new number of rows,
-# which takes longer than a small product. Hence the rounding (benchmarks/NOTES.md).
-USE_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe import feed_forward
+from fairseq_sparsemixer.moe import onednn
 from fairseq_sparsemixer.moe.layer import MoELayer
 from fairseq_sparsemixer.plugin.models import electra_moe, parameter_counts, roberta_moe, transformer_lm_moe
 from fairseq_sparsemixer.plugin.models.electra_moe import ElectraMoEModel
@@ -71,7 +71,7 @@ def test_flops_are_two_for_each_weight_of_a_tokens_matrices(saved):
 
 def counted(monkeypatch, run):
     """FLOPs of what run() multiplies by a matrix, as torch sees them; the products within attention, which are batched, aside."""
-    monkeypatch.setattr(feed_forward, "USE_ONEDNN", False)  # whose products the counter does not know
+    monkeypatch.setattr(onednn, "onednn_is_right", lambda: False)  # whose products the counter does not know
     with FlopCounterMode(display=False) as counter:
         run()
     counts = counter.get_flop_counts()["Global"]
