@@ -1,13 +1,15 @@
-"""An English-German corpus made offline from Unicode CLDR, as the Babel library carries it.
+"""Translation corpora made offline from Unicode CLDR, as the Babel library carries it: English into one or many languages.
 
 A sentence is one to three items joined by CLDR's list patterns ("A, B, and C" / "A, B und C"; "A or B" / "A oder B").
 An item is a date, a time, a duration, a number with a unit, an amount of money, a territory or a language, drawn once
-and written by both locales: word order, number formats, plural forms and the 24-hour clock differ between them.
+and written by both locales: word order, number formats, plural forms and the 24-hour clock differ between them. With
+several target languages, a tag such as `<2de>` in front of the English sentence says which one is wanted.
 """
 
 import datetime
 import random
-from typing import Callable, Dict, List, Literal, Tuple
+from itertools import cycle
+from typing import Callable, Dict, List, Literal, Sequence, Set, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.corpus import Corpus, Pair
@@ -22,7 +24,10 @@ except ModuleNotFoundError:
     sentence = "the text of the quickstart is made with the library Babel; pip install -r recipes/requirements.txt"
     raise ConfigurationError(sentence) from None
 
-SOURCE, TARGET = Locale("en"), Locale("de")
+SOURCE = Locale("en")
+GERMAN = ("de",)
+MANY = tuple("de fr es it pl ru tr fi hu el cs sv pt nl ro uk".split())  # four families and three scripts
+TABLES = ("territories", "languages")
 MEASURES = (
     "length-meter length-kilometer length-centimeter length-mile length-foot mass-gram mass-kilogram mass-tonne mass-pound"
     " volume-liter volume-milliliter volume-cubic-meter area-hectare area-square-meter area-square-kilometer"
@@ -71,9 +76,16 @@ def _duration(rng: random.Random) -> Writer:
 
     def write(locale: Locale) -> str:
         words = [format_unit(value, f"duration-{unit}", "long", locale=locale) for value, unit in reversed(parts)]
-        return format_list(words, "unit", locale)
+        return _unit_list(words, locale)
 
     return write
+
+
+def _unit_list(words: List[str], locale: Locale) -> str:
+    try:
+        return format_list(words, "unit", locale)
+    except KeyError:  # Babel carries the pattern in part for some languages, such as Spanish
+        return format_list(words, "standard", locale)
 
 
 def _money(rng: random.Random) -> Writer:
@@ -87,28 +99,32 @@ def _percent(rng: random.Random) -> Writer:
     return lambda locale: format_percent(value, locale=locale, decimal_quantization=False)
 
 
-def _names(table: str) -> List[str]:
-    """The keys of a table of CLDR that both locales name: territories by ISO code, languages by BCP 47 code."""
-    source, target = getattr(SOURCE, table), getattr(TARGET, table)
-    return sorted(key for key in source if key in target and not key.isdigit())
+def shared_names(targets: Sequence[str]) -> Dict[str, List[str]]:
+    """By table of CLDR, the keys that English and all targets name: territories by ISO code, languages by BCP 47 code."""
+    named = {table: [getattr(locale, table) for locale in map(Locale, targets)] for table in TABLES}
+    return {
+        table: sorted(key for key in getattr(SOURCE, table) if not key.isdigit() and all(key in names for names in named[table]))
+        for table in TABLES
+    }
 
 
-NAMES = {table: _names(table) for table in ("territories", "languages")}
-
-
-def _name(rng: random.Random) -> Writer:
-    table = rng.choice(sorted(NAMES))
-    code = rng.choice(NAMES[table])
+def _name(rng: random.Random, names: Dict[str, List[str]]) -> Writer:
+    table = rng.choice(sorted(names))
+    code = rng.choice(names[table])
     return lambda locale: getattr(locale, table)[code]
 
 
-ITEMS = (_date, _date_and_time, _time, _duration, _measure, _money, _percent, _name, _name)
+ITEMS = (_date, _date_and_time, _time, _duration, _measure, _money, _percent)
 
 
-def _sentence(rng: random.Random) -> Pair:
-    writers = [rng.choice(ITEMS)(rng) for _ in range(rng.choice((1, 2, 2, 3)))]
+def _sentence(rng: random.Random, names: Dict[str, List[str]]) -> Writer:
+    def item() -> Writer:
+        draw = rng.choice((*ITEMS, None, None))  # names are two ninths of all items
+        return _name(rng, names) if draw is None else draw(rng)
+
+    writers = [item() for _ in range(rng.choice((1, 2, 2, 3)))]
     style = rng.choice(LIST_STYLES)
-    return Pair(*(_one_line(format_list([write(locale) for write in writers], style, locale)) for locale in (SOURCE, TARGET)))
+    return lambda locale: format_list([write(locale) for write in writers], style, locale)
 
 
 def _one_line(text: str) -> str:
@@ -116,27 +132,40 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def make_cldr(sizes: Dict[str, int], seed: int) -> Corpus:
-    """sizes by split -> distinct pairs by split, the same for the same seed and version of CLDR.
+def tag(language: str) -> str:
+    """The token in front of a source sentence that asks for a target language."""
+    return f"<2{language}>"
 
-    No English and no German sentence occurs twice in the whole corpus, so that splits share no sentence of either side.
-    The bare names of territories and languages, whose translation nothing but having seen it can tell, go to the first split.
+
+def make_cldr(sizes: Dict[str, int], seed: int, targets: Sequence[str] = GERMAN) -> Corpus:
+    """sizes by split -> distinct pairs by split, the same for the same seed, targets and version of CLDR.
+
+    Targets take turns, so that each has its share of every split. No English sentence occurs twice in the whole corpus, and
+    no sentence of a target language does, so that splits share no sentence of either side. An exception: the bare names of
+    territories and languages, which can only be learnt by heart, are in the first split once for each target.
     """
     rng = random.Random(seed)
-    seen: Tuple[set, set] = (set(), set())
+    names = shared_names(targets)
+    seen: Set[Tuple[str, str]] = set()  # language, sentence
     corpus: Corpus = {split: [] for split in sizes}
 
-    def add(split: str, pair: Pair) -> None:
-        if pair.source not in seen[0] and pair.target not in seen[1]:
-            seen[0].add(pair.source)
-            seen[1].add(pair.target)
-            corpus[split].append(pair)
+    def add(split: str, write: Writer, target: str, may_share_source: bool = False) -> bool:
+        source, translation = _one_line(write(SOURCE)), _one_line(write(Locale(target)))
+        if (target, translation) in seen or (("en", source) in seen and not may_share_source):
+            return False
+        seen.update({("en", source), (target, translation)})
+        corpus[split].append(Pair(f"{tag(target)} {source}" if len(targets) > 1 else source, translation))
+        return True
 
-    for table, codes in NAMES.items():
-        for code in codes:
-            add(next(iter(sizes)), Pair(*(_one_line(getattr(locale, table)[code]) for locale in (SOURCE, TARGET))))
+    for target in targets:
+        for table, codes in names.items():
+            for code in codes:
+                add(next(iter(sizes)), lambda locale: getattr(locale, table)[code], target, may_share_source=target != targets[0])
     for split, size in sizes.items():
+        turns = cycle(targets)
+        target = next(turns)
         while len(corpus[split]) < size:
-            add(split, _sentence(rng))
+            if add(split, _sentence(rng, names), target):
+                target = next(turns)
         rng.shuffle(corpus[split])
     return corpus

@@ -1,13 +1,15 @@
 """The corpus made from CLDR."""
 
+import re
 import runpy
 import sys
+from collections import Counter
 
 import pytest
 
 import recipes.common.cldr
 from fairseq_sparsemixer.errors import ConfigurationError
-from recipes.common.cldr import NAMES, make_cldr
+from recipes.common.cldr import GERMAN, MANY, make_cldr, shared_names
 
 SIZES = {"train": 20_000, "valid": 500, "test": 500}
 
@@ -48,9 +50,53 @@ def test_the_two_sides_say_the_same_by_the_rules_of_their_languages(corpus):
 def test_bare_names_are_for_training_only(corpus):
     from babel import Locale
 
-    names = {getattr(Locale("en"), table)[code] for table, codes in NAMES.items() for code in codes}
+    names = {getattr(Locale("en"), table)[code] for table, codes in shared_names(GERMAN).items() for code in codes}
     for split in ("valid", "test"):
         assert not names & {pair.source for pair in corpus[split]}
+
+
+@pytest.fixture(scope="module")
+def many():
+    return make_cldr({"train": 24_000, "valid": 320, "test": 800}, seed=1, targets=MANY)
+
+
+def split_tag(pair):
+    """(language, the English sentence)."""
+    return re.fullmatch(r"<2(\w\w)> (.+)", pair.source).groups()
+
+
+def test_each_of_many_languages_has_its_share_of_every_split(many):
+    for split, pairs in many.items():
+        counts = Counter(split_tag(pair)[0] for pair in pairs)
+        assert set(counts) == set(MANY)
+        # names that two codes share are in once, which differs by language
+        assert max(counts.values()) - min(counts.values()) <= (10 if split == "train" else 0)
+
+
+def test_no_english_sentence_of_many_languages_is_in_two_splits_nor_any_translation(many):
+    english = {split: {split_tag(pair)[1] for pair in pairs} for split, pairs in many.items()}
+    translations = {split: {(split_tag(pair)[0], pair.target) for pair in pairs} for split, pairs in many.items()}
+    for sides in (english, translations):
+        assert not sides["train"] & sides["test"] and not sides["train"] & sides["valid"] and not sides["valid"] & sides["test"]
+    assert len(translations["test"]) == 800
+
+
+def test_each_language_writes_what_it_is_asked_for(many):
+    from babel import Locale
+
+    for pairs in many.values():
+        for pair in pairs:
+            language, sentence = split_tag(pair)
+            month = re.search(r"\b(January|February|August|October) \d", sentence)
+            if month:
+                number = ["January", "February", "August", "October"].index(month.group(1))
+                names = Locale(language).months["format"]["wide"]
+                assert names[(1, 2, 8, 10)[number]] in pair.target
+
+
+def test_many_languages_come_out_the_same_for_the_same_seed():
+    sizes = {"train": 16_000, "test": 32}
+    assert make_cldr(sizes, seed=3, targets=("fr", "tr")) == make_cldr(sizes, seed=3, targets=("fr", "tr"))
 
 
 def test_without_babel_the_requirements_are_named(monkeypatch):
