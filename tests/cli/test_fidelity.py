@@ -61,16 +61,16 @@ def test_what_masking_does_is_said(quick, capsys):
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
         (["--draws", "1"], "--draws 1 must be at least 2"),
         *(
-            ([f"--step={step}"], f"--step {float(step)} must lie between 1e-06 and 1e+06")
+            ([f"--step={step}"], f"--step {float(step)} must be between 1e-06 and 1e+06")
             for step in ("nan", "inf", "-inf", "0", "-1", "1e300", "1e-300")
         ),
-        (["--jitter-eps", "1e-9"], "exact gradient has a length of 0, and nothing compares; give another --step or --jitter-eps"),
+        (["--jitter-eps", "1e-9"], "gradient has norm 0, too small or too large to compare with; change --step or --jitter-eps"),
         (["--jitter-eps", "nan"], "--jitter-eps nan would mask all experts but one"),
         (["--seed", str(2**64)], f"--seed {2**64} must fit in 64 bits"),
         (["--model-dim", "0"], "--model-dim 0 must be at least 1"),
-        (["--tokens", str(10**12)], "numbers at once; choose smaller ones, for 536,870,912 at most"),
+        (["--tokens", str(10**12)], "numbers at once; choose smaller values, for at most 536,870,912"),
         (["--jitter-eps", "0"], "--jitter-eps 0 would mask all experts but one"),
-        (["--expectation", "--draws", "9"], "--expectation draws nothing; leave out --draws 9"),
+        (["--expectation", "--draws", "9"], "--expectation makes no draws; leave out --draws 9"),
         (["--text", "a.en"], "--text a.en needs --checkpoint FILE"),
         (["--checkpoint", "m.pt"], "--checkpoint needs sentences to run on: give --text FILE and --target FILE"),
         (["--checkpoint", "m.pt", "--loss", "cubic"], "--loss describes a synthetic problem; leave it out"),

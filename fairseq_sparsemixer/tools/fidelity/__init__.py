@@ -1,4 +1,4 @@
-"""How close each gradient estimator comes to the exact gradient of the router: every expert enumerated, in float64."""
+"""Compares gradient estimators with the router's exact gradient, found by enumerating all experts in float64."""
 
 from fairseq_sparsemixer.tools.fidelity.convergence import OrderStudy, order_of_convergence
 from fairseq_sparsemixer.tools.fidelity.exact import ExactGradient, exact_gradient

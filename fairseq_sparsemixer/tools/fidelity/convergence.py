@@ -11,12 +11,12 @@ from fairseq_sparsemixer.tools.fidelity.methods import CHOICE, Method, SampledEx
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
 STEPS = tuple(2.0**-k for k in range(2, 8))
-FITTED = 4  # the smallest steps, where the leading term of the error is nearly all of it
+FITTED = 4  # fit the smallest steps, where the leading term dominates the error
 
 
 @dataclass(frozen=True)
 class OrderStudy:
-    """errors: relative to the choice term at step 1, one a step. order: the fitted slope; None where the error is rounding."""
+    """errors: one per step, relative to the choice term at step 1. order: the fitted slope; None if only rounding errors."""
 
     method: Method
     steps: Sequence[float]
@@ -25,10 +25,10 @@ class OrderStudy:
 
 
 def order_of_convergence(problem: Problem, methods: List[Method], steps: Sequence[float] = STEPS) -> List[OrderStudy]:
-    """The study of every method that is an estimator; exact expectations, no sampling.
+    """The errors of every method that is an estimator, by exact expectations.
 
-    The choice term is estimated by the expectation, less the scale term where the estimator keeps that one. Switch
-    estimates it by zero.
+    The estimate of the choice term is the expectation, minus the scale term if the estimator includes it. Switch's
+    estimate is zero.
     """
     studied = [method for method in methods if isinstance(method, SampledExpert)]
     unit = exact_gradient(problem).choice.norm().item()
@@ -43,7 +43,7 @@ def order_of_convergence(problem: Problem, methods: List[Method], steps: Sequenc
 
 
 def fitted_order(steps: Sequence[float], errors: Sequence[float]) -> Optional[float]:
-    """The least-squares slope of log error over log step at the smallest steps; None when they are exact to rounding."""
+    """The least-squares slope of log error over log step at the smallest steps; None if all errors are rounding."""
     if max(error / step for step, error in zip(steps, errors)) < EXACT:
         return None
     x, y = np.log2(steps[-FITTED:]), np.log2(np.maximum(errors[-FITTED:], 1e-300))

@@ -1,4 +1,4 @@
-"""What a method costs in training: the time of one layer's forward and backward, measured on the production layer."""
+"""The training cost of a method: the time of one forward and backward pass of a production layer."""
 
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -9,12 +9,12 @@ from torch import Tensor
 from fairseq_sparsemixer.moe.layer import MoELayer, build_moe_layer
 from fairseq_sparsemixer.tools.fidelity.methods import Method
 
-TOKENS, MODEL_DIM, HIDDEN_DIM = 512, 64, 256  # of the layer that is timed
+TOKENS, MODEL_DIM, HIDDEN_DIM = 512, 64, 256  # of the timed layer
 ROUNDS = 9
 
 
 def production_router(method: Method) -> Optional[Tuple[str, Dict[str, Any]]]:
-    """(router, options) by which a model trains so; None for methods that are here to compare with only."""
+    """(router, options) that train a model by this method; None for methods included for comparison only."""
     if method.argmax_rule is False or method.name.startswith("reinforce"):
         return None
     return {
@@ -25,7 +25,7 @@ def production_router(method: Method) -> Optional[Tuple[str, Dict[str, Any]]]:
 
 
 def relative_times(methods: List[Method], num_experts: int, seed: int) -> Dict[str, float]:
-    """Time of a step relative to the switch router's, by label: the fastest of several rounds of all layers in turn."""
+    """Time per step relative to the switch router, by label: the minimum over several rounds through all layers."""
     found = ((method.label, production_router(method)) for method in methods)
     routers = {label: router for label, router in found if router is not None}
     routers["reference"] = ("switch", {})
@@ -34,7 +34,7 @@ def relative_times(methods: List[Method], num_experts: int, seed: int) -> Dict[s
         torch.manual_seed(seed)
         layers = [build_moe_layer(router, MODEL_DIM, HIDDEN_DIM, num_experts, **options) for router, options in distinct]
         x = torch.randn(TOKENS, MODEL_DIM, requires_grad=True)
-        seconds = [min(times) for times in zip(*(_round(layers, x) for _ in range(ROUNDS)))]  # others can only slow us down
+        seconds = [min(times) for times in zip(*(_round(layers, x) for _ in range(ROUNDS)))]  # other load only adds time
     reference = seconds[distinct.index(routers.pop("reference"))]
     return {label: seconds[distinct.index(router)] / reference for label, router in routers.items()}
 

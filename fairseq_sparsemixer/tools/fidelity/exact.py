@@ -1,6 +1,6 @@
-"""The exact gradient of E_{D~pi}[g(pi_D f_D)] with respect to the router's logits, every expert enumerated.
+"""The exact gradient of E_{D~pi}[g(pi_D f_D)] with respect to the router's logits, by enumerating all experts.
 
-Written from the formula, and independent of the estimators and gates: it is what they are measured against.
+Written from the formula, independent of the estimators and gates that are compared with it.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
 @dataclass(frozen=True)
 class ExactGradient:
-    """Both terms [S, E]; `autograd` [S, E] is their sum found a second way, by differentiating the enumerated expectation.
+    """Both terms [S, E]. `autograd` [S, E] is their sum computed another way, by differentiating the enumerated expectation.
 
-    choice: sum_i g(a_i) d pi_i, which expert is chosen. scale: sum_i pi_i g'(a_i) f_i d pi_i, how the chosen one is
+    choice: sum_i g(a_i) d pi_i, which expert is chosen. scale: sum_i pi_i g'(a_i) f_i d pi_i, how the chosen expert is
     scaled. a_i = pi_i f_i. probabilities: [S, E], the masked softmax.
     """
 
@@ -31,7 +31,7 @@ class ExactGradient:
 
 
 def masked_softmax(problem: Problem) -> Tensor:
-    """pi [S, E]: expert i is out when (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps (arXiv 2310.00811)."""
+    """pi [S, E]; expert i is masked if (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps (arXiv 2310.00811)."""
     logits = problem.logits
     if not problem.masked:
         return logits.softmax(-1)
@@ -42,7 +42,7 @@ def masked_softmax(problem: Problem) -> Tensor:
 
 
 def exact_gradient(problem: Problem) -> ExactGradient:
-    """Enumerate every expert of every token."""
+    """Enumerate all experts for every token."""
     probabilities = masked_softmax(problem)
     outputs = problem.outputs.transpose(0, 1)  # [E, S, M]
     steps = (probabilities.t().unsqueeze(-1) * outputs).requires_grad_()  # a_i, [E, S, M]

@@ -1,4 +1,4 @@
-"""Synthetic problems: random tokens, router and experts in float64 under a downstream loss of known shape."""
+"""Synthetic problems: random tokens, router and experts in float64, with a downstream loss of known shape."""
 
 from typing import Callable, Dict, Optional
 
@@ -16,7 +16,7 @@ def _random(generator: Generator, *shape: int) -> Tensor:
 
 
 def quadratic(tokens: int, model_dim: int, generator: Generator) -> Callable[[Tensor], Tensor]:
-    """g(y) = (y - t)^T A (y - t) / 2 with a target t for each token, A positive semi-definite."""
+    """g(y) = (y - t)^T A (y - t) / 2 with a target t per token and A positive semi-definite."""
     root = _random(generator, model_dim, model_dim) / model_dim**0.5
     target = _random(generator, tokens, model_dim)
     return lambda y: ((y - target) @ root).square().sum(-1) / 2
@@ -30,7 +30,7 @@ def cubic(tokens: int, model_dim: int, generator: Generator) -> Callable[[Tensor
 
 
 def cross_entropy(tokens: int, model_dim: int, generator: Generator) -> Callable[[Tensor], Tensor]:
-    """-log softmax(W (r + y))[label], r the residual stream that a transformer layer adds its output to."""
+    """-log softmax(W (r + y))[label], where r is the residual stream to which a transformer layer adds its output."""
     head = _random(generator, model_dim, VOCABULARY) / model_dim**0.5
     residual = _random(generator, tokens, model_dim)
     label = torch.randint(VOCABULARY, (tokens,), generator=generator)
@@ -58,9 +58,9 @@ def synthetic_problem(
     step: float = STEP,
     seed: int = 1,
 ) -> Problem:
-    """S = tokens random tokens, logits of unit variance, and experts that are random linear maps of scale `step`.
+    """S = tokens random tokens, logits of unit variance, and random linear experts of scale `step`.
 
-    Raises ValueError, listing the known losses, for an unknown one.
+    Raises ValueError, listing the known losses, for an unknown loss.
     """
     if loss not in LOSSES:
         raise ValueError(f"--loss {loss} is unknown; choose from {', '.join(LOSSES)}")

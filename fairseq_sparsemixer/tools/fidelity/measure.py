@@ -1,4 +1,4 @@
-"""Mean and variance of a method's gradients, by enumeration or over draws, and the figures read off them."""
+"""Mean and variance of a method's gradients, by enumeration or over draws, and the figures derived from them."""
 
 from dataclasses import dataclass, field
 from typing import List, Optional, Tuple
@@ -10,15 +10,15 @@ from fairseq_sparsemixer.tools.fidelity.exact import ExactGradient
 from fairseq_sparsemixer.tools.fidelity.methods import Deterministic, Method
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
-CHUNK = 1024  # draws at once
+CHUNK = 1024  # draws per batch
 EXACT = 1e-9  # relative: rounding of float64 sums, far below any quadrature's error
 
 
 @dataclass
 class Moments:
-    """mean: [S, E]. covariance: [S, E, E] of one draw, token by token (tokens are drawn independently).
+    """mean: [S, E]. covariance: [S, E, E], of one draw, per token (tokens are drawn independently).
 
-    draws: how many the mean is over; None when it was enumerated. history: (draws, mean) on the way, draws doubling.
+    draws: number of draws in the mean; None if enumerated. history: (draws, mean) at each doubling of the draws.
     """
 
     mean: Tensor
@@ -28,10 +28,10 @@ class Moments:
 
 
 def enumerated_moments(method: Method, problem: Problem) -> Moments:
-    """Exact mean and covariance over expert and node: no sampling noise.
+    """Exact mean and covariance over experts and nodes, without sampling noise.
 
-    The uniform node of `inf` is integrated by its quadrature, exact for smooth losses; on a loss with kinks (ReLU experts
-    downstream) that leaves a small error which is the integration's, not the estimator's.
+    The uniform node of `inf` is integrated by its quadrature, which is exact for smooth losses. On a loss with kinks (ReLU
+    experts downstream) a small error remains, which is the integration's and not the estimator's.
     """
     gradient, probability = method.outcomes(problem)
     mean = torch.einsum("os,ose->se", probability, gradient)
@@ -40,13 +40,13 @@ def enumerated_moments(method: Method, problem: Problem) -> Moments:
 
 
 def sampled_moments(method: Method, problem: Problem, draws: int, seed: int) -> Moments:
-    """Mean and covariance over `draws` draws of every token. The same seed gives every method the same noise."""
+    """Mean and covariance over `draws` draws per token. The same seed gives all methods the same noise."""
     total, product, done = torch.zeros_like(problem.logits), problem.logits.new_zeros(()), 0
     history: List[Tuple[int, Tensor]] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         while done < draws:
-            # up to the next power of two, so that the history's entries are powers of two
+            # stop at each power of two, where the history has its entries
             count = min(CHUNK, draws - done, _next_power(done) - done)
             gradient = method.sample(problem, count)
             total = total + gradient.sum(0)
@@ -69,10 +69,10 @@ class Fidelity:
     """The figures of one method. Norms are over all tokens and logits; biases and noise are relative to a target's norm.
 
     bias_aim, bias_full: |mean - target| / |target| against the term it aims at, and against the full gradient.
-    noise_aim, noise_full: what |mean - target| / |target| would be for an unbiased method, from sampling alone.
-    z: |mean - aim|^2 in standard deviations above what an unbiased method would show; None when enumerated.
-    cosine: of the mean with the full gradient. variance: of one draw, relative to the full gradient's squared norm.
-    projection_bias, projection_variance: the same two against the full gradient, for the router's projection [E, M].
+    noise_aim, noise_full: the expected |mean - target| / |target| of an unbiased method, from sampling noise alone.
+    z: standard deviations by which |mean - aim|^2 exceeds the expectation of an unbiased method; None if enumerated.
+    cosine: between mean and full gradient. variance: of one draw, relative to the full gradient's squared norm.
+    projection_bias, projection_variance: bias_full and variance for the gradient of the router's projection [E, M].
     """
 
     method: Method
@@ -89,7 +89,7 @@ class Fidelity:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the bias against its aim is within rounding (enumerated), or within sampling noise at 4 sigma."""
+        """Whether bias_aim is within rounding (if enumerated) or within 4 sigma of sampling noise."""
         return self.bias_aim < EXACT if self.z is None else self.z < 4
 
 
@@ -116,7 +116,7 @@ def fidelity(method: Method, moments: Moments, exact: ExactGradient, problem: Pr
 
 
 def _z(moments: Moments, draws: int, aim: Tensor) -> float:
-    """Under no bias, N |mean - aim|^2 has the mean tr C and the variance 2 tr C^2, C the covariance of one draw."""
+    """Without bias, N |mean - aim|^2 has mean tr C and variance 2 tr C^2, where C is the covariance of one draw."""
     covariance = moments.covariance
     expected = covariance.diagonal(dim1=1, dim2=2).sum().item()
     spread = (2 * covariance.square().sum().item()) ** 0.5
@@ -131,7 +131,7 @@ def _ratio(value: float, reference: float) -> float:
 def measure(
     problem: Problem, exact: ExactGradient, methods: List[Method], draws: Optional[int] = None, seed: int = 1
 ) -> Tuple[List[Fidelity], List[Moments]]:
-    """(figures, moments) of each method, over `draws` draws; enumerated for None, and where a method draws nothing."""
+    """(figures, moments) of each method over `draws` draws; enumerated if `draws` is None or the method is deterministic."""
     moments = [
         enumerated_moments(method, problem)
         if draws is None or isinstance(method, Deterministic)

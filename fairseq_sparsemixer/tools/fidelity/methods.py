@@ -1,7 +1,7 @@
-"""Ways to learn the router from the expert that ran: the package's estimators and routers, and REINFORCE to compare with.
+"""Methods that estimate the router's gradient: the package's estimators and routers, and REINFORCE for comparison.
 
-Each gives gradients of the router's logits, sampled, or one for each outcome (expert and node) with its probability.
-The gradients are the production code's: what its autograd functions send to the logits.
+Each gives gradients of the router's logits, either sampled or for each outcome (expert and node) with its probability.
+The gradients come from the production code's autograd functions.
 """
 
 from dataclasses import dataclass, replace
@@ -21,22 +21,22 @@ CHOICE, SCALE, FULL = "choice", "scale", "full"  # the terms of the exact gradie
 
 
 class Outcomes(NamedTuple):
-    """gradient [O, S, E] of each of O outcomes, and the probability [O, S] that a token meets it."""
+    """The gradient [O, S, E] of each of O outcomes, and its probability [O, S] for each token."""
 
     gradient: Tensor
     probability: Tensor
 
 
 def router_gradient(problem: Problem, count: int, losses: Callable[[Tensor], Tensor]) -> Tensor:
-    """Gradients [count, S, E] of losses [count, S], a function of as many copies of the logits [count, S, E]."""
+    """Gradients [count, S, E] of the losses [count, S] computed from `count` copies of the logits [count, S, E]."""
     logits = problem.logits.expand(count, -1, -1).clone().requires_grad_()
     return torch.autograd.grad(losses(logits).sum(), logits)[0]
 
 
 @dataclass(frozen=True)
 class Method:
-    """name: as in tables. aim: the term of the exact gradient it estimates. experts: how many it runs for a token in
-    training; None: all. argmax_rule: whether the arg-max expert is estimated to first order; None: no such choice.
+    """name: as in tables. aim: the term of the exact gradient it estimates. experts: the number run per token in training;
+    None: all. argmax_rule: whether the arg-max expert is estimated to first order; None: not applicable.
     """
 
     name: str
@@ -46,21 +46,21 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The name, starred where the arg-max rule is off."""
+        """The name, with a star if the arg-max rule is off."""
         return f"{self.name}*" if self.argmax_rule is False else self.name
 
     def sample(self, problem: Problem, draws: int) -> Tensor:
-        """Gradients [draws, S, E], from torch's default generator."""
+        """Gradients [draws, S, E], sampled with torch's default generator."""
         raise NotImplementedError
 
     def outcomes(self, problem: Problem) -> Outcomes:
-        """Every outcome, nothing drawn."""
+        """All outcomes, without sampling."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class SampledExpert(Method):
-    """One of estimators.ESTIMATORS: the expert drawn from pi, the node by the coin."""
+    """One of estimators.ESTIMATORS, which draws an expert from pi and a node."""
 
     estimator: Estimator = None  # type: ignore[assignment]  # always given; a default because fields before it have one
 
@@ -91,7 +91,7 @@ class SampledExpert(Method):
 
 @dataclass(frozen=True)
 class Reinforce(Method):
-    """g's own gradient plus (g - b) grad log pi_D (Williams, 1992): unbiased, b = 0 or, with `baseline`, g(0)."""
+    """The gradient of g plus (g - b) grad log pi_D (Williams, 1992), unbiased; b = 0, or g(0) with `baseline`."""
 
     baseline: bool = False
 
@@ -112,7 +112,7 @@ class Reinforce(Method):
         def losses(logits: Tensor) -> Tensor:
             chosen = _chosen(problem, logits, expert)
             value = problem.loss_of(expert, chosen)
-            tiny = torch.finfo(chosen.dtype).tiny  # of a masked expert, whose outcome has no weight
+            tiny = torch.finfo(chosen.dtype).tiny  # log(0) of a masked expert, whose probability is 0
             return value + (value.detach() - baseline) * chosen.clamp(min=tiny).log()
 
         return router_gradient(problem, len(expert), losses)
@@ -120,7 +120,7 @@ class Reinforce(Method):
 
 @dataclass(frozen=True)
 class Deterministic(Method):
-    """A router that draws nothing, by its routing function of logits [S, E]."""
+    """A router that does not sample, given by its routing function of logits [S, E]."""
 
     routing: Callable[[Tensor], Routing] = None  # type: ignore[assignment]  # as in SampledExpert
 
@@ -165,7 +165,7 @@ METHODS: List[Method] = [
 
 
 def select_methods(names: Optional[Sequence[str]] = None) -> List[Method]:
-    """The methods of those names, all of them for None. Raises ValueError, listing the known names, for an unknown one."""
+    """The methods with these names; None: all. Raises ValueError, listing the known names, for an unknown one."""
     known: Dict[str, None] = dict.fromkeys(method.name for method in METHODS)
     for name in names or ():
         if name not in known:

@@ -1,4 +1,4 @@
-"""A fidelity study as a picture."""
+"""Plots of a fidelity study."""
 
 from pathlib import Path
 from typing import Any, Dict, List
@@ -19,17 +19,17 @@ COLOURS = {
     "reinforce-baseline": PALETTE["purple"],
     "dense_st": PALETTE["sky"],
 }
-OTHER = "#666666"  # an estimator that has no colour here yet
+OTHER = "#666666"  # for estimators not listed above
 MARKERS = {"switch": "s", "euler": "^", "midpoint": "o", "heun3": "D", "inf": "v", "reinforce": "P", "reinforce-baseline": "X"}
-BELOW = {"fontsize": 7.5, "frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # legends under their panel
-FLOOR = 1e-16  # errors below are drawn here: rounding of float64
+BELOW = {"fontsize": 7.5, "frameon": False, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # a legend under its panel
+FLOOR = 1e-16  # smaller errors, which are float64 rounding, are drawn here
 
 
 @styled
 def plot_study(study: FidelityStudy, path: str) -> None:
-    """Write a PNG: bias against the number of draws (or of each method), variance against bias, and the orders.
+    """Write a PNG: bias against the number of draws (or per method, if enumerated), variance, and orders of convergence.
 
-    Raises ConfigurationError where it cannot be written.
+    Raises ConfigurationError if it cannot be written.
     """
     panels = [_plot_bias if study.draws is None else _plot_history, _plot_variance] + ([_plot_orders] if study.orders else [])
     figure = new_figure(4.8 * len(panels), 4.6)
@@ -61,7 +61,7 @@ def _plot_history(study: FidelityStudy, axis: Any) -> None:
         bias = [((mean - full).norm() / full.norm()).item() for _, mean in moments.history]
         if bias:
             axis.loglog([draws for draws, _ in moments.history], bias, **_style(found.method))
-        else:  # nothing is drawn
+        else:  # a deterministic method
             axis.axhline(found.bias_full, **{**_style(found.method), "marker": ""})
     axis.set_xlabel("draws")
     axis.set_ylabel("|mean - exact gradient| / |exact gradient|")

@@ -1,4 +1,4 @@
-"""A fidelity study on the screen."""
+"""Prints a fidelity study."""
 
 from typing import Tuple
 
@@ -14,7 +14,7 @@ HEADER = ("estimator", "aims at", "its bias", "to full", "cosine", "variance", "
 
 
 def print_study(study: FidelityStudy, console: Console) -> None:
-    """The table, the orders, and the conclusions."""
+    """Print the table, the orders and the conclusions."""
     how = "exact expectations" if study.draws is None else f"{study.draws:,} draws, seed {study.seed}"
     table = Table(*HEADER, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[2:]:
@@ -24,22 +24,22 @@ def print_study(study: FidelityStudy, console: Console) -> None:
     console.print(f"{study.problem.description}; {how}", highlight=False)
     console.print(table)
     console.print(
-        "* every expert by its quadrature, the arg-max one too. its bias: |mean - aim| / |aim|"
-        + ("" if study.draws is None else ", ± what sampling alone would show")
-        + ". to full: |mean - full| / |full|. cosine: of the mean with full. variance: of one draw / |full|²."
-        " time: a layer's step / the switch router's.",
+        "* without the arg-max rule: its quadrature is used for the arg-max expert too. its bias: |mean - aim| / |aim|"
+        + ("" if study.draws is None else ", ± the sampling noise of an unbiased method")
+        + ". to full: |mean - full| / |full|. cosine: between mean and full. variance: of one draw / |full|²."
+        " experts: run per token in training. time: of a layer's step, relative to the switch router.",
         highlight=False,
     )
     if study.orders:
         orders = ", ".join(f"{o.method.label} {'exact' if o.order is None else format(o.order, '.2f')}" for o in study.orders)
-        console.print(f"\nOrder of the error in the choice term as the step shrinks: {orders}.", highlight=False)
+        console.print(f"\nOrder of convergence of the choice term as the step shrinks: {orders}.", highlight=False)
     console.print()
     for sentence in conclusions(study):
         console.print(f"- {sentence}", highlight=False)
 
 
 def row(study: FidelityStudy, found: Fidelity) -> Tuple[str, ...]:
-    """The cells of HEADER."""
+    """The cells under HEADER."""
     time = study.times.get(found.method.label)
     return (
         found.method.label,
@@ -54,10 +54,10 @@ def row(study: FidelityStudy, found: Fidelity) -> Tuple[str, ...]:
 
 
 def with_noise(bias: float, noise: float) -> str:
-    """A bias and the noise it stands in, if any."""
+    """A bias and its sampling noise, if any."""
     return f"{brief(bias)} ±{noise:.4f}" if noise else brief(bias)
 
 
 def brief(bias: float) -> str:
-    """Four decimals, or the magnitude of what is smaller."""
+    """Four decimals; below 1e-4, one digit in scientific notation."""
     return f"{bias:.4f}" if bias >= 1e-4 else f"{bias:.0e}"

@@ -1,4 +1,4 @@
-"""The problem that the flags of `fairseq-sparsemixer fidelity` describe, and what must hold among them."""
+"""Checks the flags of `fairseq-sparsemixer fidelity`, and builds the problem that they describe."""
 
 import argparse
 
@@ -11,22 +11,22 @@ from fairseq_sparsemixer.tools.fidelity.measure import CHUNK
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
 SYNTHETIC_TOKENS, TRAINED_TOKENS = 16, 64
-SIZE = Rule(lambda x: x >= 1, "be at least 1", whole=True)  # check_size bounds them together
-NUMBERS = {  # of the flags, what they may be
+SIZE = Rule(lambda x: x >= 1, "be at least 1", whole=True)  # check_size limits their product
+NUMBERS = {  # flag -> allowed values
     "tokens": SIZE,
     "num_experts": Rule(lambda x: x >= 2, "be at least 2", whole=True),
     "model_dim": SIZE,
     "draws": Rule(lambda x: 2 <= x < TOO_LARGE, "be at least 2", whole=True),
-    "step": Rule(lambda x: 1e-6 <= x <= 1e6, "lie between 1e-06 and 1e+06, where float64 tells losses apart"),
+    "step": Rule(lambda x: 1e-6 <= x <= 1e6, "be between 1e-06 and 1e+06, for float64 to distinguish losses"),
     "seed": Rule(lambda x: -(2**63) <= x < 2**63, "fit in 64 bits", whole=True),
 }
-OUTCOMES = 1 + max(len(estimator.quadrature) for estimator in ESTIMATORS.values())  # of an expert, enumerated
-LARGEST = 2**29  # numbers of 8 bytes
-SYNTHETIC = {"loss": "cross-entropy", "num_experts": 8, "model_dim": 16, "step": STEP}  # flags that a checkpoint answers itself
+OUTCOMES = 1 + max(len(estimator.quadrature) for estimator in ESTIMATORS.values())  # per expert, if enumerated
+LARGEST = 2**29  # numbers, of 8 bytes each
+SYNTHETIC = {"loss": "cross-entropy", "num_experts": 8, "model_dim": 16, "step": STEP}  # flags replaced by a checkpoint
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ConfigurationError for values out of range, and for flags that do not go together."""
+    """Raise ConfigurationError for values out of range, and for incompatible flags."""
     for name, rule in NUMBERS.items():
         value = getattr(options, name)
         sentence = "" if value is None else broken_rule(f"--{name.replace('_', '-')}", value, rule)
@@ -35,7 +35,7 @@ def check(options: argparse.Namespace) -> None:
     if options.jitter_eps is not None and not options.jitter_eps > 0:
         raise ConfigurationError(f"--jitter-eps {options.jitter_eps:g} would mask all experts but one; give inf to mask none")
     if options.expectation and options.draws is not None:
-        raise ConfigurationError(f"--expectation draws nothing; leave out --draws {options.draws}, or --expectation")
+        raise ConfigurationError(f"--expectation makes no draws; leave out --draws {options.draws}, or --expectation")
     if options.checkpoint:
         given = [name for name in SYNTHETIC if getattr(options, name) is not None]
         if given:
@@ -50,22 +50,22 @@ def check(options: argparse.Namespace) -> None:
 
 
 def check_size(tokens: int, num_experts: int, model_dim: int) -> None:
-    """Raise ConfigurationError for a problem whose tensors no machine holds: [S, E, M], one S by E for each outcome or draw."""
+    """Raise ConfigurationError if tensors would be too large: [S, E, M], and [S, E] for each outcome or draw."""
     numbers = tokens * num_experts * max(model_dim, CHUNK, num_experts * OUTCOMES)
     if numbers > LARGEST:
         raise ConfigurationError(
-            f"--tokens {tokens} with --num-experts {num_experts} and --model-dim {model_dim} takes {numbers:,} numbers at once;"
-            f" choose smaller ones, for {LARGEST:,} at most"
+            f"--tokens {tokens} with --num-experts {num_experts} and --model-dim {model_dim} needs {numbers:,} numbers at once;"
+            f" choose smaller values, for at most {LARGEST:,}"
         )
 
 
 def check_gradient(problem: Problem, options: argparse.Namespace) -> None:
-    """Raise ConfigurationError where the exact gradient, by whose square figures are divided, is nothing to compare with."""
+    """Raise ConfigurationError if the exact gradient, whose squared norm divides figures, is too small or too large."""
     length = exact_gradient(problem).full.norm().item()
     if not 1e-140 < length < 1e140:
         remedy = "--layer, --text or --jitter-eps" if options.checkpoint else "--step or --jitter-eps"
         raise ConfigurationError(
-            f"the router's exact gradient has a length of {length:g}, and nothing compares; give another {remedy}"
+            f"the router's exact gradient has norm {length:g}, too small or too large to compare with; change {remedy}"
         )
 
 

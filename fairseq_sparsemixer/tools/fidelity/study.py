@@ -1,4 +1,4 @@
-"""One fidelity study of a problem: every figure, and all of them as a plain dictionary."""
+"""A fidelity study of one problem, and its figures as a dictionary."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional
@@ -16,9 +16,9 @@ from fairseq_sparsemixer.tools.fidelity.problem import Problem
 
 @dataclass(frozen=True)
 class FidelityStudy:
-    """What `study` found. figures and moments: one a method. orders: empty where the order was not asked for.
+    """The result of `study`. figures, moments: one per method. orders: empty if not requested.
 
-    unmasked: the exact gradient without the mask; None where nothing is masked. times: relative to the switch router's.
+    unmasked: the exact gradient without the mask; None if there is no mask. times: relative to the switch router.
     """
 
     problem: Problem
@@ -32,10 +32,10 @@ class FidelityStudy:
     seed: int
 
     def masking(self) -> Optional[Dict[str, float]]:
-        """What the mask does to the objective; None where nothing is masked.
+        """The effect of the mask on the objective; None if there is no mask.
 
-        experts: left in, a token. lost_probability: what they had, a token. gradient_change: |masked - unmasked| / |unmasked|,
-        of the exact full gradients.
+        experts: mean number left per token. lost_probability: mean probability of a token's masked experts.
+        gradient_change: |masked - unmasked| / |unmasked| of the exact full gradients.
         """
         if self.unmasked is None:
             return None
@@ -48,7 +48,7 @@ class FidelityStudy:
         }
 
     def as_dict(self) -> Dict[str, Any]:
-        """For JSON. All but `time` depends on the seed alone."""
+        """The study for JSON. All figures except `time` depend only on the seed."""
         full = self.exact.full.norm().item()
         return {
             "fairseq_sparsemixer": fairseq_sparsemixer.__version__,
@@ -88,14 +88,14 @@ class FidelityStudy:
         }
 
     def experts(self, method: Method) -> int:
-        """Experts run for a token in training."""
+        """Experts run per token in training."""
         return self.problem.logits.size(1) if method.experts is None else method.experts
 
 
 def study(
     problem: Problem, methods: List[Method], draws: Optional[int] = None, seed: int = 1, orders: bool = True
 ) -> FidelityStudy:
-    """Measure the methods on the problem: over `draws` draws, or in exact expectation for None."""
+    """Measure the methods on the problem over `draws` draws; None: in exact expectation."""
     exact = exact_gradient(problem)
     figures, moments = measure(problem, exact, methods, draws, seed)
     return FidelityStudy(

@@ -1,9 +1,9 @@
-"""A problem out of a trained model: one MoE layer of a checkpoint, on the tokens of given text.
+"""A problem from a trained model: one MoE layer of a checkpoint, on the tokens of a given text.
 
-For a token s of the layer, g_s(y) is the training criterion's loss of the whole sentence when the layer gives y for that
-token, and all else is held at what the model does at inference: the layer's output for the other tokens, and the choice
-and the multipliers of every other MoE layer, for every token. g_s thus goes through attention, normalisation, experts
-and output layer as training does, and is as smooth as they are. T positions in a sentence, R evaluations at once.
+For a token s, g_s(y) is the training criterion's loss of the whole sentence when the layer's output for s is y.
+Everything else is fixed at its inference value: the layer's output for the other tokens, and the choices and multipliers
+of every other MoE layer for all tokens. So g_s runs through attention, normalisation, experts and output layer as in
+training, and is as smooth as they are. T positions per sentence, R evaluations at once.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -22,16 +22,16 @@ from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
 from fairseq_sparsemixer.tools.fidelity.problem import Problem
 from fairseq_sparsemixer.tools.sentences import load_model, make_sample, read_pairs, translates
 
-POSITIONS = 8192  # R T at once: bounds the memory of one pass through the model
+POSITIONS = 8192  # limit of R T, to bound the memory of one pass through the model
 
 
 @dataclass(frozen=True)
 class FrozenContext:
-    """One sentence as the model sees it at inference.
+    """The values of one sentence in the model at inference.
 
-    sample: a fairseq batch of this sentence alone. inputs, rest: [T, M], what goes into the layer, and what comes out
-    beside the routed experts (shared experts; else zero). outputs: [T, E, M] of every expert. outcome: [T, M], what the
-    layer gives. routings: of every other MoE layer's gate.
+    sample: a fairseq batch of this sentence only. inputs: [T, M], of the layer. outputs: [T, E, M], of every expert.
+    outcome: [T, M], the layer's output. rest: [T, M], the part of it that does not come from routed experts (shared
+    experts; else zero). routings: of all other MoE layers, with their gates.
     """
 
     sample: Dict[str, Any]
@@ -51,12 +51,11 @@ def trained_problem(
     max_tokens: int = 64,
     jitter_eps: Optional[float] = None,
 ) -> Problem:
-    """The first max_tokens tokens that the layer sees on the text.
+    """The problem of the layer's first max_tokens tokens of the text.
 
-    Args: checkpoint of a translation model with experts; text and target: files of sentences, split into subwords as the
-    model's training data was; layer as `named_moe_layers` names it, the first one for None; data_bin where the dictionaries
-    are, the folder the checkpoint was trained on for None; jitter_eps: the router's own for None.
-    Raises ConfigurationError for files that cannot be used.
+    checkpoint: of a translation model with experts. text, target: files of sentences, in the subwords of the model's
+    training data. layer: a name from `named_moe_layers`; None: the first. data_bin: the folder of the dictionaries; None:
+    the one the model was trained on. jitter_eps: None: the router's own. Raises ConfigurationError for unusable files.
     """
     sentences = read_pairs(text, target)
     model, criterion, task = load_model(checkpoint, data_bin)
@@ -73,7 +72,7 @@ def trained_problem(
     inputs = torch.cat([context.inputs for context in contexts])[:max_tokens]
     gate: Any = moe.gate
     if jitter_eps is None and hasattr(gate, "estimator"):
-        jitter_eps = gate.jitter_eps  # the routers that sample mask by it; others add noise
+        jitter_eps = gate.jitter_eps  # sampling routers mask by it; others add noise
     return Problem(
         tokens=inputs,
         logits=moe.gate.logits(inputs).detach(),
@@ -86,7 +85,7 @@ def trained_problem(
 
 
 def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple[str, MoELayer]:
-    """(name, MoE layer). Raises ConfigurationError when there is none of that name, or it gives a token several experts."""
+    """(name, MoE layer). Raises ConfigurationError if there is no such layer, or it gives each token several experts."""
     layers = dict(named_moe_layers(model))
     if not layers:
         raise ConfigurationError(f"--checkpoint {checkpoint} has no MoE layer; give one trained with a --router other than dense")
@@ -95,14 +94,14 @@ def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple
         raise ConfigurationError(f"--layer {layer} is not an MoE layer of {checkpoint}; choose from {', '.join(layers)}")
     if layers[name].gate.top_k != 1:
         raise ConfigurationError(
-            f"{name} of {checkpoint} gives each token {layers[name].gate.top_k} experts, and only one can be enumerated here;"
+            f"{name} of {checkpoint} gives each token {layers[name].gate.top_k} experts, but fidelity needs k = 1;"
             " give a checkpoint trained with --moe-top-k 1"
         )
     return name, layers[name]
 
 
 def record_context(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample: Dict[str, Any]) -> FrozenContext:
-    """Run the model once at inference, and note what the layer and every gate do."""
+    """Run the model once in inference, and record the layer's values and the other gates' routings."""
     seen: Dict[str, Tensor] = {}
     hook = moe.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs[0], outcome=output))
     with double_softmax(), torch.no_grad():
@@ -111,7 +110,7 @@ def record_context(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample
     assert moe.routing is not None
     inputs, outcome = (seen[name].flatten(0, -2) for name in ("inputs", "outcome"))  # [T, M]: a batch of one
     outputs = every_expert(moe, inputs)
-    chosen = outputs[torch.arange(len(inputs)), moe.routing.expert_index.squeeze(1)]  # one expert a token
+    chosen = outputs[torch.arange(len(inputs)), moe.routing.expert_index.squeeze(1)]  # one expert per token
     routed = moe.routing.combine_weight * chosen
     others = [(layer.gate, layer.routing) for _, layer in named_moe_layers(model) if layer is not moe and layer.routing]
     return FrozenContext(sample, inputs, outputs, outcome, outcome - routed, others)
@@ -119,7 +118,7 @@ def record_context(model: nn.Module, moe: MoELayer, criterion: nn.Module, sample
 
 @torch.no_grad()
 def every_expert(moe: MoELayer, inputs: Tensor) -> Tensor:
-    """What each expert makes of each token of inputs [T, M], scaled as the layer scales its output: [T, E, M]."""
+    """Outputs [T, E, M] of every expert for inputs [T, M], with the layer's output scale."""
     count, E = len(inputs), moe.gate.num_experts
     outputs = moe.experts(inputs.repeat(E, 1), [count] * E).view(E, count, -1)
     if moe.routing is not None and moe.routing.output_scale is not None:
@@ -128,7 +127,7 @@ def every_expert(moe: MoELayer, inputs: Tensor) -> Tensor:
 
 
 class DownstreamLoss:
-    """g_s for every token: y [..., S, M] -> [..., S]. Gradients are found on the way, so that memory stays bounded."""
+    """g_s for every token: y [..., S, M] -> [..., S]. Gradients are computed in the forward pass, to bound memory."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, moe: MoELayer, contexts: List[FrozenContext], tokens: int):
         self.model, self.criterion, self.moe, self.contexts, self.tokens = model, criterion, moe, contexts, tokens
@@ -150,7 +149,7 @@ class DownstreamLoss:
         return torch.cat(losses, 1), torch.cat(gradients, 1)
 
     def _run(self, context: FrozenContext, y: Tensor, position: Tensor) -> Tuple[Tensor, Tensor]:
-        """y [R, M] put at position [R] of the sentence, one each -> losses [R], gradients [R, M]."""
+        """R copies of the sentence, each with its y [R, M] at its position [R] -> losses [R], gradients [R, M]."""
         y = y.detach().requires_grad_()
         with torch.enable_grad(), frozen(context, self.moe, y, position), double_softmax():
             loss, _, _ = self.criterion(self.model, repeat_sample(context.sample, len(y)), reduce=False)
@@ -172,14 +171,14 @@ class _Eager(torch.autograd.Function):
 
 
 def repeat_sample(sample: Dict[str, Any], count: int) -> Dict[str, Any]:
-    """The batch of one sentence, `count` times."""
+    """A batch of `count` copies of one sentence."""
     net_input = {name: value.expand(count, *value.shape[1:]) for name, value in sample["net_input"].items()}
     return {"net_input": net_input, "target": sample["target"].repeat(count, 1), "ntokens": sample["ntokens"] * count}
 
 
 @contextmanager
 def frozen(context: FrozenContext, moe: MoELayer, y: Tensor, position: Tensor) -> Iterator[None]:
-    """Inside, the layer gives the recorded outcome but for y [R, M] at position [R], and other gates the recorded routings."""
+    """In this context, the layer returns its recorded outcome with y [R, M] at position [R]; other gates their routings."""
     count = len(y)
 
     def layer(x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:  # x [T, R, M]
@@ -196,7 +195,7 @@ def frozen(context: FrozenContext, moe: MoELayer, y: Tensor, position: Tensor) -
 
 
 def repeat_routing(routing: Routing, count: int) -> Routing:
-    """The routing of the positions [T] of one sentence, for `count` copies of it side by side, [T count]."""
+    """The routing of one sentence's positions [T], repeated for `count` copies of the sentence: [T count]."""
 
     def repeat(value: Any) -> Any:
         return None if value is None else value.repeat_interleave(count, 0)
@@ -214,7 +213,7 @@ def repeat_routing(routing: Routing, count: int) -> Routing:
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, owner.name is value."""
+    """In this context, owner.name is value."""
     own = name in vars(owner)
     before = getattr(owner, name)
     setattr(owner, name, value)
@@ -226,7 +225,7 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def double_softmax() -> Iterator[None]:
-    """Inside, fairseq's softmaxes, which compute in float32 always, keep float64."""
+    """In this context, fairseq's softmaxes keep float64 inputs in float64 instead of computing in float32."""
     softmax = lambda x, dim, onnx_trace=False: F.softmax(x, dim=dim)  # noqa: E731
     log_softmax = lambda x, dim, onnx_trace=False: F.log_softmax(x, dim=dim)  # noqa: E731
     with swapped(utils, "softmax", softmax), swapped(utils, "log_softmax", log_softmax):

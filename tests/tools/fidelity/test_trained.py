@@ -107,7 +107,7 @@ def test_a_model_without_experts_is_refused(build_translation_model):
 
 
 def test_a_layer_of_several_experts_a_token_is_refused(build_translation_model):
-    with pytest.raises(ConfigurationError, match="gives each token 2 experts"):
+    with pytest.raises(ConfigurationError, match="gives each token 2 experts, but fidelity needs k = 1"):
         trained.find_layer(build_translation_model(router="sparsemixer_v2", moe_top_k=2), None, "m.pt")
 
 
