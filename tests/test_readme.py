@@ -32,7 +32,7 @@ def commands(program):
     return found
 
 
-@pytest.mark.parametrize("target", [words[1] for words in commands("make")])
+@pytest.mark.parametrize("target", sorted({words[1] for words in commands("make")} | set(re.findall(r"`make (\w+)", README))))
 def test_make_targets_exist_and_install_first(target):
     outside = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
