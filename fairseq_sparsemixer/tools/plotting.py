@@ -3,10 +3,13 @@
 import io
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.runs import Run
+
+if TYPE_CHECKING:  # it loads torch and fairseq
+    from fairseq_sparsemixer.tools.language_load import LanguageLoad
 
 # fairseq, once imported, logs everything down to debugging, and matplotlib has things to say while it is imported
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -110,10 +113,38 @@ def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> 
     image = axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 / experts)
     axes.grid(False)
     axes.set(title=f"{as_text(title)}: share of tokens", xlabel="expert", xticks=range(experts))
-    axes.set_yticks(range(len(layers)), [as_text(layer.replace(".layers.", " ")) for layer in layers])
+    axes.set_yticks(range(len(layers)), list(map(_layer_label, layers)))
     if experts <= 16:
         for row, values in enumerate(shares):
             for column, value in enumerate(values):
                 colour = "white" if abs(value * experts - 1) > DARK else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.figure.colorbar(image, ax=axes)
+
+
+def plot_language_load(loads: Dict[str, "LanguageLoad"], path: Path) -> None:
+    """draw_language_load into a file."""
+    save(draw_language_load(loads), path)
+
+
+@styled
+def draw_language_load(loads: Dict[str, "LanguageLoad"]) -> Figure:
+    """A row of heatmaps for each run, one heatmap for each layer: languages x experts, the share of a language's tokens."""
+    columns, languages = max(len(load.layers) for load in loads.values()), max(len(load.languages) for load in loads.values())
+    figure = new_figure(0.8 + 2.2 * columns, len(loads) * (1 + 0.16 * languages))
+    panels = figure.subplots(len(loads), columns, squeeze=False)
+    for (name, load), row in zip(loads.items(), panels):
+        for axes in row[len(load.layers) :]:
+            axes.set_axis_off()
+        for axes, layer, shares, information in zip(row, load.layers, load.shares(), load.information()):
+            image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            axes.grid(False)
+            axes.set_title(f"{as_text(name)}, {_layer_label(layer)}\n{information:.2f} bits", fontsize=8)
+            axes.set(xlabel="expert", xticks=range(len(shares[0])))
+            axes.set_yticks(range(len(load.languages)), [as_text(language) for language in load.languages], fontsize=7)
+        figure.colorbar(image, ax=row, label="share of tokens")
+    return figure
+
+
+def _layer_label(layer: str) -> str:
+    return as_text(layer.replace(".layers.", " "))
