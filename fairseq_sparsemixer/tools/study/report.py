@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, List, Optional
 
+from fairseq_sparsemixer.tools.study.headroom import DISTINCT
 from fairseq_sparsemixer.tools.tables import NOTHING, cell, markdown_table
 
 COLUMNS = (
@@ -23,6 +24,17 @@ NOTE = """Mean ± standard deviation over seeds.
 the baseline's own updates and training time (below 1: faster; –: not within this budget). `seconds`: updates times the median
 time of one, without validation. `spikes`: training losses 1.2 times the one logged before. `load max/mean`: tokens of the busiest
 expert of any layer over the mean, late in training."""
+
+HEADROOM = "### Headroom"
+HEADROOM_COLUMNS = ("model", "figure", "seeds", "better than dense by", "seeds' deviation", "gap / deviation")
+HEADROOM_NOTE = """How much better than {dense} each model is, in the figure's own unit; mean over the common seeds.
+`seeds' deviation`: standard deviation over seeds, pooled over the two models."""
+ONE_SEED = "One seed gives no standard deviation."
+TOO_SMALL = (
+    f"**Warning:** this task cannot tell routers apart where the gap to {{dense}} is below {DISTINCT} standard deviations of the"
+    " seeds, or negative: {models}."
+)
+NO_HEADROOM = "Unknown: it takes a finished run of a dense variant and, with the same seed, one of {baseline} with experts."
 
 
 def rows(results: Dict[str, Any]) -> List[List[str]]:
@@ -46,9 +58,36 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
 
 
 def markdown(results: Dict[str, Any]) -> str:
-    """The table with its title and what the columns mean."""
-    lines = [f"## {results['title']}", "", markdown_table(COLUMNS, rows(results)), ""]
-    return "\n".join([*lines, NOTE.format(baseline=results["baseline"]), "", *results["machines"], ""])
+    """The tables with their title and what the columns mean. Results of an earlier version have fewer of them."""
+    parts = [f"## {results['title']}", markdown_table(COLUMNS, rows(results)), NOTE.format(baseline=results["baseline"])]
+    parts += _headroom(results) if "headroom" in results else []
+    return "\n\n".join([*parts, "\n".join(results["machines"])]) + "\n"
+
+
+def _headroom(results: Dict[str, Any]) -> List[str]:
+    """The gaps to the dense model, what they are, and a warning where they are too small."""
+    gaps = results["headroom"]
+    if not gaps:
+        return [HEADROOM, NO_HEADROOM.format(baseline=results["baseline"])]
+    cells = [
+        [
+            gap["model"],
+            gap["figure"],
+            str(len(gap["seeds"])),
+            _number(gap["gap"], 3),
+            _number(gap["deviation"], 3),
+            _number(gap["gap"] / gap["deviation"] if gap["gap"] is not None and gap["deviation"] else None, 1),
+        ]
+        for gap in gaps
+    ]
+    parts = [HEADROOM, markdown_table(HEADROOM_COLUMNS, cells), HEADROOM_NOTE.format(dense=gaps[0]["dense"])]
+    parts += [ONE_SEED] if any(len(gap["seeds"]) == 1 for gap in gaps) else []
+    small: Dict[str, List[str]] = {}
+    for gap in gaps:
+        if not gap["distinct"]:
+            small.setdefault(gap["model"], []).append(gap["figure"])
+    models = ", ".join(f"{model} ({', '.join(figures)})" for model, figures in small.items())
+    return parts + ([TOO_SMALL.format(dense=gaps[0]["dense"], models=models)] if small else [])
 
 
 def _number(value: Optional[float], digits: int) -> str:

@@ -14,6 +14,8 @@ from fairseq_sparsemixer.tools.runs import read_run
 from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT
 from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes
+from fairseq_sparsemixer.tools.study.groups import Members, baseline_of, by_group, deviation
+from fairseq_sparsemixer.tools.study.headroom import headroom
 from fairseq_sparsemixer.tools.study.scores import read_hypotheses, read_references
 from fairseq_sparsemixer.tools.study.spec import Run, Study
 
@@ -21,26 +23,37 @@ RESAMPLES = 1000  # of the paired bootstrap, sacreBLEU's own default
 
 
 def gather(study: Study, out: Path) -> Dict[str, Any]:
-    """The results of all finished runs: {"runs": [...], "groups": [...]}, ready for JSON.
-
-    A group is a router with its number of experts; its figures are means and standard deviations over seeds (None for
-    fewer than two). `to_baseline` is when its mean curve first reaches the final loss of the baseline with as many
-    experts, as a share of the baseline's updates and of its training time (None: never).
-    """
+    """The results of all finished runs, ready for JSON: what `analysed` says, and p-values of BLEU."""
     finished = [run for run in study.runs() if is_finished(run_folder(out, run))]
     runs = [_run_figures(study, run, run_folder(out, run)) for run in finished]
-    by_group: Dict[str, List[Dict[str, Any]]] = {}
-    for run in runs:
-        by_group.setdefault(run["group"], []).append(run)
-    groups = [_group_figures(name, members) for name, members in by_group.items()]
-    for group in groups:
-        baseline = _baseline(study, groups, group)
-        if baseline is not None:
-            group["to_baseline"] = _race(by_group[group["group"]], by_group[baseline["group"]])
-            if study.test is not None and study.test.metric == "bleu" and baseline is not group:
-                group["bleu_p_value"] = _bootstrap(study, out, by_group[group["group"]], by_group[baseline["group"]])
     machines = sorted({run["machine"] for run in runs})
-    return {"title": study.title, "machines": machines, "baseline": study.baseline, "runs": runs, "groups": groups}
+    results = analysed({"title": study.title, "machines": machines, "baseline": study.baseline, "wide": study.wide, "runs": runs})
+    if study.test is not None and study.test.metric == "bleu":
+        members = by_group(runs)
+        for group in results["groups"]:
+            baseline = baseline_of(members, group["group"], study.baseline)
+            if baseline not in (None, group["group"]):
+                group["bleu_p_value"] = _bootstrap(study, out, members[group["group"]], members[baseline])
+    return results
+
+
+def analysed(results: Dict[str, Any]) -> Dict[str, Any]:
+    """The results with all that follows from their `runs`, `baseline` and `wide`; those of an earlier version may lack some.
+
+    `groups`: each router with its number of experts. Its figures are means and standard deviations over seeds (None for fewer
+    than two). `to_baseline` is when its mean curve first reaches the final loss of the baseline with as many experts, as a share
+    of the baseline's updates and of its training time (None: never). `headroom`: see headroom.py.
+    """
+    members = by_group(results["runs"])
+    old = {group["group"]: group for group in results.get("groups", [])}  # with what only the runs' folders tell
+    groups = []
+    for name, own in members.items():
+        groups.append({**old.get(name, {}), **_group_figures(name, own)})
+        baseline = baseline_of(members, name, results["baseline"])
+        if baseline is not None:
+            groups[-1]["to_baseline"] = _race(own, members[baseline])
+    gaps = headroom(results["runs"], results["baseline"], results.get("wide"))
+    return {**results, "groups": groups, "headroom": gaps}
 
 
 def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
@@ -67,7 +80,7 @@ def _busiest(counts: List[List[int]]) -> float:
     return max(max(layer) * len(layer) / max(sum(layer), 1) for layer in counts)
 
 
-def _group_figures(name: str, members: List[Dict[str, Any]]) -> Dict[str, Any]:
+def _group_figures(name: str, members: Members) -> Dict[str, Any]:
     group = {"group": name, "router": members[0]["router"], "num_experts": members[0]["num_experts"], "seeds": len(members)}
     for figure in ("valid_loss", "best_valid_loss", "train_seconds", "spikes", "load_max"):
         group[figure] = _mean_and_deviation([member[figure] for member in members])
@@ -80,21 +93,10 @@ def _mean_and_deviation(values: List[Optional[float]]) -> Optional[Dict[str, Opt
     known = [value for value in values if value is not None]
     if not known:
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "deviation": deviation}
+    return {"mean": statistics.fmean(known), "deviation": deviation(known)}
 
 
-def _baseline(study: Study, groups: List[Dict[str, Any]], group: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """The baseline's group with as many experts. A dense model is set against the baseline with the fewest, and where the
-    baseline is dense, all are set against that one.
-    """
-    candidates = [other for other in groups if other["router"] == study.baseline]
-    same = [other for other in candidates if other["num_experts"] in (group["num_experts"], None)]
-    fewest = sorted(candidates, key=lambda other: other["num_experts"] or 0) if group["num_experts"] is None else []
-    return next(iter(same or fewest), None)
-
-
-def _race(members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Dict[str, Optional[float]]:
+def _race(members: Members, baseline: Members) -> Dict[str, Optional[float]]:
     """Updates and training time until the mean curve is at the baseline's final mean loss, over the baseline's own."""
     own, other = Curve.mean([member["curve"] for member in members]), Curve.mean([member["curve"] for member in baseline])
     reached = own.first_below(other.losses[-1])
@@ -104,7 +106,7 @@ def _race(members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Dict
     return {"updates": reached.updates / other.updates[-1], "seconds": seconds}
 
 
-def _bootstrap(study: Study, out: Path, members: List[Dict[str, Any]], baseline: List[Dict[str, Any]]) -> Optional[float]:
+def _bootstrap(study: Study, out: Path, members: Members, baseline: Members) -> Optional[float]:
     """sacreBLEU's paired bootstrap on the test sets of all common seeds laid end to end: the p-value of the difference."""
     seeds = sorted({member["seed"] for member in members} & {member["seed"] for member in baseline})
     if not seeds:

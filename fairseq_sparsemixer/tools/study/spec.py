@@ -10,6 +10,7 @@ variants:                       # by the name they have in the report, each with
 num-experts: [4, 8]             # for every router but dense
 seeds: [1, 2, 3]
 baseline: switch                # the variant whose final loss the others are timed to
+wide: wide-dense                # optional: the dense variant as wide as all experts together, see headroom.py
 test:                           # optional: how the best checkpoint of each run is scored
   metric: bleu                  # bleu (fairseq-generate, sacreBLEU) or perplexity (fairseq-eval-lm)
   reference: test.de            # bleu: plain text, a sentence a line
@@ -31,6 +32,7 @@ from fairseq_sparsemixer.tools.study.spec_file import ROUTERS, read_spec_file, r
 
 PROGRAMS = {"bleu": "fairseq-generate", "perplexity": "fairseq-eval-lm"}  # by metric, what scores a checkpoint
 METRICS = tuple(PROGRAMS)
+OPTIONAL = ("wide", "test")  # keys
 LARGEST = 2**32 - 1  # numpy's largest seed
 LONGEST_NAME = 100  # characters of a router's name, which names folders
 FLAG = re.compile(r"[A-Za-z0-9][\w-]*")
@@ -80,6 +82,7 @@ class Study:
     num_experts: List[int]
     seeds: List[int]
     baseline: str
+    wide: Optional[str] = None
     test: Optional[Test] = None
 
     def runs(self) -> List[Run]:
@@ -99,7 +102,7 @@ def read_study(path: Path) -> Study:
     variants = variants_key(content)
     known = {name.replace("_", "-") for name in (entry.name for entry in fields(Study))} - {ROUTERS} | {variants}
     require(path, not set(content) - known, f"has an unknown key {_first(set(content) - known)}; known are {_list(known)}")
-    missing = known - set(content) - {"test"}
+    missing = known - set(content) - set(OPTIONAL)
     require(path, not missing, f"lacks the key {_first(missing)}")
     study = Study(
         title=" ".join(str(content["title"]).split()),
@@ -112,6 +115,7 @@ def read_study(path: Path) -> Study:
         num_experts=_integers(path, "num-experts", content["num-experts"]),
         seeds=_integers(path, "seeds", content["seeds"]),
         baseline=str(content["baseline"]),
+        wide=None if content.get("wide") is None else str(content["wide"]),
         test=None if content.get("test") is None else _test(path, _mapping(path, "test", content["test"])),
     )
     require(path, study.routers, f"names no {variants}")
@@ -119,6 +123,9 @@ def read_study(path: Path) -> Study:
         require(path, _is_name(name), f"has {variants}: {shown(name)}, which cannot name a folder; give another name")
     baseline = shown(study.baseline)
     require(path, study.baseline in study.routers, f"has baseline: {baseline}, which is none of its {variants}")
+    dense = [name for name, flags in study.routers.items() if flags.get("router") == DENSE]
+    good = study.wide is None or study.wide in dense
+    require(path, good, f"has wide: {shown(study.wide)}, which is none of its dense {variants}; name one with router: dense")
     there = _is(Path.is_dir, study.data)
     require(path, there, f"has data: {shown(content['data'])}, and there is no folder {shown(study.data)}; prepare it first")
     names = [run.name for run in study.runs()]

@@ -12,7 +12,8 @@ import yaml
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.study import runner
-from fairseq_sparsemixer.tools.study.results import _baseline, gather
+from fairseq_sparsemixer.tools.study.groups import baseline_of, by_group
+from fairseq_sparsemixer.tools.study.results import gather
 from fairseq_sparsemixer.tools.study.spec import read_study
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,9 @@ def test_a_study_reports_means_deviations_and_speed_up_over_the_baseline(study, 
     assert groups["sparsemixer-e2"]["bleu_p_value"] < 0.05
     assert groups["sparsemixer-e2"]["load_max"]["mean"] == pytest.approx(1.5)
     table = (out / "results.md").read_text()
+    gaps = {gap["figure"]: gap for gap in json.loads((tmp_path / "r.json").read_text())["headroom"]}
+    assert gaps["valid loss"]["gap"] == pytest.approx(1) and gaps["valid loss"]["deviation"] == pytest.approx(0.01 / 2**0.5)
+    assert gaps["BLEU"]["distinct"] and "cannot tell routers apart" not in table
     assert f"torch {torch.__version__}" in table.splitlines()[-1]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert ["sparsemixer", "2", "2", "4.015 ± 0.007", "100.00 ± 0.00"] in [row[:5] for row in cells]
@@ -107,10 +111,9 @@ def test_a_dense_baseline_is_that_of_every_number_of_experts(study, tmp_path):
 def test_a_dense_model_is_set_against_the_baseline_with_the_fewest_experts(study, tmp_path):
     study.write_text(study.read_text().replace("num-experts:\n- 2", "num-experts:\n- 4\n- 2"))
     runner.run_study(read_study(study), tmp_path / "out", workers=2)
-    gathered = gather(read_study(study), tmp_path / "out")
-    groups = {group["group"]: group for group in gathered["groups"]}
+    groups = by_group(gather(read_study(study), tmp_path / "out")["runs"])
     assert list(groups) == ["dense", "switch-e4", "switch-e2", "sparsemixer-e4", "sparsemixer-e2"]
-    assert _baseline(read_study(study), gathered["groups"], groups["dense"]) is groups["switch-e2"]
+    assert baseline_of(groups, "dense", "switch") == "switch-e2"
 
 
 def test_a_run_that_failed_is_named_and_run_again_while_finished_ones_are_left_alone(study, tmp_path, capsys):

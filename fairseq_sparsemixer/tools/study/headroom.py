@@ -1,0 +1,66 @@
+"""Headroom: how much experts improve on a dense model, in units of the seeds' noise. Without it, no study can rank routers."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from fairseq_sparsemixer.tools.study.groups import Members, by_group, deviation, paired
+
+DISTINCT = 2  # standard deviations; a smaller gap cannot be told from the noise of the seeds
+
+
+class Figure(NamedTuple):
+    """What models are compared by. sign: -1 if less is better."""
+
+    name: str
+    of: Callable[[Dict[str, Any]], float]
+    sign: int
+
+
+VALID_LOSS = Figure("valid loss", lambda run: run["valid_loss"], -1)
+BLEU = Figure("BLEU", lambda run: run["test"]["score"], 1)
+PERPLEXITY = Figure("perplexity", lambda run: run["test"]["score"], -1)
+
+
+def headroom(runs: Sequence[Dict[str, Any]], baseline: str, wide: Optional[str] = None) -> List[Dict[str, Any]]:
+    """How much better than the dense model the baseline is, with each number of experts, and the wide dense model.
+
+    A gap for each figure: {"model", "dense", "figure", "seeds", "gap", "deviation", "distinct"}. `gap` is the mean difference
+    over the common seeds, positive if the model is better than dense. `deviation` is the seeds' standard deviation, pooled over
+    the two models (None for one seed). `distinct` tells whether the gap is at least DISTINCT deviations. Empty without a dense
+    model to compare with.
+    """
+    groups = by_group(runs)
+    dense = _dense(groups, baseline, wide)
+    names = [name for name, members in groups.items() if members[0]["router"] in (baseline, wide) and name != dense]
+    return [gap for name in names if dense for gap in _gaps(name, groups[name], dense, groups[dense])]
+
+
+def _dense(groups: Dict[str, Members], baseline: str, wide: Optional[str]) -> Optional[str]:
+    """The dense group to compare with: the baseline if it is dense, otherwise the first but the wide one."""
+    dense = [name for name, members in groups.items() if members[0]["num_experts"] is None]
+    return next((name for name in dense if name == baseline), next((name for name in dense if name != wide), None))
+
+
+def _gaps(name: str, members: Members, dense: str, others: Members) -> List[Dict[str, Any]]:
+    pairs = paired(members, others)
+    figures = [VALID_LOSS, *_test_figures(run for pair in pairs for run in pair)] if pairs else []
+    return [{"model": name, "dense": dense, **_gap(figure, pairs)} for figure in figures]
+
+
+def _test_figures(runs: Any) -> List[Figure]:
+    """The test's figure, if all runs have one. Perplexities are stored with their logarithm, BLEU with a signature."""
+    tests = [run.get("test") for run in runs]
+    return [PERPLEXITY if "bits" in tests[0] else BLEU] if all(tests) else []
+
+
+def _gap(figure: Figure, pairs: List[Any]) -> Dict[str, Any]:
+    own, dense = ([figure.of(run) for run in side] for side in zip(*pairs))
+    gap = figure.sign * (sum(own) - sum(dense)) / len(pairs)
+    variances = [spread**2 for spread in map(deviation, (own, dense)) if spread is not None]
+    pooled = (sum(variances) / 2) ** 0.5 if variances else None
+    return {
+        "figure": figure.name,
+        "seeds": [run["seed"] for run, _ in pairs],
+        "gap": gap,
+        "deviation": pooled,
+        "distinct": gap > 0 and gap >= DISTINCT * (pooled or 0),
+    }

@@ -1,0 +1,120 @@
+"""Headroom: the gap between dense and experts, and the warning where it is too small."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fairseq_sparsemixer.tools.study import report
+from fairseq_sparsemixer.tools.study.headroom import headroom
+from fairseq_sparsemixer.tools.study.results import analysed
+
+COMMITTED = sorted(Path(__file__).parents[3].glob("recipes/*/results/*/results.json"))
+WARNING = "cannot tell routers apart"
+
+
+def runs(router, losses, experts=None, test=None):
+    """The runs of a model, one for each loss, with seeds 1, 2, ..."""
+    group = router if experts is None else f"{router}-e{experts}"
+    return [
+        {
+            "run": f"{group}-seed{seed}", "group": group, "router": router, "num_experts": experts, "seed": seed,
+            "valid_loss": loss, "best_valid_loss": loss, "train_seconds": 9.0, "spikes": 0, "load_max": None, "machine": "m",
+            "curve": {"updates": [10, 20], "seconds": [5.0, 9.0], "losses": [9.0, loss]},
+            **({"test": test(loss)} if test else {}),
+        }
+        for seed, loss in enumerate(losses, start=1)
+    ]  # fmt: skip
+
+
+def text(*members, wide=None):
+    results = {"title": "t", "machines": [], "baseline": "switch", "wide": wide, "runs": sum(members, [])}
+    return report.markdown(analysed(results))
+
+
+def test_the_gap_is_the_difference_of_the_means_and_its_unit_the_seeds_pooled_deviation():
+    dense, switch = [5.0, 5.2, 5.1], [4.7, 4.8, 5.0]
+    (gap,) = headroom(runs("dense", dense) + runs("switch", switch, 4), "switch")
+    assert (gap["model"], gap["dense"], gap["figure"], gap["seeds"]) == ("switch-e4", "dense", "valid loss", [1, 2, 3])
+    assert gap["gap"] == pytest.approx(np.mean(dense) - np.mean(switch))
+    assert gap["deviation"] == pytest.approx(np.sqrt((np.var(dense, ddof=1) + np.var(switch, ddof=1)) / 2))
+
+
+@pytest.mark.parametrize(
+    "test, figure, sign",
+    [
+        (lambda loss: {"score": 10 * loss, "signature": "s"}, "BLEU", 1),
+        (lambda loss: {"score": 2**loss, "bits": loss}, "perplexity", -1),
+    ],
+)
+def test_better_is_more_bleu_and_less_perplexity(test, figure, sign):
+    dense, switch = [5.0, 5.2], [4.0, 4.2]
+    loss, other = headroom(runs("dense", dense, test=test) + runs("switch", switch, 4, test=test), "switch")
+    means = [np.mean([test(value)["score"] for value in values]) for values in (dense, switch)]
+    assert other["figure"] == figure and loss["gap"] > 0
+    assert other["gap"] == pytest.approx(sign * (means[1] - means[0]))
+
+
+def test_only_seeds_of_both_models_count():
+    (gap,) = headroom(runs("dense", [5.0, 5.2, 99.0]) + runs("switch", [4.0, 4.2], 4), "switch")
+    assert gap["seeds"] == [1, 2] and gap["gap"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "switch, distinct",
+    [([4.81, 5.01], True), ([4.82, 5.02], False), ([5.11, 5.31], False)],  # the deviation is 0.1414, two are 0.283
+)
+def test_two_deviations_are_enough_and_a_gap_below_zero_is_not(switch, distinct):
+    (gap,) = headroom(runs("dense", [5.1, 5.3]) + runs("switch", switch, 4), "switch")
+    assert gap["distinct"] is distinct
+    assert (WARNING in text(runs("dense", [5.1, 5.3]), runs("switch", switch, 4))) is not distinct
+
+
+def test_a_wide_dense_model_has_a_gap_of_its_own_and_is_never_the_dense_one():
+    members = runs("wide", [4.0, 4.1]) + runs("dense", [5.0, 5.1]) + runs("switch", [4.5, 4.6], 4)
+    gaps = headroom(members, "switch", "wide")
+    assert [(gap["model"], gap["dense"]) for gap in gaps] == [("wide", "dense"), ("switch-e4", "dense")]
+    assert [gap["gap"] for gap in gaps] == pytest.approx([1, 0.5])
+
+
+def test_each_number_of_experts_is_named_in_one_warning():
+    switch = [runs("switch", losses, experts) for experts, losses in {4: [5.0, 5.2], 8: [1.0, 1.2], 16: [6.0, 6.2]}.items()]
+    shown = text(runs("dense", [5.0, 5.2]), *switch)
+    assert shown.count(WARNING) == 1 and "or negative: switch-e4 (valid loss), switch-e16 (valid loss).\n" in shown
+
+
+def test_one_seed_has_a_gap_and_no_deviation():
+    shown = text(runs("dense", [5.0]), runs("switch", [4.0], 4))
+    assert "One seed gives no standard deviation." in shown and WARNING not in shown
+    assert WARNING in text(runs("dense", [5.0]), runs("switch", [5.0], 4))
+
+
+def test_without_a_dense_model_the_report_says_what_it_takes():
+    assert "Unknown: it takes a finished run of a dense variant" in text(runs("switch", [4.0], 4))
+
+
+def test_a_diverged_run_has_no_gap_that_is_distinct():
+    shown = text(runs("dense", [5.0, 5.2]), runs("switch", [4.0, float("nan")], 4))
+    assert WARNING in shown and "nan" in shown
+
+
+def columns(table):
+    """{header: cells below it} of the first table in a text."""
+    lines = [line for line in table.split("\n\n")[1].splitlines() if not line.startswith("|--") and "| ---" not in line]
+    return {header: cells for header, *cells in zip(*([cell.strip() for cell in line.split("|")] for line in lines))}
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-4:-1]))
+def test_results_of_earlier_versions_render_and_can_be_analysed(path):
+    old = json.loads(path.read_text(encoding="utf-8"))
+    written = columns(path.with_name("results.md").read_text(encoding="utf-8"))
+    for results in (old, analysed(old)):
+        shown = columns(report.markdown(results))
+        assert {"router", "valid loss", "test", "p", "seconds", "load max/mean"} <= {*shown} & {*written}
+        assert all(shown[header] == written[header] for header in {*shown} & {*written})
+    assert "### Headroom" in report.markdown(analysed(old))
+
+
+def test_there_are_committed_results():
+    assert len(COMMITTED) >= 3
