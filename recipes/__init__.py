@@ -1,1 +1,1 @@
-"""Experiments from raw text to figures: `python -m recipes.NAME prepare|train|evaluate`; see docs/recipes.md."""
+"""Experiments from raw text to results: `python -m recipes.NAME prepare|train|evaluate`; see docs/recipes.md."""

@@ -1,1 +1,1 @@
-"""What recipes share: downloads, corpora, text, training and evaluation, the command line."""
+"""Code shared by the recipes: downloads, corpora, text processing, training, evaluation, command line."""

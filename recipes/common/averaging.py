@@ -1,4 +1,4 @@
-"""The average of a run's last checkpoints, which translates better than the last one (arXiv 1706.03762, section 6.1)."""
+"""Averages a run's last checkpoints, which translates better than the last one alone (arXiv 1706.03762, section 6.1)."""
 
 import re
 from pathlib import Path
@@ -11,11 +11,11 @@ from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of
 from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
 from fairseq_sparsemixer.plugin.checkpoints.writing import save_atomically
 
-BY_UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_EPOCH_UPDATE.pt, of --save-interval-updates
+BY_UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_EPOCH_UPDATE.pt, from --save-interval-updates
 
 
 def last_checkpoints(folder: Path, count: int) -> List[Path]:
-    """The `count` newest checkpoints that were saved by number of updates, the newest last; fewer where there are fewer."""
+    """The `count` newest checkpoints written by --save-interval-updates, newest last; all of them if there are fewer."""
     found = [(int(match.group(1)), path) for path in folder.iterdir() for match in [BY_UPDATE.fullmatch(path.name)] if match]
     if not found:
         raise ConfigurationError(f"{folder} has no checkpoint_EPOCH_UPDATE.pt to average; train first")
@@ -23,21 +23,21 @@ def last_checkpoints(folder: Path, count: int) -> List[Path]:
 
 
 def average_checkpoints(paths: List[Path], destination: Path) -> None:
-    """Write the last of the checkpoints with the mean of all parameters, in float32, and without optimizer state.
+    """Write the last checkpoint with the mean of all parameters, in float32, and without optimizer state.
 
-    Raises ConfigurationError for checkpoints of different models, or sharded ones.
+    Raises ConfigurationError if the models differ or a checkpoint is sharded.
     """
     total: Dict[str, Any] = {}
     for path in paths:
         state = read_checkpoint(str(path))
         if layout_of(state)["size"] > 1:
-            raise ConfigurationError(f"{path} is a part of a sharded checkpoint; fairseq-sparsemixer reshard IN OUT --portable")
+            raise ConfigurationError(f"{path} is one shard; merge it first: fairseq-sparsemixer reshard IN OUT --portable")
         model = state["model"]
         if total and {name: value.shape for name, value in model.items()} != {name: v.shape for name, v in total.items()}:
-            raise ConfigurationError(f"{path} is not of the same model as {paths[0]}; average checkpoints of one run")
+            raise ConfigurationError(f"{path} has a different model than {paths[0]}; average checkpoints of one run")
         for name, value in model.items():
             if not value.is_floating_point():
-                total[name] = value  # counters: those of the last
+                total[name] = value  # counters: keep the last
             elif name in total:
                 total[name] += value.float()
             else:

@@ -1,4 +1,4 @@
-"""fairseq-preprocess on text in subwords."""
+"""fairseq-preprocess commands for text in subwords."""
 
 from pathlib import Path
 from typing import List, Sequence
@@ -15,16 +15,16 @@ def translation_command(pieces: Path, folder: Path, workers: int, languages: Seq
 
 
 def text_command(pieces: Path, folder: Path, workers: int, *flags: str) -> List[str]:
-    """pieces/SPLIT -> folder, text of one language."""
+    """pieces/SPLIT -> folder, for monolingual text."""
     return [script("fairseq-preprocess"), "--only-source", *_rest(pieces, folder, workers), *flags]
 
 
 def longest_sentence(folder: Path) -> int:
-    """The tokens of the longest sentence for training and validation in a binarised folder; 1 where there is none."""
+    """Token count of the longest training or validation sentence in a binarised folder; 1 if there is none."""
     from fairseq.data.indexed_dataset import MMapIndexedDataset
 
     files = [path for split in ("train", "valid") for path in folder.glob(f"{split}.*idx")]
-    indices = [MMapIndexedDataset.Index(str(path)) for path in files]  # kept: an index takes its sizes along when it goes
+    indices = [MMapIndexedDataset.Index(str(path)) for path in files]  # keep them: .sizes is invalid once its index is freed
     return max((int(index.sizes.max()) for index in indices), default=1)
 
 

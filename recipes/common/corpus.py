@@ -1,4 +1,4 @@
-"""Raw text, read and checked line by line, and written one sentence a line: a bad line is named by file and number."""
+"""Reads raw text line by line and writes one sentence per line. Errors name the file and line."""
 
 import gzip
 import tarfile
@@ -26,19 +26,19 @@ Corpus = Dict[str, List[Pair]]  # by split
 
 
 class Lines(NamedTuple):
-    """A file's name for messages, and its lines."""
+    """The lines of a file, and its name for messages."""
 
     name: str
     lines: Iterable[str]
 
 
 def write_corpus(corpus: Mapping[str, Iterable[Pair]], folder: Path, languages: Sequence[str] = LANGUAGES) -> Dict[str, int]:
-    """folder/SPLIT.LANGUAGE for each split and language; the number of pairs of each split."""
+    """Write folder/SPLIT.LANGUAGE for each split and language. Returns the number of pairs per split."""
     return {split: write_pairs(pairs, folder, split, languages) for split, pairs in corpus.items()}
 
 
 def write_pairs(pairs: Iterable[Pair], folder: Path, split: str, languages: Sequence[str] = LANGUAGES) -> int:
-    """folder/SPLIT.LANGUAGE for both languages, pair by pair; how many there were."""
+    """Write folder/SPLIT.LANGUAGE for both languages, pair by pair. Returns the number of pairs."""
     folder.mkdir(parents=True, exist_ok=True)
     source, target = (folder / f"{split}.{language}" for language in languages)
     count = 0
@@ -50,27 +50,27 @@ def write_pairs(pairs: Iterable[Pair], folder: Path, split: str, languages: Sequ
 
 
 def read_split(folder: Path, split: str, languages: Sequence[str] = LANGUAGES) -> Iterator[Pair]:
-    """The pairs that write_pairs wrote."""
+    """The pairs written by write_pairs."""
     return read_pairs(*(read_file(folder / f"{split}.{language}") for language in languages), may_be_empty=True)
 
 
 def read_pairs(source: Lines, target: Lines, *, may_be_empty: bool = False) -> Iterator[Pair]:
-    """The pairs of two parallel files. Raises ConfigurationError, with file and line, for text that is not parallel.
+    """The pairs of two parallel files. Raises ConfigurationError, with file and line, if they are not parallel.
 
-    may_be_empty: hand empty lines on, as training text from the web has them, to be left out by `clean`.
+    may_be_empty: accept empty lines, which training text from the web contains; `clean` removes them.
     """
     sides = (source, target)
     for number, sentences in enumerate(zip_longest(source.lines, target.lines), start=1):
         for side, sentence in zip(sides, sentences):
             if sentence is None:
-                raise ConfigurationError(f"{side.name} ends before line {number}, where its other side goes on; give equal sides")
+                raise ConfigurationError(f"{side.name} ends before line {number}, but the other side continues; sides must match")
             if not sentence and not may_be_empty:
-                raise ConfigurationError(f"{side.name}, line {number} is empty; take the pair out of both sides")
+                raise ConfigurationError(f"{side.name}, line {number} is empty; remove the pair from both sides")
         yield Pair(*sentences)
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """folder/name, gzipped or not. Raises ConfigurationError where there is none."""
+    """folder/name.gz or folder/name. Raises ConfigurationError if neither exists."""
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path
@@ -78,20 +78,20 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def read_file(path: Path) -> Lines:
-    """A file's lines, blanks made single; gzipped when its name says so."""
+    """A file's lines, with whitespace collapsed; decompressed if the name ends in .gz."""
     return Lines(str(path), _decode(str(path), lambda: gzip.open(path) if path.suffix == ".gz" else path.open("rb")))
 
 
 def read_member(folder: Path, archive: str, member: str) -> Lines:
-    """The lines of one file of folder/archive (tar or zip), or of folder/member where it was unpacked.
+    """The lines of `member` in folder/archive (tar or zip), or of folder/member if it was unpacked.
 
-    Raises ConfigurationError where neither is there.
+    Raises ConfigurationError if neither exists.
     """
     if (folder / member).is_file() or (folder / f"{member}.gz").is_file():
         return read_file(find_file(folder, member))
     path = folder / archive
     if not path.is_file():
-        raise ConfigurationError(f"{folder} has neither {archive} nor {member} of it; fetch the archive or unpack it there")
+        raise ConfigurationError(f"{folder} has neither {archive} nor its {member}; fetch the archive or unpack it there")
     return Lines(f"{path}:{member}", _decode(f"{path}:{member}", lambda: _open_member(path, member)))
 
 
@@ -121,7 +121,7 @@ def _decode(name: str, open_file) -> Iterator[str]:
 
 
 def clean(pairs: Iterable[Pair], longest: float, ratio: float) -> Iterator[Pair]:
-    """The pairs of 1 to `longest` words a side, neither side more than `ratio` times as long as the other."""
+    """The pairs with 1 to `longest` words per side and neither side more than `ratio` times as long as the other."""
     for pair in pairs:
         lengths = [len(sentence.split()) for sentence in pair]
         if min(lengths) >= 1 and max(lengths) <= longest and max(lengths) <= ratio * min(lengths):
@@ -129,6 +129,6 @@ def clean(pairs: Iterable[Pair], longest: float, ratio: float) -> Iterator[Pair]
 
 
 def hold_out(pairs: Iterable[Pair], every: int) -> Iterator[Tuple[str, Pair]]:
-    """(split, pair): every n-th pair is for validation, the others for training."""
+    """(split, pair) for each pair: every n-th for validation, the others for training."""
     for number, pair in enumerate(pairs, start=1):
         yield ("valid" if number % every == 0 else "train"), pair

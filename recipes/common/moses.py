@@ -1,4 +1,4 @@
-"""Moses' tokenisation (Koehn et al., 2007), by the library sacremoses."""
+"""Moses tokenisation (Koehn et al., 2007), with the library sacremoses."""
 
 from multiprocessing import Pool
 from typing import Any, Callable, Iterable, Iterator, List
@@ -6,7 +6,7 @@ from typing import Any, Callable, Iterable, Iterator, List
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.corpus import Pair
 
-CHUNK = 1000  # pairs handed to a process at a time
+CHUNK = 1000  # pairs sent to a worker process at a time
 
 
 def _sacremoses() -> Any:
@@ -18,10 +18,10 @@ def _sacremoses() -> Any:
 
 
 class Tokeniser:
-    """A function of one sentence of a language -> its tokens, separated by blanks.
+    """Callable: one sentence -> its tokens, separated by spaces.
 
-    normalise: punctuation in Moses' plain forms first, and no control characters. split_dashes: "well-known" becomes
-    "well @-@ known". lowercase: afterwards.
+    normalise: first normalise punctuation as Moses does, and remove control characters. split_dashes: "well-known" becomes
+    "well @-@ known". lowercase: lowercase the tokens.
     """
 
     def __init__(self, language: str, normalise: bool = False, split_dashes: bool = False, lowercase: bool = False):
@@ -37,13 +37,13 @@ class Tokeniser:
 
 
 def detokeniser(language: str) -> Callable[[str], str]:
-    """A function of tokens separated by blanks -> the sentence."""
+    """A function from tokens separated by spaces to the sentence."""
     moses = _sacremoses().MosesDetokenizer(language)
     return lambda tokens: moses.detokenize(tokens.split())
 
 
 def tokenise_pairs(pairs: Iterable[Pair], source: Tokeniser, target: Tokeniser, *, workers: int = 1) -> Iterator[Pair]:
-    """Each pair in tokens, in order, by several processes."""
+    """Tokenise pairs with `workers` processes, keeping their order."""
     if workers == 1:
         yield from (Pair(source(pair.source), target(pair.target)) for pair in pairs)
         return
@@ -51,7 +51,7 @@ def tokenise_pairs(pairs: Iterable[Pair], source: Tokeniser, target: Tokeniser, 
         yield from pool.imap(_tokenise, pairs, CHUNK)
 
 
-TOKENISERS: List[Tokeniser] = []  # of a worker process
+TOKENISERS: List[Tokeniser] = []  # set in each worker process
 
 
 def _set_tokenisers(*tokenisers: Tokeniser) -> None:

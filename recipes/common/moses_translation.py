@@ -1,4 +1,4 @@
-"""What the recipes on tokenised text share: from tokens to binary data, and from a checkpoint to both kinds of BLEU."""
+"""Steps shared by recipes on tokenised text: tokens -> binarised data, and checkpoint -> tokenised BLEU and sacreBLEU."""
 
 import math
 from collections import Counter
@@ -32,14 +32,14 @@ SMOKE = {
 
 
 def text_folder(session: Session) -> Path:
-    """tokens/ of all splits, and raw/ of the test set."""
+    """The folder with tokens/ for all splits and raw/ for the test set."""
     return session.out / "text"
 
 
 def write_text(
     folder: Path, languages: Sequence[str], test: List[Pair], tokens: Iterable[Tuple[str, Pair]], console: Console
 ) -> None:
-    """The raw test set to folder/raw; `tokens`, pairs with their splits, to folder/tokens."""
+    """Write the raw test set to folder/raw, and `tokens`, (split, pair), to folder/tokens."""
     write_pairs(test, folder / "raw", "test", languages)
     (folder / "tokens").mkdir(exist_ok=True)
     sizes: Counter = Counter()
@@ -54,21 +54,21 @@ def write_text(
             sizes[split] += 1
     for split in ("train", "valid", "test"):
         if not sizes[split]:
-            raise ConfigurationError(f"no sentence is left for the {split} split in {folder}; give more text")
+            raise ConfigurationError(f"the {split} split in {folder} is empty; provide more text")
     console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " pairs", highlight=False)
 
 
 def prepare_pieces(
     session: Session, languages: Sequence[str], vocabulary: int, longest: float = math.inf, ratio: float = math.inf
 ) -> None:
-    """BPE learnt from the training text of both languages; training and validation pairs of fitting lengths, binarised.
+    """Learn BPE on the training text of both languages, filter training and validation pairs by length, and binarise.
 
-    longest, ratio: of a pair's lengths in pieces, see corpus.clean.
+    longest, ratio: length limits of a pair in pieces, see corpus.clean.
     """
     text = text_folder(session)
     after = session.needs(text, "prepare")
     settings = {"text": after, "vocabulary": vocabulary, "longest": longest, "ratio": ratio}
-    limits = "" if math.isinf(longest) else f", sides of at most {longest} pieces and {ratio} times the other"
+    limits = "" if math.isinf(longest) else f", at most {longest} pieces per side, length ratio at most {ratio}"
     does = f"{vocabulary:,} sentencepiece BPE pieces{limits}"
     arguments = text / "tokens", languages, vocabulary, longest, ratio, 1 if session.options.smoke else session.options.workers
     session.step("data", session.data, settings, f"{does}; fairseq-preprocess", _make_data, *arguments)
@@ -81,21 +81,21 @@ def _make_data(
     long, pieces = folder / "all", folder / "pieces"
     long.mkdir(exist_ok=True)
     files = [tokens / f"train.{language}" for language in languages]
-    sample = {"input_sentence_size": 5_000_000, "shuffle_input_sentence": True}  # more takes memory, and changes little
+    sample = {"input_sentence_size": 5_000_000, "shuffle_input_sentence": True}  # more takes memory and changes little
     model = learn_pieces(files, pieces, vocabulary, "bpe", **sample)
     for split in ("train", "valid", "test"):
         for language in languages:
             segment_file(model, tokens / f"{split}.{language}", (pieces if split == "test" else long) / f"{split}.{language}")
     for split in ("train", "valid"):
         kept = write_pairs(clean(read_split(long, split, languages), longest, ratio), pieces, split, languages)
-        console.print(f"{split}: {kept:,} pairs are kept", highlight=False)
+        console.print(f"{split}: {kept:,} pairs kept", highlight=False)
         if not kept:
-            raise ConfigurationError(f"no {split} pair has fitting lengths; are both sides of {tokens} the same text?")
+            raise ConfigurationError(f"no {split} pair is within the length limits; are both sides of {tokens} the same text?")
     run_program(translation_command(pieces, folder / "bin", workers, languages), folder / "console.log", console)
 
 
 def averaged(session: Session, count: int) -> Path:
-    """The average of the run's last checkpoints, made when they have changed: each in a folder of its own, none is deleted."""
+    """The average of the run's last `count` checkpoints. If they change, a new average goes to a new folder."""
     last = checkpoint_of(session, "checkpoint_last.pt")
     does = f"averages the last {count} checkpoints of {session.run}"
     settings = {"count": count, "checkpoint": age(last)}
@@ -111,7 +111,7 @@ def averaged(session: Session, count: int) -> Path:
 
 
 def evaluate(session: Session, checkpoint: Path, languages: Sequence[str], search: List[str], lowercase: bool = False) -> None:
-    """Translate the test set; BLEU of its tokens, and sacreBLEU of the detokenised text on the raw references."""
+    """Translate the test set; report tokenised BLEU, and sacreBLEU of the detokenised text against the raw references."""
     text, target = text_folder(session), languages[1]
     test = session.out / f"{session.run.name}-test"
     command = translation.generate_command(session.data / "bin", str(USER_DIR), checkpoint, search, session.gpus == 0)

@@ -1,4 +1,4 @@
-"""Sentence pairs in sentencepiece's pieces, binarised."""
+"""Sentence pairs -> sentencepiece pieces -> binarised data."""
 
 from pathlib import Path
 from typing import Any, Callable
@@ -12,13 +12,13 @@ from recipes.common.segmentation import learn_pieces, segment_file
 
 
 def make_data(read: Callable[[], Corpus], vocabulary: int, workers: int, folder: Path, console: Console, **options: Any) -> None:
-    """folder/raw, folder/pieces (of both languages together) and folder/bin. options: sentencepiece's."""
+    """Make folder/raw, folder/pieces (one model for both languages) and folder/bin. options: sentencepiece's."""
     raw, pieces = folder / "raw", folder / "pieces"
     corpus = read()
     sizes = write_corpus(corpus, raw)
     first = corpus["test"][0]
     console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " pairs", highlight=False)
-    console.print(f"the first of the test: {first.source!r} -> {first.target!r}", highlight=False, markup=False)
+    console.print(f"first test pair: {first.source!r} -> {first.target!r}", highlight=False, markup=False)
     model = learn_pieces([raw / f"train.{language}" for language in LANGUAGES], pieces, vocabulary, **options)
     for split in SPLITS:
         for language in LANGUAGES:

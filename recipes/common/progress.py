@@ -1,4 +1,4 @@
-"""Other programs run with their progress on screen, and everything they print in a file."""
+"""Runs other programs, shows their progress, and appends all their output to a log file."""
 
 import os
 import shlex
@@ -13,19 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.programs import ProgramFailed, follow
 
-LAST_LINES = 15  # of a failed program's output to show
-WIDTH = 110  # of a printed command
+LAST_LINES = 15  # lines of a failed program's output to show
+WIDTH = 110  # columns of a printed command
 
 
 class Advance(NamedTuple):
-    """How far a program has come, and what it says of itself."""
+    """A program's progress: units completed, and a note such as the loss."""
 
     completed: int
     note: str
 
 
 class Meter(NamedTuple):
-    """What a program advances towards: `total` of `unit`. read_line tells how far a line of output says that it is, or None."""
+    """Measures a program's progress towards `total` of `unit`. read_line: a line of output -> Advance, or None."""
 
     total: int
     unit: str
@@ -33,14 +33,14 @@ class Meter(NamedTuple):
 
 
 def script(name: str) -> str:
-    """The path of a console script of this Python, as one would type it from here."""
+    """The path of one of this Python's console scripts, relative to the working directory if it is inside it."""
     path = os.path.join(os.path.dirname(sys.executable), name)
     relative = os.path.relpath(path)
     return relative if not relative.startswith("..") else path
 
 
 def format_command(command: List[str]) -> str:
-    """The command for a shell, broken in lines before flags and hydra's overrides."""
+    """The command for a shell, with line breaks before flags and hydra overrides."""
     lines = [""]
     for word in command:
         quoted = shlex.quote(word)
@@ -51,9 +51,9 @@ def format_command(command: List[str]) -> str:
 
 
 def run_program(command: List[str], log: Path, console: Console, meter: Optional[Meter] = None) -> None:
-    """Print the command, run it, and show its advance. Its output is appended to log.
+    """Print the command, run it and show its progress; append its output to log.
 
-    Raises ConfigurationError, after the last lines of output, when the program fails.
+    If the program fails, prints the last lines of its output and raises ConfigurationError.
     """
     console.print(format_command(command), style="cyan", soft_wrap=True, highlight=False, markup=False)
     tail: deque = deque(maxlen=LAST_LINES)
@@ -68,11 +68,11 @@ def run_program(command: List[str], log: Path, console: Console, meter: Optional
     except ProgramFailed as error:
         console.print("".join(tail), markup=False, highlight=False)
         name = Path(command[0]).name
-        raise ConfigurationError(f"{name} failed with status {error.status}; its whole output is in {log}") from None
+        raise ConfigurationError(f"{name} failed with status {error.status}; full output: {log}") from None
 
 
 class _Display:
-    """A progress bar on a terminal; elsewhere, such as in a log, a line for each advance. Nothing without a meter."""
+    """A progress bar on a terminal, one line per Advance elsewhere; nothing without a meter."""
 
     def __init__(self, meter: Optional[Meter], console: Console):
         self.meter, self.console = meter, console

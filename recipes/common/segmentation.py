@@ -1,4 +1,4 @@
-"""Text in subwords, by sentencepiece."""
+"""Subword segmentation with sentencepiece."""
 
 from pathlib import Path
 from typing import Any, Iterable, Iterator, List, Sequence
@@ -8,14 +8,14 @@ import sentencepiece
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.corpus import read_file
 
-MODEL = "pieces.model"  # in the folder of a segmented corpus
+MODEL = "pieces.model"  # file name in the folder of a segmented corpus
 BATCH = 10_000  # sentences segmented at a time
 
 
 def learn_pieces(files: Sequence[Path], folder: Path, vocabulary: int, kind: str = "unigram", **options: Any) -> Path:
-    """folder/pieces.model of `vocabulary` pieces, learnt from text files. kind: unigram or bpe; options: sentencepiece's.
+    """Learn folder/pieces.model with `vocabulary` pieces from text files. kind: unigram or bpe; options: sentencepiece's.
 
-    Raises ConfigurationError, with the reason that sentencepiece gives, for a vocabulary and text that do not go together.
+    Raises ConfigurationError, with sentencepiece's reason, if that many pieces cannot be learnt from the text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = folder / MODEL
@@ -25,19 +25,19 @@ def learn_pieces(files: Sequence[Path], folder: Path, vocabulary: int, kind: str
             model_prefix=str(model.with_suffix("")),
             model_type=kind,
             vocab_size=vocabulary,
-            hard_vocab_limit=False,  # a small corpus may not have that many
+            hard_vocab_limit=False,  # a small corpus may have fewer
             character_coverage=1.0,
             minloglevel=2,
             **options,
         )
     except RuntimeError as error:
-        what = f"no vocabulary of {vocabulary} pieces can be learnt from {', '.join(map(str, files))}"
-        raise ConfigurationError(f"{what} ({error}); give more pieces or more text") from None
+        what = f"cannot learn {vocabulary} pieces from {', '.join(map(str, files))}"
+        raise ConfigurationError(f"{what} ({error}); use more pieces or more text") from None
     return model
 
 
 def segment(model: Path, sentences: Iterable[str]) -> Iterator[str]:
-    """Each sentence as pieces separated by blanks, as they are asked for."""
+    """Each sentence as pieces separated by spaces; lazy, in batches."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     batch: List[str] = []
     for sentence in sentences:
@@ -49,6 +49,6 @@ def segment(model: Path, sentences: Iterable[str]) -> Iterator[str]:
 
 
 def segment_file(model: Path, source: Path, destination: Path) -> None:
-    """The sentences of one file as pieces in another."""
+    """Segment the sentences of `source` into `destination`."""
     with destination.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in segment(model, read_file(source).lines))

@@ -1,4 +1,4 @@
-"""One call of a recipe: `python -m recipes.NAME prepare|train|evaluate`, its options, and its steps, done or only said."""
+"""The command line of a recipe, `python -m recipes.NAME prepare|train|evaluate`: options, steps, --dry-run."""
 
 import argparse
 import json
@@ -19,19 +19,19 @@ from fairseq_sparsemixer.tools.programs import INTERRUPTED, interrupted_by_sigte
 from recipes.common.progress import Meter, format_command, run_program
 from recipes.common.steps import fingerprint, finished, run_step, state_of
 
-WIDTH = 120  # where there is no terminal
+WIDTH = 120  # columns if there is no terminal
 TEXT_VARIABLE = "SPARSEMIXER_DATA"  # a folder with multi30k/ and wikitext2/, for --smoke
-DOWNLOADS = "downloads"  # in a recipe's folder
-# options that are numbers, of this module and of the recipes, and the least that makes sense
+DOWNLOADS = "downloads"  # in a recipe's output folder
+# smallest valid value of the numeric options of this module and the recipes
 LEAST = {
     **dict.fromkeys(("workers", "num_experts", "updates", "nodes", "device_tokens", "vocabulary"), 1),
     **dict.fromkeys(("seed", "gpus"), 0),
 }
-LARGEST = 2**32 - 1  # numpy's largest seed
+LARGEST = 2**32 - 1  # largest seed that numpy accepts
 
 
 class Session:
-    """options: see add_options. out: the folder of everything that the recipe makes."""
+    """One call of a recipe. options: see _parser. out: the folder for all output."""
 
     def __init__(self, name: str, options: argparse.Namespace):
         self.name, self.options = name, options
@@ -40,22 +40,22 @@ class Session:
 
     @property
     def data(self) -> Path:
-        """What `prepare` makes."""
+        """The output folder of `prepare`."""
         return self.out / "data"
 
     @property
     def run(self) -> Path:
-        """The folder of a training run: one for each router, number of experts and seed."""
+        """The folder of a training run: one per router, number of experts and seed."""
         router, experts = self.options.router, "" if self.options.router == DENSE else f"-e{self.options.num_experts}"
         return self.out / f"{router}{experts}-seed{self.options.seed}"
 
     @property
     def gpus(self) -> int:
-        """GPUs of a machine; 0 to run on the CPU."""
+        """GPUs per machine; 0 to run on the CPU."""
         return torch.cuda.device_count() if self.options.gpus is None else self.options.gpus
 
     def step(self, title: str, folder: Path, settings: Dict[str, Any], does: str, action: Callable, *arguments: Any) -> None:
-        """A step of steps.run_step. `does` says what for --dry-run, which does nothing else."""
+        """Run a step with steps.run_step. With --dry-run, only print `does`."""
         if not self.options.dry_run:
             run_step(title, folder, settings, self.console, action, *arguments)
         else:
@@ -65,7 +65,7 @@ class Session:
     def command(
         self, title: str, folder: Path, command: List[str], settings: Dict[str, Any], meter: Optional[Meter] = None
     ) -> None:
-        """A step that runs a command; --dry-run prints it."""
+        """A step that runs a command. With --dry-run, only print the command."""
         if not self.options.dry_run:
             log = folder / "console.log"
             run_step(title, folder, settings, self.console, lambda *_: run_program(command, log, self.console, meter))
@@ -74,17 +74,17 @@ class Session:
             self.show(command)
 
     def show(self, command: List[str]) -> None:
-        """Print a command for a shell."""
+        """Print a command in a form to paste into a shell."""
         self.console.print(format_command(command), style="cyan", soft_wrap=True, highlight=False, markup=False)
 
     def needs(self, folder: Path, command: str) -> str:
-        """The fingerprint of the step that filled a folder. Raises ConfigurationError, naming the command, where none has."""
+        """The fingerprint of a folder's finished step. Raises ConfigurationError, naming the command to run, if there is none."""
         if not finished(folder) and not self.options.dry_run:
-            raise ConfigurationError(f"{folder} is missing or unfinished; run first: python -m recipes.{self.name} {command}")
+            raise ConfigurationError(f"{folder} is missing or incomplete; run first: python -m recipes.{self.name} {command}")
         return fingerprint(folder)
 
     def results(self, figures: Dict[str, Any], suffix: str = "") -> None:
-        """Show the figures of an evaluation, and write them to RUN-results.json in the session's folder."""
+        """Print the results of an evaluation and write them to RUN-results.json in the session's folder."""
         path = self.out / f"{self.run.name}{suffix}-results.json"
         write_whole(path, json.dumps(figures, indent=2) + "\n")
         for name, value in figures.items():
@@ -92,12 +92,12 @@ class Session:
         self.say(f"[green]✓[/] {path}")
 
     def say(self, text: str) -> None:
-        """A line for the user, with rich's markup."""
+        """Print a line with rich markup."""
         self.console.print(text, highlight=False)
 
 
 class Recipe(NamedTuple):
-    """What a recipe's __main__.py hands to `main`. The three steps; add_options: the recipe's own options."""
+    """A recipe as passed to `main`: its three actions, and add_options for its own options."""
 
     name: str
     description: str
@@ -108,7 +108,7 @@ class Recipe(NamedTuple):
 
 
 def main(recipe: Recipe, arguments: Optional[Sequence[str]] = None) -> None:
-    """The recipe's command line."""
+    """Run the recipe's command line."""
     options = _parser(recipe).parse_args(arguments)
     check_numbers(options, LEAST)
     if options.router != DENSE and options.router not in GATES:
@@ -120,23 +120,23 @@ def main(recipe: Recipe, arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def entry(recipe: Recipe) -> None:
-    """`main` as a program."""
+    """Run `main` as a program."""
     run_as_program(lambda: main(recipe))
 
 
 def run_as_program(action: Callable[[], None]) -> None:
-    """Run it; Ctrl-C, and the SIGTERM of a batch system, end it and what it has started with a sentence."""
+    """Run `action`. Ctrl-C, or SIGTERM from a batch system, stops it and its child processes with a one-line message."""
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
         with interrupted_by_sigterm():
             action()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
 def check_numbers(options: argparse.Namespace, least: Dict[str, int]) -> None:
-    """Raise ConfigurationError for a number among the options that is below its least value, or larger than any use of it."""
+    """Raise ConfigurationError for a numeric option below its smallest valid value or above LARGEST."""
     for name, smallest in least.items():
         value = getattr(options, name, None)
         if value is not None and not smallest <= value <= LARGEST:
@@ -145,22 +145,22 @@ def check_numbers(options: argparse.Namespace, least: Dict[str, int]) -> None:
 
 
 def keep_apart(raw: Optional[Path], out: Path) -> None:
-    """Raise ConfigurationError where raw data lie among what is written; what was downloaded there may be."""
+    """Raise ConfigurationError if the raw data is inside the output folder, except in its downloads."""
     if raw is None:
         return
     inner, outer = Path(os.path.realpath(raw)), Path(os.path.realpath(out))
     if outer in inner.parents and inner.relative_to(outer).parts[0] != DOWNLOADS:
-        raise ConfigurationError(f"--raw-dir {raw} lies in --out {out}, where the recipe writes; give another --out")
+        raise ConfigurationError(f"--raw-dir {raw} is inside --out {out}, where the recipe writes; choose another --out")
 
 
 @contextmanager
 def file_errors_said(out: Path) -> Iterator[None]:
-    """Let a full disk, a folder that is read-only or gone, and the like end in a sentence."""
+    """Turn file errors (disk full, folder read-only or removed) into a ConfigurationError."""
     try:
         yield
     except OSError as error:
         what = error.filename or out
-        raise ConfigurationError(f"{what} cannot be used ({error.strerror or error}); mend that, or give another --out") from None
+        raise ConfigurationError(f"{what} cannot be used ({error.strerror or error}); fix it, or choose another --out") from None
 
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
@@ -169,28 +169,28 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         description=recipe.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("prepare", "train", "evaluate"), help="the three parts, in this order")
-    parser.add_argument("--raw-dir", type=Path, metavar="DIR", help="raw data that is there already: nothing is downloaded")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of everything made (default: runs/{recipe.name})")
+    parser.add_argument("action", choices=("prepare", "train", "evaluate"), help="the three steps, in this order")
+    parser.add_argument("--raw-dir", type=Path, metavar="DIR", help="use the raw data in DIR instead of downloading it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"output folder (default: runs/{recipe.name})")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say what each step would do; of train and evaluate, print the command"
+        "--dry-run", action="store_true", help="print what each step would do, and the commands of train and evaluate"
     )
-    parser.add_argument("--smoke", action="store_true", help="a size that runs on a CPU in two minutes")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that prepare text")
+    parser.add_argument("--smoke", action="store_true", help="tiny data and model: two minutes on a CPU")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes for preparing text")
     group = parser.add_argument_group("train and evaluate")
-    group.add_argument("--router", default="sparsemixer", metavar="R", help="see docs/routers.md (default: %(default)s)")
-    group.add_argument("--num-experts", type=int, default=4, metavar="E", help="in each MoE layer (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=1, metavar="N", help="of training (default: %(default)s)")
-    group.add_argument("--updates", type=int, metavar="N", help="updates of training (default: the recipe's)")
-    group.add_argument("--gpus", type=int, metavar="N", help="GPUs of a machine, 0 for the CPU (default: all there are)")
+    group.add_argument("--router", default="sparsemixer", metavar="R", help="router, see docs/routers.md (default: %(default)s)")
+    group.add_argument("--num-experts", type=int, default=4, metavar="E", help="experts per MoE layer (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=1, metavar="N", help="training seed (default: %(default)s)")
+    group.add_argument("--updates", type=int, metavar="N", help="training updates (default: the recipe's)")
+    group.add_argument("--gpus", type=int, metavar="N", help="GPUs per machine, 0 for the CPU (default: all)")
     group.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; several need --slurm (default: %(default)s)")
-    group.add_argument("--device-tokens", type=int, metavar="N", help="tokens that fit a device at once (default: the recipe's)")
-    group.add_argument("--slurm", type=Path, metavar="FILE", help="train: write a batch script for SLURM instead of training")
+    group.add_argument("--device-tokens", type=int, metavar="N", help="max tokens per device at once (default: the recipe's)")
+    group.add_argument("--slurm", type=Path, metavar="FILE", help="train: write a SLURM batch script instead of training")
     recipe.add_options(parser)
     return parser
 
 
 def real_text(name: str) -> Optional[Path]:
-    """The folder `name` of the real text for --smoke, in $SPARSEMIXER_DATA; None where there is none."""
+    """The folder $SPARSEMIXER_DATA/name with real text for --smoke; None if it does not exist."""
     folder = os.environ.get(TEXT_VARIABLE)
     return Path(folder, name) if folder and Path(folder, name).is_dir() else None

@@ -1,11 +1,11 @@
-"""A batch script for SLURM: one task a GPU, which fairseq recognises by itself, requeued until it is done."""
+"""SLURM batch scripts: one task per GPU, which fairseq detects itself, requeued until training is done."""
 
 from pathlib import Path
 from typing import List
 
 from recipes.common.progress import format_command
 
-PORT = 29500  # where the ranks meet, on the first machine
+PORT = 29500  # rendezvous port on the first machine
 
 TEMPLATE = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -17,14 +17,14 @@ TEMPLATE = """#!/bin/bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={folder}/slurm.log
-# add what your cluster asks for: --partition, --account, ...
+# add the options of your cluster: --partition, --account, ...
 
-# A requeued or resubmitted job goes on from checkpoint_last.pt.
+# A requeued or resubmitted job resumes from checkpoint_last.pt.
 srun {command}
 """
 
 
 def batch_script(name: str, command: List[str], nodes: int, gpus: int, folder: Path) -> str:
-    """The text of a script that runs a command of fairseq-hydra-train on `gpus` GPUs of each of `nodes` machines."""
+    """A script that runs a fairseq-hydra-train command on `nodes` machines with `gpus` GPUs each."""
     command = [*command, f"+distributed_training.distributed_port={PORT}"]
     return TEMPLATE.format(name=name, nodes=nodes, gpus=gpus, folder=folder, command=format_command(command))

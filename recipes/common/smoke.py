@@ -1,4 +1,4 @@
-"""Small data for --smoke: a part of the real text where it is at hand (session.real_text), else text made from CLDR."""
+"""Small data for --smoke: part of the real text if available (session.real_text), otherwise text made from CLDR."""
 
 from typing import Dict, List
 
@@ -7,11 +7,11 @@ from recipes.common.corpus import Corpus, read_file
 from recipes.common.session import real_text
 from recipes.multi30k_en_de.raw_text import read_multi30k
 
-SAYS = "a small part of the real text where it is at hand, else text made from CLDR"
+SAYS = "a small part of the real text if available, otherwise text made from CLDR"
 
 
 def small_corpus(sizes: Dict[str, int]) -> Corpus:
-    """English-German pairs by split: of Multi30k, else of CLDR."""
+    """English-German pairs by split, from Multi30k or CLDR."""
     folder = real_text("multi30k")
     if folder is None:
         return make_cldr(sizes, seed=1)
@@ -19,7 +19,7 @@ def small_corpus(sizes: Dict[str, int]) -> Corpus:
 
 
 def small_text() -> Dict[str, List[str]]:
-    """English lines by split: of WikiText-2, whose test part is for training here as the train part is large; else of CLDR."""
+    """English lines by split, from WikiText-2 or CLDR. Training uses WikiText-2's test part: its train part is too large."""
     folder = real_text("wikitext2")
     if folder is None:
         corpus = make_cldr({"train": 8000, "valid": 400, "test": 400}, seed=1)

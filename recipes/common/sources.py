@@ -1,4 +1,4 @@
-"""Where raw data comes from: --raw-dir, or a download into OUT/downloads whose checksums are kept and checked."""
+"""The raw data of a recipe: --raw-dir, or downloads to OUT/downloads, whose checksums are recorded and verified."""
 
 from pathlib import Path
 from typing import Dict, Mapping, Optional
@@ -10,7 +10,7 @@ from fairseq_sparsemixer.files import write_whole
 from recipes.common.download import download
 from recipes.common.session import DOWNLOADS, Session
 
-SUMS = "SHA256SUMS"  # as sha256sum writes and checks it: one "<checksum>  <file>" a line
+SUMS = "SHA256SUMS"  # in the format of sha256sum: one "<checksum>  <file>" per line
 
 
 def downloads(session: Session) -> Path:
@@ -19,17 +19,17 @@ def downloads(session: Session) -> Path:
 
 
 def say_source(session: Session, urls: Mapping[str, str]) -> str:
-    """What `fetch` does, for --dry-run."""
+    """What `fetch` would do, for --dry-run."""
     if session.options.raw_dir is not None:
         return f"reads {session.options.raw_dir}"
     return "downloads " + ", ".join(urls.values()) + f" to {downloads(session)}"
 
 
 def fetch(session: Session, urls: Mapping[str, str], sums: Mapping[str, str] = {}) -> Path:
-    """The folder of the raw files: --raw-dir, else OUT/downloads once the files of `urls` (name -> address) are there.
+    """The folder of the raw files: --raw-dir, or OUT/downloads after downloading `urls` (name -> address).
 
-    sums: the SHA-256 of files of which it is known. Of the others, that of the first download, once its length is the
-    server's, is noted in SHA256SUMS; a file that is not that one is refused in later calls.
+    sums: the known SHA-256 checksums. For other files, the checksum of the first download with the length that the server
+    announced is recorded in SHA256SUMS, and later calls refuse a different file.
     """
     if session.options.raw_dir is not None:
         if not session.options.raw_dir.is_dir():

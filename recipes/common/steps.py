@@ -1,8 +1,7 @@
-"""Steps that can be interrupted: a finished one is skipped, one whose settings changed starts over.
+"""Resumable steps: a finished step is skipped, a step with changed settings starts over.
 
-A step fills a folder, and keeps there a stamp of its settings and a list of the files that it made. Only those are ever
-removed, and only where every file is one of them: a folder of the user's, one with a checkpoint, and one that was changed
-since are refused with a sentence.
+A step fills a folder, and stores a stamp there with its settings and the files it made. Only these files are ever removed,
+and only if the folder has no others: a folder of the user, with a checkpoint, or changed since is refused with an error.
 """
 
 import os
@@ -17,24 +16,24 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.resume import NOTE, Note, fingerprint_of, locked, read_note, write_note
 
 STAMP = NOTE
-WAIT = 0.5  # seconds between two looks at a lock
+WAIT = 0.5  # seconds between attempts to take a lock
 STARTS_OVER = "starts over, as settings changed"
 CHECKPOINT = ".pt"
-REMEDY = "give another --out, or delete the folder yourself"
+REMEDY = "choose another --out, or delete the folder yourself"
 
 
 def run_step(title: str, folder: Path, settings: Dict[str, Any], console: Console, action: Callable, *arguments: Any) -> str:
-    """Fill folder by action(*arguments, folder, console) unless that was done before under the same settings.
+    """Fill folder by action(*arguments, folder, console), unless that was done before with the same settings.
 
-    Returns a fingerprint of the settings, to be among those of later steps.
-    After a kill, action finds in the folder what was there: it goes on if it can. Other settings empty the folder first.
-    Where another process is at work there, its end is waited for.
+    Returns a fingerprint of the settings, to include in the settings of later steps.
+    After a kill, the folder keeps its files, so that action can resume; with other settings, it is emptied first.
+    If another process is working in the folder, waits for it to end.
     """
     mark = fingerprint_of(settings)
     if not _done(folder, mark):
         require_usable(folder, settings)
         with _alone_in(folder, console):
-            if not _done(folder, mark):  # by whoever was at work
+            if not _done(folder, mark):  # another process may have done it meanwhile
                 console.rule(f"[bold]{title}[/]", align="left")
                 _run(folder, settings, action, arguments, console)
                 return mark
@@ -49,7 +48,7 @@ def _run(folder: Path, settings: Dict[str, Any], action: Callable, arguments: Tu
     try:
         action(*arguments, folder, console)
     except BaseException:
-        with suppress(OSError):  # a full disk is said already
+        with suppress(OSError):  # a full disk is reported already
             write_note(folder, Note(fingerprint_of(settings), False, _made(folder, found, made)))
         raise
     write_note(folder, Note(fingerprint_of(settings), True, _made(folder, found, made)))
@@ -62,13 +61,13 @@ def _done(folder: Path, mark: str) -> bool:
 
 @contextmanager
 def _alone_in(folder: Path, console: Console) -> Iterator[None]:
-    """Hold a lock beside the folder, in which there is nothing but what the step makes."""
+    """Hold a lock file next to the folder; the folder itself holds only files of the step."""
     told: List[Path] = []
 
     def wait() -> None:
         if not told:
             told.append(folder)
-            console.print(f"waiting for another process, which is at work in {folder}", markup=False, highlight=False)
+            console.print(f"waiting for another process, which is working in {folder}", markup=False, highlight=False)
         time.sleep(WAIT)
 
     with ExitStack() as stack:
@@ -76,14 +75,14 @@ def _alone_in(folder: Path, console: Console) -> Iterator[None]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder.with_name(f".{folder.name}.lock"), wait))
         except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); give another --out") from None
+            raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); choose another --out") from None
         yield
 
 
 def begin_step(folder: Path, settings: Dict[str, Any]) -> None:
-    """Make the folder that of an unfinished step of these settings; what a step of other settings made there is removed.
+    """Mark the folder as an unfinished step with these settings; remove the files of a step with other settings.
 
-    Raises ConfigurationError, before anything is removed, where that could lose what the step did not make.
+    Raises ConfigurationError, before removing anything, if the folder has files that the step did not make.
     """
     mark, before = fingerprint_of(settings), read_note(folder)
     require_usable(folder, settings)
@@ -95,23 +94,23 @@ def begin_step(folder: Path, settings: Dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_note(folder, Note(mark, False, made))
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); give another --out") from None
+        raise ConfigurationError(f"{folder} cannot be written ({_reason(error)}); choose another --out") from None
 
 
 def require_usable(folder: Path, settings: Dict[str, Any]) -> None:
-    """Raise ConfigurationError where the folder is not that of a step, or a step of other settings cannot be removed from it."""
+    """Raise ConfigurationError if the folder belongs to no step, or has a step with other settings that must not be removed."""
     problem = _problem(folder, settings)
     if problem is not None:
         raise ConfigurationError(problem)
 
 
 def state_of(folder: Path, settings: Dict[str, Any]) -> str:
-    """What run_step would do, in words."""
+    """What run_step would do, as text."""
     problem, before = _problem(folder, settings), read_note(folder)
     if problem is not None:
         return f"would be refused: {problem}"
     if before is not None and before.settings == fingerprint_of(settings):
-        return "done before" if before.finished else "goes on"
+        return "done before" if before.finished else "resumes"
     return STARTS_OVER if before else "to do"
 
 
@@ -122,38 +121,38 @@ def finished(folder: Path) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """That of the settings of the step that filled the folder; empty where there was none."""
+    """The fingerprint of the settings of the folder's step; empty if there is none."""
     note = read_note(folder)
     return note.settings if note else ""
 
 
 def _problem(folder: Path, settings: Dict[str, Any]) -> Optional[str]:
-    """Why a step of these settings must not be begun in the folder; None where it may."""
+    """Why a step with these settings must not start in the folder; None if it may."""
     try:
         if folder.exists() and not folder.is_dir():
-            return f"{folder} is not a folder; give another --out"
+            return f"{folder} is not a folder; choose another --out"
         before, found = read_note(folder), _files(folder)
     except (OSError, ValueError) as error:
-        return f"{folder} cannot be read ({_reason(error)}); give another --out"
+        return f"{folder} cannot be read ({_reason(error)}); choose another --out"
     if not found or (before is not None and before.settings == fingerprint_of(settings)):
         return None
     if before is None:
-        return f"{folder} has files, {next(iter(found))} among them, and no valid {STAMP}: no recipe made it; {REMEDY}"
+        return f"{folder} has files (such as {next(iter(found))}) but no valid {STAMP}, so no recipe made it; {REMEDY}"
     checkpoint = next((name for name in found if name.endswith(CHECKPOINT)), None)
     if checkpoint is not None:
-        return f"{folder} holds a run of other settings, with the checkpoint {checkpoint}; {REMEDY}"
+        return f"{folder} holds a run with other settings and the checkpoint {checkpoint}; {REMEDY}"
     made = before.files
     other = next((name for name, about in found.items() if about is None or made.get(name) != about), None)
     if other is not None:
-        return f"{folder} is of other settings, and {other} in it is new or changed since its step was done; {REMEDY}"
+        return f"{folder} was made with other settings, and its file {other} is new or changed since; {REMEDY}"
     return None
 
 
 def _remove(folder: Path, made: Dict[str, Any]) -> None:
-    """Take away the files that a step made, and folders that are empty then. Nothing is reached through a link."""
+    """Remove the files that a step made, then empty folders. Does not follow links."""
     if not folder.is_dir():
         return
-    for name in _files(folder):  # of which require_usable has seen that all are the step's
+    for name in _files(folder):  # require_usable has checked that all belong to the step
         if name in made:
             os.unlink(folder / name)
     for path, _, _ in os.walk(folder, topdown=False):
@@ -162,7 +161,7 @@ def _remove(folder: Path, made: Dict[str, Any]) -> None:
 
 
 def _files(folder: Path) -> Dict[str, Optional[List[int]]]:
-    """What lies below the folder, the stamp apart: size and time of change of files; None for links, pipes and the like."""
+    """The files below the folder, without the stamp: [size, mtime] of regular files; None for links, pipes and the like."""
     return {os.path.relpath(entry.path, folder): _about(entry) for entry in _walk(str(folder))} if folder.is_dir() else {}
 
 
@@ -176,7 +175,7 @@ def _walk(folder: str, top: bool = True) -> Iterator[os.DirEntry]:
 
 
 def _is_stamp(name: str) -> bool:
-    """The stamp, or what a kill left of one that was being written."""
+    """Whether the name is the stamp's, or that of a temporary file left when writing the stamp was killed."""
     return name.startswith((STAMP, f".{STAMP}"))
 
 
@@ -188,7 +187,7 @@ def _about(entry: os.DirEntry) -> Optional[List[int]]:
 
 
 def _made(folder: Path, found: Dict[str, Any], made: Dict[str, Any]) -> Dict[str, Any]:
-    """The files of a step that has run: those it had made before, and those that are new or changed since they were `found`."""
+    """The files made by a step: those in `made` before, and those that are new or changed since `found`."""
     return {name: about for name, about in _files(folder).items() if name in made or found.get(name) != about}
 
 

@@ -1,4 +1,4 @@
-"""Text of one language: WikiText's archives, checked and written a line a line."""
+"""Monolingual text: WikiText's archives, checked and written line by line."""
 
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Mapping
@@ -17,7 +17,7 @@ def read_wikitext(folder: Path, archive: str, members: Dict[str, str]) -> Splits
 
 
 def write_splits(splits: Splits, folder: Path, console: Console) -> None:
-    """folder/SPLIT for each split. Raises ConfigurationError for a split without a word."""
+    """Write folder/SPLIT for each split. Raises ConfigurationError for a split without words."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         words = 0
@@ -26,13 +26,13 @@ def write_splits(splits: Splits, folder: Path, console: Console) -> None:
                 words += len(line.split())
                 file.write(line + "\n")
         if not words:
-            raise ConfigurationError(f"the {split} split has no word; give one with text")
+            raise ConfigurationError(f"the {split} split has no words; provide one with text")
         console.print(f"{split}: {words:,} words", highlight=False)
 
 
 def last_figures(log: Path, read: Callable[[str], Any]) -> Any:
-    """What `read` makes of the last line of a log that it makes something of. Raises ConfigurationError where there is none."""
+    """`read` applied to the last line of a log for which it returns figures. Raises ConfigurationError if there is none."""
     found = [figures for figures in map(read, log.read_text(encoding="utf-8").splitlines()) if figures]
     if not found:
-        raise ConfigurationError(f"{log} has no figures; delete its folder, and run evaluate again")
+        raise ConfigurationError(f"{log} has no figures; delete its folder and run evaluate again")
     return found[-1]

@@ -1,4 +1,4 @@
-"""`train`: fairseq-hydra-train on a recipe's YAML file, the same effective batch on any number of devices."""
+"""`train`: fairseq-hydra-train with a recipe's YAML file and the same effective batch on any number of devices."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from recipes.common.slurm import batch_script
 from recipes.common.steps import begin_step, require_usable
 
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent
-BARE = re.compile(r"[\w./\[\]+-]+")  # hydra reads these characters as they stand
-TO_DOUBLE = re.compile(r"\\+(?='|\Z)")  # backslashes before a quote; between quotes, hydra keeps all others as they are
+BARE = re.compile(r"[\w./\[\]+-]+")  # characters that hydra reads literally
+TO_DOUBLE = re.compile(r"\\+(?='|\Z)")  # backslashes before a quote; hydra keeps all others in a quoted string unchanged
 
 
 def train(
@@ -32,10 +32,10 @@ def train(
     settings: Optional[Dict[str, Any]] = None,
     smoke: Optional[Tuple[int, Dict[str, Any]]] = None,
 ) -> None:
-    """Train on the binarised `data` by `config`, batch_tokens an update.
+    """Train on the binarised `data` with `config` and batch_tokens per update.
 
-    device_tokens: what a GPU takes at a time, unless --device-tokens says otherwise. settings: those that differ from the
-    config's, by group and name, such as {"model.dropout": 0.1}. smoke: batch_tokens and settings in their place under --smoke.
+    device_tokens: max tokens per GPU at once, unless --device-tokens is given. settings: overrides of the config by group and
+    name, such as {"model.dropout": 0.1}. smoke: (batch_tokens, settings) to use instead with --smoke.
     """
     options = session.options
     if smoke is not None and options.smoke:
@@ -46,7 +46,7 @@ def train(
     block = settings.get("task.tokens_per_sample") or content.get("task", {}).get("tokens_per_sample")
     settings["optimization.max_update"] = updates
     settings.update({"common.seed": options.seed, "model.router": options.router, "model.num_experts": options.num_experts})
-    # what the run is; the number of devices may change in between
+    # defines the run; the number of devices is left out, because it may change when resuming
     identity = {
         "config": config.read_text(encoding="utf-8"),
         "settings": settings,
@@ -68,27 +68,27 @@ def train(
         devices["+distributed_training.distributed_world_size"] = world_size
     command = hydra_command(config, {**settings, **devices})
     split = f"{plan.max_tokens:,} x {plan.update_freq} micro-batches x {world_size} devices"
-    session.say(f"an update of {plan.tokens:,} tokens at most: {split}")
-    require_usable(session.run, identity)  # a run of other settings may have taken days
+    session.say(f"at most {plan.tokens:,} tokens per update: {split}")
+    require_usable(session.run, identity)  # a run with other settings may have taken days
     if options.slurm is not None:
         _write_slurm(session, command, identity)
     elif options.nodes > 1:
-        raise ConfigurationError(f"--nodes {options.nodes} needs --slurm FILE: several machines are started by SLURM's srun")
+        raise ConfigurationError(f"--nodes {options.nodes} needs --slurm FILE: several machines are started with SLURM's srun")
     else:
         meter = Meter(updates, "updates", read_log_line)
         session.command(f"train {session.run.name}", session.run, command, identity, meter)
 
 
 def _plan(batch_tokens: int, device_tokens: int, world_size: int, block: Optional[int], data: Path) -> BatchPlan:
-    """How a batch is split. block: the length that the text is cut to; None for sentences.
+    """How a batch is split over devices. block: tokens per block of text; None for sentences.
 
-    Raises ConfigurationError where a device would have no room for a block or the longest sentence, which fairseq only asserts.
+    Raises ConfigurationError if a device has no room for a block or the longest sentence, which fairseq only asserts.
     """
     if block:
-        _require_room(batch_tokens, min(batch_tokens // world_size, device_tokens), world_size, "the blocks of", block)
+        _require_room(batch_tokens, min(batch_tokens // world_size, device_tokens), world_size, "a block", block)
         return plan_blocks(batch_tokens, device_tokens, world_size, block)
     plan = plan_batch(batch_tokens, device_tokens, world_size)
-    _require_room(batch_tokens, plan.max_tokens, world_size, "the longest sentence, of", longest_sentence(data))
+    _require_room(batch_tokens, plan.max_tokens, world_size, "the longest sentence", longest_sentence(data))
     return plan
 
 
@@ -97,25 +97,25 @@ def _require_room(batch_tokens: int, room: int, world_size: int, what: str, need
         crowded = batch_tokens // world_size < needed
         remedy = f"use at most {batch_tokens // needed} devices" if crowded else f"give --device-tokens {2 * needed} or more"
         raise ConfigurationError(
-            f"{room} of {batch_tokens:,} tokens would go to each of {world_size} devices, less than {what} {needed}; {remedy}"
+            f"each of {world_size} devices gets {room} of {batch_tokens:,} tokens, less than {what} ({needed} tokens); {remedy}"
         )
 
 
 def checkpoint_of(session: Session, name: str = "checkpoint_best.pt") -> Path:
-    """A checkpoint of the session's run. Raises ConfigurationError where there is none."""
+    """The path of a checkpoint of the session's run. Raises ConfigurationError if it does not exist."""
     path = session.run / name
     if not path.is_file() and not session.options.dry_run:
-        raise ConfigurationError(f"{path} is not there; run first: python -m recipes.{session.name} train, with the same options")
+        raise ConfigurationError(f"{path} not found; run first: python -m recipes.{session.name} train, with the same options")
     return path
 
 
 def age(path: Path) -> str:
-    """What changes when a file is written anew."""
+    """The file's mtime in nanoseconds, as text; empty if it does not exist."""
     return str(path.stat().st_mtime_ns) if path.exists() else ""
 
 
 def hydra_command(config: Path, settings: Dict[str, Any]) -> List[str]:
-    """fairseq-hydra-train with the settings that differ from the file's."""
+    """The fairseq-hydra-train command with overrides of the config file."""
     folder = os.path.relpath(config.parent)
     folder = folder if not folder.startswith("..") else str(config.parent)
     command = [script("fairseq-hydra-train"), "--config-dir", folder, "--config-name", config.stem]
@@ -123,7 +123,7 @@ def hydra_command(config: Path, settings: Dict[str, Any]) -> List[str]:
 
 
 def as_override(value: Any) -> str:
-    """A value in the grammar of hydra's overrides."""
+    """A value in hydra's override syntax."""
     if value is None:
         return "null"
     text = json.dumps(value, separators=(",", ":")) if isinstance(value, (bool, list, int, float)) else str(value)
@@ -133,7 +133,7 @@ def as_override(value: Any) -> str:
 
 
 def read_log_line(line: str) -> Optional[Advance]:
-    """The advance that a line of fairseq's JSON log tells."""
+    """The progress in a line of fairseq's JSON log, if any."""
     if "train_inner" not in line or "{" not in line:
         return None
     log = json.loads(line[line.index("{") :])
@@ -143,7 +143,7 @@ def read_log_line(line: str) -> Optional[Advance]:
 def _write_slurm(session: Session, command: List[str], identity: Dict[str, Any]) -> None:
     options = session.options
     if session.gpus < 1:
-        raise ConfigurationError("--slurm needs --gpus N, the GPUs of a machine")
+        raise ConfigurationError("--slurm needs --gpus N, the GPUs per machine")
     text = batch_script(f"{session.name}-{session.run.name}", command, options.nodes, session.gpus, session.run.resolve())
     if options.dry_run:
         session.console.print(text, markup=False, highlight=False, soft_wrap=True)

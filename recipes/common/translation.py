@@ -1,4 +1,4 @@
-"""What translation recipes share after training: generation of the test set, and its scores."""
+"""Translation of the test set and its scores, shared by the translation recipes."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -11,20 +11,20 @@ from fairseq_sparsemixer.tools.generation import read_hypothesis, read_sentences
 from recipes.common.progress import Advance, Meter, run_program, script
 from recipes.common.session import Session
 
-EVERY_SENTENCE = "--required-batch-size-multiple 1".split()  # under its default, 8, fairseq drops a split's last sentences
-PROGRESS_STEP = 100  # translated sentences between two lines of progress
+EVERY_SENTENCE = "--required-batch-size-multiple 1".split()  # with its default, 8, fairseq drops a split's last sentences
+PROGRESS_STEP = 100  # translated sentences per progress line
 TRANSLATION = "translation.txt"
 
 
 def generate_command(binary: Path, user_dir: str, checkpoint: Path, search: List[str], on_cpu: bool) -> List[str]:
-    """fairseq-generate on the test set, pieces put together again."""
+    """The fairseq-generate command for the test set, with pieces joined to words."""
     command = [script("fairseq-generate"), str(binary), "--user-dir", user_dir, *(["--cpu"] if on_cpu else [])]
     command += ["--path", str(checkpoint), *search, "--gen-subset", "test", "--max-tokens", "4096"]
     return [*command, "--post-process", "sentencepiece", *EVERY_SENTENCE]
 
 
 def translate(command: List[str], total: int, folder: Path, console: Console) -> None:
-    """Run fairseq-generate: folder/translation.txt has the `total` sentences in the order of the test set."""
+    """Run fairseq-generate, and write the `total` translations to folder/translation.txt in the order of the test set."""
     sentences: Dict[int, str] = {}
 
     def read_line(line: str) -> Optional[Advance]:
@@ -42,19 +42,19 @@ def translate(command: List[str], total: int, folder: Path, console: Console) ->
 
 
 def sacre_bleu(hypotheses: List[str], references: List[str], **options: Any) -> Dict[str, Any]:
-    """sacreBLEU of a corpus: {"bleu", "signature"}. options: sacrebleu.BLEU's."""
+    """Corpus sacreBLEU: {"bleu", "signature"}. options: sacrebleu.BLEU's."""
     bleu = sacrebleu.BLEU(**options)
     score = bleu.corpus_score(hypotheses, [references]).score
     return {"bleu": score, "signature": str(bleu.get_signature())}
 
 
 def tokenised_bleu(hypotheses: List[str], references: List[str]) -> Dict[str, Any]:
-    """BLEU of text that is in tokens already, unsmoothed as multi-bleu.perl and fairseq-score have it."""
+    """BLEU of tokenised text, unsmoothed like multi-bleu.perl and fairseq-score."""
     return sacre_bleu(hypotheses, references, tokenize="none", smooth_method="none", force=True)
 
 
 def translate_step(session: Session, folder: Path, command: List[str], settings: Dict[str, Any], reference: Path) -> None:
-    """`translate` as a step, as many sentences as there are in the reference."""
+    """`translate` as a step, for as many sentences as the reference has."""
     if session.options.dry_run:
         return session.command("translate the test set", folder, command, settings)
     total = len(read_sentences(reference))

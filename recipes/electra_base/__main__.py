@@ -1,7 +1,7 @@
 """ELECTRA-Base pre-training (Clark et al., 2020; arXiv 2003.10555) with experts in the discriminator.
 
-On the raw text of WikiText-103, the largest that comes by itself; the paper's Wikipedia and books take the same path with
---raw-dir. How well replaced tokens are told, on held-out text; `recipes.glue` fine-tunes the result.
+Trains on the raw text of WikiText-103, the largest corpus that can be downloaded; the paper's Wikipedia and books work the same
+way with --raw-dir. Evaluates the detection of replaced tokens on held-out text; `recipes.glue` fine-tunes the result.
 """
 
 import json
@@ -23,8 +23,8 @@ from recipes.common.training import USER_DIR, age, checkpoint_of, train
 NAME = "electra_base"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
 ARCHIVE = "wikitext-103-raw-v1.zip"
-URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as fairseq's RoBERTa pre-training
-SHA256 = {ARCHIVE: "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"}  # as several that fetched it have noted
+URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as in fairseq's RoBERTa pre-training
+SHA256 = {ARCHIVE: "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"}  # published by several users
 MEMBERS = {split: f"wikitext-103-raw/wiki.{split}.raw" for split in SPLITS}
 VOCABULARY = 30_000  # sentencepiece pieces
 BATCH_TOKENS = 256 * 512  # Table 6 of the paper: 256 blocks of 512
@@ -45,7 +45,7 @@ SMOKE = {
 
 
 def prepare(session: Session) -> None:
-    """Text in pieces, binarised."""
+    """Segment the text into pieces and binarise it."""
     options = session.options
     small = options.smoke and options.raw_dir is None
     vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
@@ -59,10 +59,10 @@ def prepare(session: Session) -> None:
 
 
 def make_data(read: Callable[[], Splits], vocabulary: int, workers: int, folder: Path, console: Console) -> None:
-    """folder/raw, folder/pieces and folder/bin."""
+    """Make folder/raw, folder/pieces and folder/bin."""
     raw, pieces = folder / "raw", folder / "pieces"
     write_splits(read(), raw, console)
-    # more takes memory, and changes little
+    # more takes memory and changes little
     sample: Dict[str, Any] = {"input_sentence_size": 1_000_000, "shuffle_input_sentence": True}
     model = learn_pieces([raw / "train"], pieces, vocabulary, **sample)
     for split in SPLITS:
@@ -71,12 +71,12 @@ def make_data(read: Callable[[], Splits], vocabulary: int, workers: int, folder:
 
 
 def train_model(session: Session) -> None:
-    """The settings are those of electra_base.yaml."""
+    """Train with the settings of electra_base.yaml."""
     train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, SMOKE))
 
 
 def evaluate(session: Session) -> None:
-    """The generator's loss and the discriminator's accuracy on the test set."""
+    """Evaluate the generator's loss and the discriminator's accuracy on the test set."""
     checkpoint = checkpoint_of(session)
     test = session.out / f"{session.run.name}-test"
     command = [script("fairseq-validate"), str(session.data / "bin"), "--user-dir", str(USER_DIR), "--task", "masked_lm"]
@@ -88,7 +88,7 @@ def evaluate(session: Session) -> None:
 
 
 def read_figures(line: str) -> Optional[Dict[str, Any]]:
-    """Those of FIGURES in a line of fairseq-validate's JSON log."""
+    """The FIGURES in a line of fairseq-validate's JSON log; None if it has none."""
     if '"test_rtd_accuracy"' not in line:
         return None
     log = json.loads(line[line.index("{") :])

@@ -1,7 +1,7 @@
-"""Fine-tuning on a task of GLUE (Wang et al., 2018; arXiv 1804.07461): --task CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI or RTE.
+"""Fine-tuning on a GLUE task (Wang et al., 2018; arXiv 1804.07461): --task CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI or RTE.
 
-Starts from a model of recipes.electra_base (--pretrained), and reports GLUE's metric on the development set. GLUE's files
-have to be asked for: fetch them from gluebenchmark.com/tasks, and give --raw-dir, with a folder for each task.
+Starts from a model of recipes.electra_base (--pretrained), and reports GLUE's metric on the development set. Download GLUE's
+files by hand from gluebenchmark.com/tasks, and pass --raw-dir, with a folder per task.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from recipes.glue.smoke_data import write_smoke_data
 
 NAME = "glue"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
-SIZES = "sizes.json"  # examples of each split, in the folder of prepared data
-EXAMPLES = 32  # an update
+SIZES = "sizes.json"  # examples per split, in the folder of prepared data
+EXAMPLES = 32  # per update
 EPOCHS = {"RTE": 10, "STS-B": 10}  # Appendix B of ELECTRA's paper; 3 for the others
-WARMUP = 0.1  # of all updates
+WARMUP = 0.1  # share of all updates
 TOKENS = EXAMPLES * 512
 GROUPS = {"num_classes": "task", "best_checkpoint_metric": "checkpoint", "maximize_best_checkpoint_metric": "checkpoint"}
-GROUPS.update(valid_subset="dataset", regression_target="criterion")  # all others are the criterion's, and not in glue.yaml
+GROUPS.update(valid_subset="dataset", regression_target="criterion")  # others: the criterion's, not in glue.yaml
 SMOKE = {"model._name": "electra_moe_tiny", "task.max_positions": 64, "common.log_interval": 1}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is fine-tuned, and on what."""
+    """Add the options for the task and the model to fine-tune."""
     group = parser.add_argument_group("glue")
     group.add_argument("--task", choices=TASKS, default="RTE", metavar="TASK", help=f"{', '.join(TASKS)} (default: %(default)s)")
     group.add_argument(
@@ -43,25 +43,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--checkpoint", type=Path, metavar="FILE",
-        help="the model to start from (default: the best checkpoint there, of the same router, number of experts, and seed 1)",
+        help="model to start from (default: best checkpoint in --pretrained with the same router and number of experts, seed 1)",
     )  # fmt: skip
 
 
 def prepare(session: Session) -> None:
-    """The task's TSV files, checked, in the pieces of the pre-trained model."""
+    """Check the task's TSV files and segment them into the pieces of the pre-trained model."""
     options = enter(session)
     small = options.smoke and options.raw_dir is None
     if options.raw_dir is None and not small:
-        raise ConfigurationError("give --raw-dir DIR with GLUE's files; they are at gluebenchmark.com/tasks")
+        raise ConfigurationError("pass --raw-dir DIR with GLUE's files, from gluebenchmark.com/tasks")
     raw = session.out / "raw" if small else options.raw_dir / options.task
     pretrained = pretraining(session)
     settings = {"task": options.task, "raw": str(raw), "pretrained": str(pretrained.resolve())}
-    does = f"{'makes a tiny data set' if small else 'reads ' + str(raw)}; in the pieces of {pretrained}"
+    does = f"{'makes a tiny data set' if small else 'reads ' + str(raw)}; segments it into the pieces of {pretrained}"
     session.step(f"data: {options.task}", session.data, settings, does, make_data, options.task, raw, small, pretrained)
 
 
 def make_data(task: str, raw: Path, small: bool, pretrained: Path, folder: Path, console: Console) -> None:
-    """folder/bin, and the numbers of examples."""
+    """Make folder/bin and folder/sizes.json."""
     from fairseq.data import Dictionary
 
     from fairseq_sparsemixer.tools import glue
@@ -70,17 +70,17 @@ def make_data(task: str, raw: Path, small: bool, pretrained: Path, folder: Path,
         write_smoke_data(task, raw)
     dictionary = Dictionary.load(str(require_file(pretrained / "data" / "bin" / "dict.txt", "--pretrained")))
     encode = encoder(require_file(pretrained / "data" / "pieces" / MODEL, "--pretrained"))
-    skip = (lambda message: console.print(f"left out: {message}", highlight=False)) if task == "QQP" else None  # has bad lines
+    skip = (lambda message: console.print(f"skipped: {message}", highlight=False)) if task == "QQP" else None  # has bad lines
     sizes = glue.prepare(task, raw, folder / "bin", dictionary, encode, skip)
     console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " examples", highlight=False)
     (folder / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def train_model(session: Session) -> None:
-    """The settings are those of glue.yaml and of the task; the number of updates follows from the examples and epochs."""
+    """Train with the settings of glue.yaml and the task; the number of updates follows from examples and epochs."""
     options = enter(session)
     if session.gpus > 1 or options.nodes > 1:
-        raise ConfigurationError("fine-tuning takes one GPU: give --gpus 1, or 0 for the CPU")
+        raise ConfigurationError("fine-tuning uses one GPU: set --gpus 1, or 0 for the CPU")
     updates = options.updates or number_of_updates(session)
     settings: Dict[str, Any] = {
         **(SMOKE if options.smoke else {}),
@@ -93,7 +93,7 @@ def train_model(session: Session) -> None:
 
 
 def evaluate(session: Session) -> None:
-    """GLUE's metric of the best checkpoint, for each development set."""
+    """Evaluate GLUE's metric for the best checkpoint on each development set."""
     from fairseq_sparsemixer.tools.glue import TASKS as DESCRIPTIONS
 
     options = enter(session)
@@ -112,44 +112,44 @@ def evaluate(session: Session) -> None:
 
 
 def enter(session: Session) -> argparse.Namespace:
-    """The session's options; its folder becomes that of the task."""
+    """Make the session's folder that of the task. Returns the session's options."""
     session.out = session.out / session.options.task
     return session.options
 
 
 def pretraining(session: Session) -> Path:
-    """The folder that recipes.electra_base made."""
+    """The output folder of recipes.electra_base."""
     default = Path("runs", "electra_base-smoke" if session.options.smoke else "electra_base")
     return session.options.pretrained or default
 
 
 def starting_point(session: Session) -> Path:
-    """The pre-trained checkpoint. Raises ConfigurationError where there is none."""
+    """The pre-trained checkpoint. Raises ConfigurationError if it does not exist."""
     options = session.options
     run = session.run.name[: session.run.name.rindex("-seed")] + "-seed1"
     path = options.checkpoint or pretraining(session) / run / "checkpoint_best.pt"
     if not path.is_file() and not options.dry_run:
-        raise ConfigurationError(f"{path} is not there; train it with recipes.electra_base, or give --pretrained or --checkpoint")
+        raise ConfigurationError(f"{path} not found; train it with recipes.electra_base, or pass --pretrained or --checkpoint")
     return path
 
 
 def number_of_updates(session: Session) -> int:
-    """As many as make the epochs of the paper; those of one batch an epoch where --dry-run finds no data, which it says."""
+    """Updates for the paper's number of epochs. If --dry-run finds no data, assumes one batch per epoch, and says so."""
     session.needs(session.data, "prepare")
     path, epochs = session.data / SIZES, EPOCHS.get(session.options.task, 3)
     if not path.is_file():
-        session.say(f"{epochs} epochs; the updates below are of {EXAMPLES} examples, as the task is not prepared yet")
+        session.say(f"{epochs} epochs; the updates below assume {EXAMPLES} examples, because the task is not prepared yet")
         return epochs
     examples = json.loads(path.read_text(encoding="utf-8"))["train"]
     return math.ceil(examples / EXAMPLES) * epochs
 
 
 def task_settings(task: str) -> Dict[str, Any]:
-    """What fairseq needs to know of a task and its metric, by group and name."""
+    """fairseq's settings for a task and its metric, by group and name."""
     from fairseq_sparsemixer.tools.glue import TASKS as DESCRIPTIONS
 
     settings: Dict[str, Any] = {}
-    if not DESCRIPTIONS[task].classes and not DESCRIPTIONS[task].has_score():  # by the loss; glue.yaml is about scores
+    if not DESCRIPTIONS[task].classes and not DESCRIPTIONS[task].has_score():  # the metric is the loss; glue.yaml assumes a score
         settings["checkpoint.maximize_best_checkpoint_metric"] = False
     name = ""
     for word in DESCRIPTIONS[task].flags().split():
@@ -164,7 +164,7 @@ def task_settings(task: str) -> Dict[str, Any]:
 
 
 def read_figures(line: str, split: str) -> Optional[Dict[str, Any]]:
-    """The loss and the metrics of a split in a line of fairseq-validate's JSON log."""
+    """The loss and metrics of a split in a line of fairseq-validate's JSON log; None if it has none."""
     if f'"{split}_loss"' not in line:
         return None
     log = json.loads(line[line.index("{") :])

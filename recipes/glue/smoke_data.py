@@ -1,4 +1,4 @@
-"""A tiny data set in the format of a task of GLUE, for --smoke: two sentences of few words, the label told by one of them."""
+"""A tiny data set in the format of a GLUE task, for --smoke: short sentences in which one word determines the label."""
 
 import random
 from pathlib import Path
@@ -8,7 +8,7 @@ WORDS = ("the", "of", "and", "in", "to", "was", "on", "as", "for", "with")
 
 
 def write_smoke_data(name: str, folder: Path) -> None:
-    """folder/train.tsv, dev.tsv and so on, as GLUE's of that task."""
+    """Write folder/train.tsv, dev.tsv and so on, in GLUE's format for that task."""
     from fairseq_sparsemixer.tools.glue import TASKS
 
     task, draw = TASKS[name], random.Random(1)

@@ -1,6 +1,6 @@
-"""IWSLT'14 German-English: 160,000 pairs from talks, as fairseq's transformer_iwslt_de_en is trained, with experts.
+"""IWSLT'14 German-English: 160,000 pairs from talks, trained like fairseq's transformer_iwslt_de_en, with experts.
 
-Lowercased Moses tokens in 10,000 BPE pieces; beam 5, best checkpoint; tokenised BLEU and sacreBLEU, both of lowercased text.
+Lowercased Moses tokens in 10,000 BPE pieces; beam 5, best checkpoint; tokenised BLEU and sacreBLEU, both lowercased.
 """
 
 from itertools import chain
@@ -34,7 +34,7 @@ Read = Callable[[], Tuple[List[Pair], List[Pair]]]
 
 
 def prepare(session: Session) -> None:
-    """Raw text in lowercased Moses tokens, then in BPE pieces, binarised."""
+    """Raw text -> lowercased Moses tokens -> BPE pieces -> binarised data."""
     options = session.options
     small = options.smoke and options.raw_dir is None
 
@@ -54,7 +54,7 @@ def prepare(session: Session) -> None:
 
 
 def make_text(read: Read, workers: int, folder: Path, console: Console) -> None:
-    """folder/raw with the test set, folder/tokens with all splits."""
+    """Make folder/raw with the test set and folder/tokens with all splits."""
     training, test = read()
     tokenisers = [Tokeniser(language, lowercase=True) for language in LANGUAGES]
     kept = clean(tokenise_pairs(training, *tokenisers, workers=workers), LONGEST, RATIO)
@@ -64,12 +64,12 @@ def make_text(read: Read, workers: int, folder: Path, console: Console) -> None:
 
 
 def train_model(session: Session) -> None:
-    """The settings are those of iwslt14_de_en.yaml."""
+    """Train with the settings of iwslt14_de_en.yaml."""
     train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, moses_translation.SMOKE))
 
 
 def evaluate(session: Session) -> None:
-    """The best checkpoint: BLEU of the tokens, and sacreBLEU of the detokenised text, both lowercased."""
+    """Evaluate the best checkpoint: tokenised BLEU, and sacreBLEU of the detokenised text, both lowercased."""
     moses_translation.evaluate(session, checkpoint_of(session), LANGUAGES, SEARCH, lowercase=True)
 
 

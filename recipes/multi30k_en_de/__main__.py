@@ -1,7 +1,7 @@
-"""Multi30k, English to German (Elliott et al., 2016; arXiv 1605.00459): captions of pictures, 29,000 pairs.
+"""Multi30k, English to German (Elliott et al., 2016; arXiv 1605.00459): image captions, 29,000 pairs.
 
 The smallest recipe, minutes on a GPU: a 4-layer transformer of width 128 with experts in every second layer, on raw text in
-sentencepiece's pieces; sacreBLEU on test_2016_flickr.
+sentencepiece pieces; sacreBLEU on test_2016_flickr.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BATCH_TOKENS = 8192
 DEVICE_TOKENS = 8192
 SEARCH = "--beam 5 --lenpen 1.0".split()
 
-# --smoke: a few hundred pairs
+# for --smoke
 SMOKE_SIZES = {"train": 2000, "valid": 100, "test": 50}
 SMOKE_VOCABULARY = 1000
 SMOKE = {
@@ -43,12 +43,14 @@ SMOKE_BATCH_TOKENS = 1024
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The option of this recipe alone."""
-    parser.add_argument("--vocabulary", type=int, metavar="N", help=f"prepare: sentencepiece pieces (default: {VOCABULARY:,})")
+    """Add the option of this recipe."""
+    parser.add_argument(
+        "--vocabulary", type=int, metavar="N", help=f"prepare: vocabulary size in pieces (default: {VOCABULARY:,})"
+    )
 
 
 def prepare(session: Session) -> None:
-    """Raw text in pieces, binarised."""
+    """Segment the raw text into pieces and binarise it."""
     options = session.options
     small = options.smoke and options.raw_dir is None
     vocabulary = options.vocabulary or (SMOKE_VOCABULARY if options.smoke else VOCABULARY)
@@ -63,12 +65,12 @@ def prepare(session: Session) -> None:
 
 
 def train_model(session: Session) -> None:
-    """The settings are those of multi30k_en_de.yaml."""
+    """Train with the settings of multi30k_en_de.yaml."""
     train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, SMOKE))
 
 
 def evaluate(session: Session) -> None:
-    """sacreBLEU of the best checkpoint on the raw references."""
+    """Evaluate the best checkpoint: sacreBLEU against the raw references."""
     checkpoint = checkpoint_of(session)
     test = session.out / f"{session.run.name}-test"
     command = translation.generate_command(session.data / "bin", str(USER_DIR), checkpoint, SEARCH, session.gpus == 0)

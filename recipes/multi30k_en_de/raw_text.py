@@ -1,4 +1,4 @@
-"""Multi30k's raw text (English-German): one sentence a line, gzipped or not, `train.en.gz`, `val.de.gz`, ..."""
+"""Multi30k's raw text (English-German): one sentence per line, gzipped or not, `train.en.gz`, `val.de.gz`, ..."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ FILES = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
 
 
 def read_multi30k(folder: Path) -> Corpus:
-    """The three splits under folder. Raises ConfigurationError, with file and line, for text that is not parallel."""
+    """The three splits in folder. Raises ConfigurationError, with file and line, if text is not parallel."""
     corpus = {}
     for split, name in FILES.items():
         corpus[split] = list(read_pairs(*(read_file(find_file(folder, f"{name}.{language}")) for language in LANGUAGES)))
         if not corpus[split]:
-            raise ConfigurationError(f"{folder} has no sentence in {name}; fetch the files again")
+            raise ConfigurationError(f"{name} in {folder} is empty; fetch the files again")
     return corpus

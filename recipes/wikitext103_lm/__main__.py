@@ -1,4 +1,4 @@
-"""WikiText-103 (Merity et al., 2016): a language model of 16 layers with adaptive inputs and softmax (arXiv 1809.10853).
+"""WikiText-103 (Merity et al., 2016): a 16-layer language model with adaptive inputs and softmax (arXiv 1809.10853).
 
 Experts in every second layer; perplexity per word of the test set, with at least 400 words of context (--context-window).
 """
@@ -20,14 +20,14 @@ from recipes.common.training import USER_DIR, age, checkpoint_of, train
 NAME = "wikitext103_lm"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
 ARCHIVE = "wikitext-103-v1.zip"
-URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as fairseq's prepare-wikitext-103.sh
-SHA256 = {ARCHIVE: "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"}  # as several that fetched it have noted
+URLS = {ARCHIVE: f"https://s3.amazonaws.com/research.metamind.io/wikitext/{ARCHIVE}"}  # as in fairseq's prepare-wikitext-103.sh
+SHA256 = {ARCHIVE: "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"}  # published by several users
 MEMBERS = {split: f"wikitext-103/wiki.{split}.tokens" for split in ("train", "valid", "test")}
 BATCH_TOKENS = 8 * 3 * 3072  # 8 GPUs, 3 micro-batches
 DEVICE_TOKENS = 3072
-CONTEXT = 400  # words before each that is scored, of windows of 512
+CONTEXT = 400  # words of context before each scored word, in windows of 512
 
-# --smoke: WikiText-2's test part, words that occur five times
+# for --smoke: WikiText-2's test part, words that occur at least five times
 SMOKE_THRESHOLD = 5
 SMOKE_BATCH_TOKENS = 1024
 SMOKE_CONTEXT = 32
@@ -49,7 +49,7 @@ SMOKE = {
 
 
 def prepare(session: Session) -> None:
-    """Words, binarised; line ends and empty lines are kept, as in fairseq's own results."""
+    """Binarise the words; line ends and empty lines are kept, as in fairseq's own results."""
     options = session.options
     small = options.smoke and options.raw_dir is None
 
@@ -63,19 +63,19 @@ def prepare(session: Session) -> None:
 
 
 def make_data(read: Callable[[], Splits], threshold: int, workers: int, folder: Path, console: Console) -> None:
-    """folder/words and folder/bin."""
+    """Make folder/words and folder/bin."""
     write_splits(read(), folder / "words", console)
     command = text_command(folder / "words", folder / "bin", workers, "--thresholdsrc", str(threshold))
     run_program(command, folder / "console.log", console)
 
 
 def train_model(session: Session) -> None:
-    """The settings are those of wikitext103_lm.yaml."""
+    """Train with the settings of wikitext103_lm.yaml."""
     train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, SMOKE))
 
 
 def evaluate(session: Session) -> None:
-    """Perplexity per word of the test set."""
+    """Evaluate the perplexity per word of the test set."""
     checkpoint = checkpoint_of(session)
     context, window = (SMOKE_CONTEXT, 64) if session.options.smoke else (CONTEXT, 512)
     test = session.out / f"{session.run.name}-test"
@@ -88,7 +88,7 @@ def evaluate(session: Session) -> None:
 
 
 def read_result(line: str) -> Optional[Dict[str, Any]]:
-    """The figures of fairseq-eval-lm's last line."""
+    """The results in fairseq-eval-lm's last line; None for other lines."""
     found = read_perplexity(line)
     return dict(zip(("loss_in_bits", "perplexity"), found)) if found else None
 

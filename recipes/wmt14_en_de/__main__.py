@@ -1,7 +1,7 @@
 """WMT'14 English-German, the translation experiment of the SparseMixer paper (arXiv 2310.00811).
 
 Transformer-base with experts in every second layer, --num-experts 2, 4, 6, 8 or 16, --router switch or sparsemixer; beam 4,
-length penalty 0.6, the last checkpoints averaged; tokenised BLEU and sacreBLEU on newstest2014.
+length penalty 0.6, average of the last checkpoints; tokenised BLEU and sacreBLEU on newstest2014.
 """
 
 from itertools import chain
@@ -37,7 +37,7 @@ Read = Callable[[], Tuple[Iterable[Pair], List[Pair]]]
 
 
 def prepare(session: Session) -> None:
-    """Raw text in Moses' tokens, then in BPE pieces, binarised."""
+    """Raw text -> Moses tokens -> BPE pieces -> binarised data."""
     options = session.options
     small = options.smoke and options.raw_dir is None
     every = SMOKE_VALID_EVERY if options.smoke else VALID_EVERY
@@ -57,10 +57,10 @@ def prepare(session: Session) -> None:
 
 
 def make_text(read: Read, every: int, workers: int, folder: Path, console: Console) -> None:
-    """folder/raw with the test set, folder/tokens with all splits."""
+    """Make folder/raw with the test set and folder/tokens with all splits."""
     training, test = read()
     tokenisers = [Tokeniser(language, normalise=True, split_dashes=True) for language in LANGUAGES]
-    plain = [Tokeniser(language, split_dashes=True) for language in LANGUAGES]  # a test set is taken as it is
+    plain = [Tokeniser(language, split_dashes=True) for language in LANGUAGES]  # the test set is not normalised
     quoted = (Pair(*(sentence.replace("’", "'") for sentence in pair)) for pair in test)
     tokens = chain(
         hold_out(tokenise_pairs(training, *tokenisers, workers=workers), every),
@@ -70,14 +70,14 @@ def make_text(read: Read, every: int, workers: int, folder: Path, console: Conso
 
 
 def train_model(session: Session) -> None:
-    """The settings are those of wmt14_en_de.yaml."""
+    """Train with the settings of wmt14_en_de.yaml."""
     train(session, CONFIG, session.data / "bin", BATCH_TOKENS, DEVICE_TOKENS, smoke=(SMOKE_BATCH_TOKENS, moses_translation.SMOKE))
 
 
 def evaluate(session: Session) -> None:
-    """The average of the last checkpoints: tokenised BLEU, and sacreBLEU of the detokenised text on the raw references.
+    """Evaluate the average of the last checkpoints: tokenised BLEU, and sacreBLEU of the detokenised text on raw references.
 
-    Dashes being tokens of their own, tokenised BLEU is what papers report after compound splitting.
+    Because dashes are separate tokens, tokenised BLEU is what papers report after compound splitting.
     """
     checkpoint = moses_translation.averaged(session, AVERAGED)
     moses_translation.evaluate(session, checkpoint, LANGUAGES, SEARCH)

@@ -1,4 +1,4 @@
-"""The batch plan: the target on any number of devices."""
+"""The batch plan: same effective batch on any number of devices."""
 
 import pytest
 from hypothesis import given
@@ -9,13 +9,13 @@ from recipes.common.batch import plan_batch, plan_blocks
 
 
 @pytest.mark.parametrize("world_size, update_freq", [(1, 16), (8, 2), (16, 1), (64, 1)])
-def test_the_papers_batch_is_the_same_on_any_number_of_devices(world_size, update_freq):
+def test_the_papers_batch_is_kept_on_any_number_of_devices(world_size, update_freq):
     plan = plan_batch(8192 * 16, 8192, world_size)
     assert (plan.tokens, plan.update_freq) == (8192 * 16, update_freq)
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**5), st.integers(1, 512))
-def test_no_device_gets_more_than_it_holds_and_no_token_too_many_is_planned(target, device, world_size):
+def test_no_device_exceeds_its_capacity_and_the_batch_does_not_exceed_its_target(target, device, world_size):
     if target < world_size:
         with pytest.raises(ConfigurationError):
             plan_batch(target, device, world_size)
@@ -26,10 +26,10 @@ def test_no_device_gets_more_than_it_holds_and_no_token_too_many_is_planned(targ
 
 
 @given(st.integers(1, 1000), st.integers(1, 100), st.integers(1, 512), st.integers(1, 64))
-def test_text_in_blocks_is_planned_in_whole_ones(blocks, device_blocks, block, world_size):
+def test_text_in_blocks_is_planned_in_whole_blocks(blocks, device_blocks, block, world_size):
     if blocks < world_size:
         return
-    rest = block - 1  # no block more
+    rest = block - 1  # less than a further block
     plan = plan_blocks(blocks * block + rest, device_blocks * block + rest, world_size, block)
     assert plan.max_tokens % block == 0 and block <= plan.max_tokens <= device_blocks * block
     assert blocks - world_size * plan.update_freq < plan.tokens // block <= blocks

@@ -19,19 +19,19 @@ def make_tar(path, **files):
             archive.addfile(entry, io.BytesIO(content))
 
 
-def test_a_file_is_read_from_a_tar_a_zip_or_unpacked(tmp_path):
+def test_a_file_is_read_from_a_tar_a_zip_or_a_folder(tmp_path):
     make_tar(tmp_path / "a.tgz", en="eins\r\nzwei  drei\n".encode())
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("folder/en", "eins\nzwei drei\n")
     for archive in ("a.tgz", "b.zip"):
         assert list(read_member(tmp_path, archive, "folder/en").lines) == ["eins", "zwei drei"]
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "en").write_text("vier\u2028fünf\n", encoding="utf-8")  # one line: no line feed within
+    (tmp_path / "folder" / "en").write_text("vier\u2028fünf\n", encoding="utf-8")  # one line: U+2028 is not a line feed
     assert list(read_member(tmp_path, "a.tgz", "folder/en").lines) == ["vier fünf"]
 
 
-def test_what_is_missing_or_damaged_is_named(tmp_path):
-    with pytest.raises(ConfigurationError, match="has neither a.tgz nor folder/en of it"):
+def test_errors_name_the_missing_or_damaged_file(tmp_path):
+    with pytest.raises(ConfigurationError, match="has neither a.tgz nor its folder/en"):
         read_member(tmp_path, "a.tgz", "folder/en")
     make_tar(tmp_path / "a.tgz", de=b"eins\n")
     with pytest.raises(ConfigurationError, match="a.tgz:folder/en cannot be read"):
@@ -45,7 +45,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         list(read_member(tmp_path, "b.tgz", "folder/en").lines)
 
 
-def test_damage_within_a_gzipped_file_is_named_with_the_last_line_that_could_be_read(tmp_path):
+def test_a_damaged_gzip_file_is_reported_with_the_last_readable_line(tmp_path):
     lines = b"".join(b"%032x\n" % (number * 0x9E3779B97F4A7C15) for number in range(4000))
     packed = bytearray(gzip.compress(lines))
     packed[len(packed) // 2 : len(packed) // 2 + 40] = b"\xff" * 40
@@ -54,7 +54,7 @@ def test_damage_within_a_gzipped_file_is_named_with_the_last_line_that_could_be_
         list(read_file(tmp_path / "text.gz").lines)
 
 
-def test_empty_lines_are_refused_unless_they_may_be_there(tmp_path):
+def test_empty_lines_are_refused_unless_allowed(tmp_path):
     (tmp_path / "a").write_text("one\n\n")
     (tmp_path / "b").write_text("eins\nzwei\n")
     sides = tmp_path / "a", tmp_path / "b"
@@ -66,13 +66,13 @@ def test_empty_lines_are_refused_unless_they_may_be_there(tmp_path):
         list(read_pairs(*map(read_file, sides), may_be_empty=True))
 
 
-def test_lengths_decide_what_is_kept_and_every_nth_pair_is_held_out():
+def test_pairs_are_filtered_by_length_and_every_nth_is_held_out():
     pairs = [Pair("a", "b"), Pair("", "b"), Pair("a a", "b b b"), Pair("a a", "b b b b"), Pair("a " * 5, "b " * 5)]
     assert list(clean(pairs, longest=4, ratio=1.5)) == [Pair("a", "b"), Pair("a a", "b b b")]
     assert [split for split, _ in hold_out(pairs, 2)] == ["train", "valid", "train", "valid", "train"]
 
 
-def test_written_pairs_are_read_again(tmp_path):
+def test_written_pairs_are_read_back(tmp_path):
     pairs = [Pair("one", "eins"), Pair("", "zwei")]
     assert write_pairs(pairs, tmp_path, "train") == 2
     assert list(read_split(tmp_path, "train")) == pairs

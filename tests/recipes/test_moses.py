@@ -1,4 +1,4 @@
-"""Moses' tokens."""
+"""Moses tokenisation."""
 
 import pytest
 
@@ -14,12 +14,12 @@ def test_dashes_are_split_punctuation_normalised_and_control_characters_removed(
     assert Tokeniser("en", lowercase=True)("A Test-Case.") == "a test-case ."
 
 
-def test_tokens_come_back_as_the_sentence():
+def test_detokenising_restores_the_sentence():
     sentence = 'Das ist ein "gut-bekannter" Test & noch mehr.'
     assert detokeniser("de")(Tokeniser("de", split_dashes=True)(sentence)) == sentence
 
 
-def test_several_processes_keep_the_order():
+def test_several_processes_keep_the_order_of_pairs():
     pairs = [Pair(f"number {n}!", f"Nummer {n}!") for n in range(2500)]
     tokenisers = Tokeniser("en"), Tokeniser("de")
     tokens = list(tokenise_pairs(pairs, *tokenisers, workers=2))

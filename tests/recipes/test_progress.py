@@ -1,4 +1,4 @@
-"""Running other programs."""
+"""Running programs, with progress and logs."""
 
 import io
 import shlex
@@ -16,7 +16,7 @@ def read_line(line):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_program_is_followed_and_its_output_kept(tmp_path, terminal):
+def test_a_programs_progress_is_shown_and_its_output_logged(tmp_path, terminal):
     screen = io.StringIO()
     command = [sys.executable, "-c", "print('hello'); print('at 3'); print('at 5')"]
     run_program(command, tmp_path / "log", Console(file=screen, force_terminal=terminal, width=200), Meter(5, "steps", read_line))
@@ -27,12 +27,12 @@ def test_a_program_is_followed_and_its_output_kept(tmp_path, terminal):
 def test_a_failure_shows_the_last_output_and_names_the_log(tmp_path):
     screen = io.StringIO()
     command = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
-    with pytest.raises(ConfigurationError, match="failed with status 3; its whole output is in .*log"):
+    with pytest.raises(ConfigurationError, match="failed with status 3; full output: .*log"):
         run_program(command, tmp_path / "log", Console(file=screen))
     assert "the reason" in screen.getvalue().splitlines()
 
 
-def test_a_printed_command_is_the_command_for_a_shell():
+def test_a_printed_command_can_be_pasted_into_a_shell():
     command = ["fairseq-train", "data", "--adam-betas", "(0.9,0.98)", "--lr", "0.1", *(f"--flag{n}" for n in range(40))]
     text = format_command(command)
     assert len(text.splitlines()) > 3

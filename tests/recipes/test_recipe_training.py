@@ -1,4 +1,4 @@
-"""What a recipe's `train` asks of fairseq-hydra-train."""
+"""The fairseq-hydra-train command of a recipe's `train`."""
 
 import shlex
 
@@ -22,18 +22,18 @@ def read_by_hydra(text):
 
 
 @pytest.mark.parametrize("value", ["plain", "/with space/a,b", "it's (odd)", r"D:\\a\b c", True, None, 0.1, 3, [4], "a=b"])
-def test_hydra_reads_a_value_as_it_was_meant(value):
+def test_hydra_reads_back_the_value_of_an_override(value):
     assert read_by_hydra(as_override(value)) == value
 
 
 @pytest.mark.parametrize("value", ["it's (odd)\\", r"\\'\'' \\"])
-def test_hydra_reads_backslashes_before_a_quote_as_they_were_meant(value):
+def test_hydra_reads_back_backslashes_before_a_quote(value):
     if read_by_hydra(r"'a\\'") != "a\\":
-        pytest.skip("in this hydra, no text between quotes ends in a single backslash")
+        pytest.skip("in this hydra version, quoted text cannot end in a single backslash")
     assert read_by_hydra(as_override(value)) == value
 
 
-def test_the_advance_is_read_from_either_form_of_fairseqs_log():
+def test_progress_is_read_from_both_forms_of_fairseqs_log():
     log = '{"epoch": 1, "loss": "5.2", "wps": "1234.5", "num_updates": "20"}'
     for line in (f"2026-01-01 00:00:00 | INFO | train_inner | {log}\n", f"[2026-01-01 00:00:00,1][train_inner][INFO] - {log}\n"):
         assert read_log_line(line) == (20, "loss 5.2, 1,234 words/s")
@@ -42,7 +42,7 @@ def test_the_advance_is_read_from_either_form_of_fairseqs_log():
 
 @pytest.fixture
 def run(tmp_path):
-    """run(option, ...): `train` of a recipe whose data is there."""
+    """run(option, ...): `train` of a recipe with prepared data."""
     config = tmp_path / "settings.yaml"
     config.write_text(CONFIG)
 
@@ -55,7 +55,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("gpus, nodes, tokens, micro_batches", [(1, 1, 1024, 4), (2, 1, 1024, 2), (8, 1, 512, 1), (8, 2, 256, 1)])
-def test_the_effective_batch_is_the_same_on_any_number_of_devices(run, capsys, gpus, nodes, tokens, micro_batches):
+def test_the_effective_batch_does_not_depend_on_the_number_of_devices(run, capsys, gpus, nodes, tokens, micro_batches):
     run("--dry-run", "--gpus", str(gpus), "--nodes", str(nodes), "--slurm", "job")
     said = capsys.readouterr().out
     assert f"dataset.max_tokens={tokens}" in said and f"optimization.update_freq=[{micro_batches}]" in said
@@ -63,8 +63,8 @@ def test_the_effective_batch_is_the_same_on_any_number_of_devices(run, capsys, g
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--gpus", "8", "--nodes", "2"), "less than the longest sentence, of 300; use at most 13 dev"),
-    (("--gpus", "1", "--device-tokens", "299"), "less than the longest sentence, of 300; give --device-tokens 600 or more"),
+    (("--gpus", "8", "--nodes", "2"), "less than the longest sentence .300 tokens.; use at most 13 dev"),
+    (("--gpus", "1", "--device-tokens", "299"), "the longest sentence .300 tokens.; give --device-tokens 600 or more"),
 ])  # fmt: skip
 def test_devices_without_room_for_the_longest_sentence_are_refused_before_fairseq_asserts(run, tmp_path, options, message):
     run("--dry-run", "--gpus", "8", "--nodes", "2", "--slurm", "job")  # nothing is prepared yet
@@ -78,14 +78,14 @@ def test_devices_without_room_for_the_longest_sentence_are_refused_before_fairse
         run("--dry-run", *options)
 
 
-def test_a_batch_script_starts_a_task_for_each_gpu_and_trains_nothing(run, tmp_path):
+def test_slurm_writes_a_script_with_one_task_per_gpu_and_trains_nothing(run, tmp_path):
     run("--gpus", "4", "--nodes", "2", "--slurm", str(tmp_path / "job.sh"))
     text = (tmp_path / "job.sh").read_text()
     assert "#SBATCH --nodes=2" in text and "#SBATCH --ntasks-per-node=4" in text and "#SBATCH --requeue" in text
     (command,) = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith("srun")]
     words = shlex.split(command)
     assert words[1].endswith("fairseq-hydra-train") and "+distributed_training.distributed_world_size=8" in words
-    assert "+distributed_training.distributed_port=29500" in words  # without a port, fairseq takes SLURM for one machine
+    assert "+distributed_training.distributed_port=29500" in words  # without a port, fairseq assumes a single machine
     assert not (tmp_path / "out" / "sparsemixer-e4-seed1" / "checkpoint_last.pt").exists()
 
 
@@ -94,16 +94,16 @@ def test_several_machines_without_slurm_are_refused(run):
         run("--gpus", "1", "--nodes", "2")
 
 
-def test_a_run_of_other_settings_is_kept(run, tmp_path):
+def test_a_run_with_other_settings_is_not_overwritten(run, tmp_path):
     run("--gpus", "4", "--slurm", str(tmp_path / "job.sh"))
     checkpoint = tmp_path / "out" / "sparsemixer-e4-seed1" / "checkpoint_last.pt"
     checkpoint.write_bytes(b"days of training")
     run("--gpus", "2", "--slurm", str(tmp_path / "job.sh"))
-    with pytest.raises(ConfigurationError, match="holds a run of other settings"):
+    with pytest.raises(ConfigurationError, match="holds a run with other settings"):
         run("--gpus", "4", "--slurm", str(tmp_path / "job.sh"), "--updates", "9")
     assert checkpoint.exists()
 
 
-def test_unknown_routers_are_refused_with_those_there_are(run):
+def test_an_unknown_router_is_refused_with_the_list_of_routers(run):
     with pytest.raises(ConfigurationError, match="--router swich is unknown; choose from .*switch"):
         run("--router", "swich")

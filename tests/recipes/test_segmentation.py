@@ -1,4 +1,4 @@
-"""Pieces learnt from text that has too few, or too many kinds of, letters."""
+"""Errors from learning pieces on text with too few, or too many different, letters."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from recipes.common.segmentation import learn_pieces
 
 
 @pytest.mark.parametrize("text, vocabulary, reason", [("abc def\n", 3, "Vocabulary size is smaller"), ("\n", 100, "sentences_")])
-def test_text_that_makes_no_vocabulary_is_named(text, vocabulary, reason, tmp_path):
+def test_an_unlearnable_vocabulary_is_reported_with_file_and_reason(text, vocabulary, reason, tmp_path):
     (tmp_path / "train.en").write_text(text * 10)
-    claim = f"no vocabulary of {vocabulary} pieces can be learnt from .*train.en .*{reason}.*; give more pieces"
+    claim = f"cannot learn {vocabulary} pieces from .*train.en .*{reason}.*; use more pieces"
     with pytest.raises(ConfigurationError, match=claim):
         learn_pieces([tmp_path / "train.en"], tmp_path / "pieces", vocabulary, "bpe")

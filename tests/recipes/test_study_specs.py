@@ -1,4 +1,4 @@
-"""The studies beside the recipes: each can be read, and fairseq-train takes the flags of each of its routers."""
+"""The recipes' studies: each can be read, and fairseq-train accepts the flags of each of its routers."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipes_study_has_flags_that_fairseq_train_takes(spec, tmp_path):
-    shutil.copytree(spec.parent, tmp_path / spec.parent.relative_to(ROOT))  # with the specs that it builds on
+def test_fairseq_train_accepts_the_flags_of_a_recipes_study(spec, tmp_path):
+    shutil.copytree(spec.parent, tmp_path / spec.parent.relative_to(ROOT))  # with its base specs
     copy = tmp_path / spec.relative_to(ROOT)
     content = read_spec_file(copy)
-    Path(os.path.realpath(copy.parent / content["data"])).mkdir(parents=True)  # what `prepare` makes
+    Path(os.path.realpath(copy.parent / content["data"])).mkdir(parents=True)  # made by `prepare`
     if "reference" in content["test"]:
         reference = Path(os.path.realpath(copy.parent / content["test"]["reference"]))
         reference.parent.mkdir(parents=True, exist_ok=True)
@@ -33,5 +33,5 @@ def test_a_recipes_study_has_flags_that_fairseq_train_takes(spec, tmp_path):
         assert options.parse_args_and_arch(parser, command, modify_parser=None).router == run.flags["router"]
 
 
-def test_there_are_studies():
+def test_the_studies_are_found():
     assert len(SPECS) >= 4

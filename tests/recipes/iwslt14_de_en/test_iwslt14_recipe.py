@@ -1,4 +1,4 @@
-"""IWSLT'14's files, made small."""
+"""The IWSLT'14 recipe, on small files in its format."""
 
 import pytest
 from rich.console import Console
@@ -13,7 +13,7 @@ from recipes.iwslt14_de_en.raw_text import TESTS, read_test, read_training
 
 @pytest.fixture
 def raw(tmp_path):
-    """A folder with the unpacked archive: 47 training pairs, 5 test pairs."""
+    """A folder with the unpacked archive: 47 training pairs and 5 test pairs."""
     folder = tmp_path / "de-en"
     folder.mkdir()
     for language, word in (("de", "Ein Satz."), ("en", "A Sentence.")):
@@ -24,7 +24,7 @@ def raw(tmp_path):
     return tmp_path
 
 
-def test_text_is_lowercased_tokens_and_every_23rd_pair_held_out(raw, tmp_path):
+def test_text_is_lowercased_and_tokenised_and_every_23rd_pair_held_out(raw, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     make_text(lambda: (read_training(raw), read_test(raw)), 1, folder, Console(quiet=True))
@@ -34,13 +34,13 @@ def test_text_is_lowercased_tokens_and_every_23rd_pair_held_out(raw, tmp_path):
     assert (folder / "raw" / "test.en").read_text() == "A Sentence.\n" * 5
 
 
-def test_a_missing_set_is_named(raw):
+def test_a_missing_test_set_is_named(raw):
     (raw / "de-en" / f"{TESTS[1]}.de-en.en.xml").unlink()
-    with pytest.raises(ConfigurationError, match="nor de-en/IWSLT14.TEDX.dev2012.de-en.en.xml"):
+    with pytest.raises(ConfigurationError, match="nor its de-en/IWSLT14.TEDX.dev2012.de-en.en.xml"):
         read_test(raw)
 
 
-def test_the_plan_says_every_step(tmp_path, capsys):
+def test_dry_run_prints_every_step(tmp_path, capsys):
     for action in ("prepare", "train", "evaluate"):
         main(RECIPE, [action, "--dry-run", "--gpus", "1", "--out", str(tmp_path)])
     said = capsys.readouterr().out

@@ -10,7 +10,7 @@ from recipes.multi30k_en_de.raw_text import FILES, read_multi30k
 
 @pytest.fixture
 def raw(tmp_path):
-    """A folder of two pairs a split."""
+    """A folder with two pairs per split."""
     for name in FILES.values():
         (tmp_path / f"{name}.en.gz").write_bytes(gzip.compress(b"a dog\nA cat .\n"))
         (tmp_path / f"{name}.de.gz").write_bytes(gzip.compress("ein Hund\nEine Kätzin .\n".encode()))

@@ -1,4 +1,4 @@
-"""WMT'14's archives, made small."""
+"""The WMT'14 recipe, on small archives in its format."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ from recipes.wmt14_en_de.raw_text import CORPORA, TEST, read_newstest2014, read_
 
 @pytest.fixture
 def raw(tmp_path):
-    """A folder of the four archives: 20 training pairs in each corpus, 2 test pairs."""
+    """A folder with the four archives: 20 training pairs per corpus, 2 test pairs."""
 
     def archive(name, **files):
         with tarfile.open(tmp_path / name, "w:gz") as tar:
@@ -34,7 +34,7 @@ def raw(tmp_path):
     return tmp_path
 
 
-def test_text_is_tokenised_split_and_the_raw_test_set_kept(raw, tmp_path):
+def test_text_is_tokenised_and_split_and_the_raw_test_set_is_kept(raw, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     make_text(lambda: (read_training(raw), read_newstest2014(raw)), 20, 1, folder, Console(quiet=True))
@@ -54,7 +54,7 @@ def test_a_test_set_without_a_segment_is_refused(raw):
 
 
 @pytest.mark.parametrize("gpus, update_freq", [(1, 16), (8, 2), (16, 1)])
-def test_the_plan_is_the_papers_batch_on_any_number_of_gpus(gpus, update_freq, tmp_path, capsys):
+def test_the_plan_keeps_the_papers_batch_on_any_number_of_gpus(gpus, update_freq, tmp_path, capsys):
     for action in ("prepare", "train", "evaluate"):
         main(RECIPE, [action, "--dry-run", "--gpus", str(gpus), "--num-experts", "16", "--out", str(tmp_path)])
     said = " ".join(capsys.readouterr().out.split())
@@ -64,7 +64,7 @@ def test_the_plan_is_the_papers_batch_on_any_number_of_gpus(gpus, update_freq, t
     assert not list(tmp_path.iterdir())
 
 
-def test_the_settings_are_those_of_the_paper():
+def test_the_settings_match_the_paper():
     import yaml
 
     cfg = yaml.safe_load(CONFIG.read_text())
