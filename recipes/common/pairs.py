@@ -26,7 +26,7 @@ def make_data(
     sizes = write_corpus(corpus, raw, languages)
     first = corpus["test"][0]
     console.print(", ".join(f"{split} {size:,}" for split, size in sizes.items()) + " pairs", highlight=False)
-    console.print(f"the first of the test: {first.source!r} -> {first.target!r}", highlight=False, markup=False)
+    console.print(f"first test pair: {first.source!r} -> {first.target!r}", highlight=False, markup=False)
     model = learn_pieces([raw / f"train.{language}" for language in languages], pieces, vocabulary, **options)
     for split in SPLITS:
         for language in languages:
