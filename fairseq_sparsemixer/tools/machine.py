@@ -1,4 +1,4 @@
-"""What figures were measured on, in words."""
+"""Describes the machine that figures were measured on, and counts its cores."""
 
 import datetime
 import os
@@ -9,7 +9,7 @@ import fairseq_sparsemixer
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
+    """The CPU's name, or its architecture if the system gives no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -18,17 +18,17 @@ def processor() -> str:
 
 
 def visible_cores() -> int:
-    """Cores that the system lets this process run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usable_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
-    """visible_cores, or as many as a container's quota of CPU time is worth where that is less: torch does not look at it."""
+    """visible_cores, or a container's CPU quota in cores if that is lower; torch ignores the quota."""
     cores = visible_cores()
     for read in (_quota_2, _quota_1):
         try:
             quota = read(control_group)
-        except (OSError, ValueError):  # another version of control groups, or none
+        except (OSError, ValueError):  # another cgroup version, or no cgroups
             continue
         return max(1, min(cores, round(quota)))
     return cores
@@ -36,7 +36,7 @@ def usable_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
 
 def _quota_2(folder: Path) -> float:
     quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-    return int(quota) / int(period)  # without a quota it says "max"
+    return int(quota) / int(period)  # without a quota it is "max", a ValueError
 
 
 def _quota_1(folder: Path) -> float:
@@ -48,7 +48,7 @@ def _quota_1(folder: Path) -> float:
 
 def describe_machine() -> str:
     """Device, versions, date: `AMD EPYC, 2 cores; torch 2.13.0, fairseq-sparsemixer 0.1.0; 2026-11-25`."""
-    import torch  # takes seconds to load, which what counts cores alone need not wait for
+    import torch  # takes seconds to load, and counting cores does not need it
 
     device = f"{processor()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():

@@ -1,7 +1,8 @@
-"""Programs that ours start, watch, and do not leave behind.
+"""Starts, watches and stops child programs.
 
-run: to its end, its output in a file. follow: the same, and each line is looked at. running: for as long as a block lasts.
-running_together, first_failure: several side by side. On Linux a program ends with the one that started it, however that ends.
+run: run a program to completion, with its output in a file. follow: the same, reading each line. running: run it for the
+duration of a block. running_together, first_failure: run several in parallel. On Linux, a child is killed when its parent
+ends, however that ends.
 """
 
 import ctypes
@@ -18,18 +19,18 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.machine import usable_cores, visible_cores
 
-INTERRUPTED = 130  # exit status, as shells have it after Ctrl-C
+INTERRUPTED = 130  # exit status after Ctrl-C, as in shells
 ERROR = re.compile(r"^(fairseq-sparsemixer: |[\w.]*(Error|Exception)\b|\S+: error: )")
-TAIL = 65536  # bytes of output that surely hold the last error
-LONGEST = 300  # characters of an error to repeat
-INTERVAL = 0.5  # seconds between two looks at a program that runs
+TAIL = 65536  # bytes at the end of the output in which to find the last error
+LONGEST = 300  # characters of an error to report
+INTERVAL = 0.5  # seconds between checks of a running program
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# looked up here: between fork and exec, where other threads may have held locks, as little as possible is done
+# looked up here, since as little as possible should run between fork and exec, when other threads may have held locks
 PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
 class ProgramFailed(Exception):
-    """A program that ended with a status other than 0. reason: why, in one line, as far as its output tells."""
+    """A program exited with a nonzero status. reason: in one line, from its output."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -45,10 +46,11 @@ def run(
     interval: float = INTERVAL,
     keep: Sequence[int] = (),
 ) -> None:
-    """Run a program to its end; what it prints goes straight into `log`, opened in `mode`.
+    """Run a program to completion, with its output in `log`, opened in `mode`.
 
-    watch is called every `interval` seconds, and at the end; keep: files that the program holds open as well, such as a lock.
-    Raises ProgramFailed; ConfigurationError where there is no such program; and what watch raises, once the program is ended.
+    watch is called every `interval` seconds, and at the end. keep: descriptors of files that the program keeps open too, such
+    as a lock. Raises ProgramFailed; ConfigurationError if the program does not exist; and, after stopping the program, what
+    watch raises.
     """
     with log.open(mode) as file:
         start = file.seek(0, os.SEEK_END)
@@ -61,15 +63,15 @@ def run(
 
 
 def follow(command: Sequence[str], log: Path, read: Callable[[str], None]) -> None:
-    """Run a program to its end; each line that it prints is appended to `log` and handed to `read`.
+    """Run a program to completion; append each line of its output to `log`, and pass it to `read`.
 
-    Raises as `run` does, and OSError, once the program is ended, for a log that cannot be written.
+    Raises as `run` does, and OSError, after stopping the program, if the log cannot be written.
     """
     pipe: Dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     pipe.update(text=True, encoding="utf-8", errors="replace")
     with log.open("a", encoding="utf-8") as file:
         start = file.seek(0, os.SEEK_END)
-        # at SIGINT fairseq-preprocess ends its workers, too
+        # on SIGINT, fairseq-preprocess stops its workers too
         with running(command, first=signal.SIGINT, **pipe) as process:
             for line in process.stdout or ():
                 file.write(line)
@@ -83,10 +85,10 @@ def follow(command: Sequence[str], log: Path, read: Callable[[str], None]) -> No
 def running_together(
     commands: Iterable[Sequence[str]], environment: Optional[Dict[str, str]] = None, first: int = signal.SIGTERM, **streams: Any
 ) -> Iterator[List[subprocess.Popen]]:
-    """Programs while the block lasts; whatever ends the block ends those that have not ended by themselves.
+    """Run programs for the duration of the block; however it ends, programs that are still running are stopped.
 
-    environment: child_environment() unless given. first: see stop. streams: subprocess.Popen's. Raises ConfigurationError where
-    there is no such program.
+    environment: child_environment() by default. first: see stop. streams: passed to subprocess.Popen. Raises
+    ConfigurationError if a program does not exist.
     """
     environment = child_environment() if environment is None else environment
     processes: List[subprocess.Popen] = []
@@ -104,16 +106,16 @@ def running_together(
 
 @contextmanager
 def running(command: Sequence[str], *arguments: Any, **streams: Any) -> Iterator[subprocess.Popen]:
-    """running_together with a single one."""
+    """running_together for a single program."""
     with running_together([command], *arguments, **streams) as (process,):
         yield process
 
 
 @contextmanager
 def _signals_held() -> Iterator[Callable[[], None]]:
-    """Hold SIGINT and SIGTERM back until the block ends; yields what lets them through again, for a child.
+    """Block SIGINT and SIGTERM until the block ends; yields a function that unblocks them, for a child.
 
-    Python drops what a handler raises in the hooks that it runs around a fork (logging has some): the signal would be lost.
+    Python discards what a signal handler raises in the hooks around a fork (logging has some), so the signal would be lost.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
@@ -140,12 +142,14 @@ def _started(
     try:
         return subprocess.Popen(list(command), env=environment, preexec_fn=prepare, **streams)
     except OSError as error:
-        raise ConfigurationError(f"{command[0]} was not found ({error.strerror}); is it installed in this environment?") from None
+        raise ConfigurationError(
+            f"{command[0]} cannot be started ({error.strerror}); is it installed in this environment?"
+        ) from None
 
 
 def first_failure(processes: Sequence[subprocess.Popen], grace: float) -> Optional[int]:
-    """Wait until all have ended, or `grace` seconds after one has failed: the number of that one; None where none has."""
-    deadline = 0.0  # once one has failed
+    """Wait until all have ended, or until `grace` seconds after one failed. Returns that one's index; None if none failed."""
+    deadline = 0.0  # set once one has failed
     failed: Optional[int] = None
     while any(process.poll() is None for process in processes):
         if failed is None:
@@ -172,7 +176,7 @@ def _ended_within(process: subprocess.Popen, seconds: float) -> bool:
 def die_with_parent(number: int = signal.SIGKILL) -> Optional[Callable[[], None]]:
     """A preexec_fn for subprocess.Popen: Linux sends the child this signal when its parent ends, however that ends.
 
-    Strictly, when the thread that started the child ends: start it from one that waits for it. None where there is no Linux.
+    To be exact, when the thread that started the child ends, so that thread must wait for it. None on other systems.
     """
     if PRCTL is None:
         return None
@@ -180,17 +184,17 @@ def die_with_parent(number: int = signal.SIGKILL) -> Optional[Callable[[], None]
 
     def ask() -> None:
         PRCTL(PR_SET_PDEATHSIG, int(number))
-        if os.getppid() != parent:  # it has ended since the fork, and no signal will come
+        if os.getppid() != parent:  # the parent ended after the fork, so no signal will come
             end(1)
 
     return ask
 
 
 def child_environment(threads: Optional[int] = None) -> Dict[str, str]:
-    """This process's environment for one that computes on a machine with other work; what the user has set is kept.
+    """This process's environment for a child that shares the machine with others; the user's settings are kept.
 
-    threads: OpenMP's, for one of several processes side by side (default: as many as torch takes, or the quota of CPU time of
-    a container where that is less). Waiting threads sleep: spinning ones take the time of those that they wait for.
+    threads: of OpenMP, for one of several parallel processes (default: torch's own number, or a container's CPU quota if that
+    is lower). Waiting threads sleep: spinning ones would take CPU time from the threads they wait for.
     """
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if threads is None and usable_cores() < visible_cores():
@@ -202,7 +206,7 @@ def child_environment(threads: Optional[int] = None) -> Dict[str, str]:
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, by which batch systems end a job, raise KeyboardInterrupt as Ctrl-C does: what is to be ended gets ended."""
+    """Make SIGTERM, with which batch systems end a job, raise KeyboardInterrupt as Ctrl-C does, so that cleanup runs."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -215,9 +219,9 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 def stop(processes: List[subprocess.Popen], patience: float = 5, first: int = signal.SIGTERM) -> None:
-    """End those still running: first politely, then, `patience` seconds later, for good.
+    """Stop those still running: send `first`, SIGTERM and SIGKILL, `patience` seconds apart.
 
-    first: SIGINT for Python programs with worker processes of their own, which they end on a KeyboardInterrupt alone.
+    first: SIGINT for Python programs that stop their own worker processes only on a KeyboardInterrupt.
     """
     for number in dict.fromkeys((first, signal.SIGTERM, signal.SIGKILL)):
         alive = [process for process in processes if process.poll() is None]
@@ -232,10 +236,10 @@ def stop(processes: List[subprocess.Popen], patience: float = 5, first: int = si
 
 
 def why_failed(status: int, output: Path, start: int = 0) -> str:
-    """Why a program with this exit status failed, in one line: a signal, or the last error in its output from byte `start` on."""
+    """Why a program with this exit status failed, in one line: a signal, or the last error in its output after byte `start`."""
     if status < 0:
         name = signal.Signals(-status).name
-        return f"it was ended by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+        return f"killed by {name}" + (", possibly out of memory" if name == "SIGKILL" else "")
     with output.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(start, size - TAIL))

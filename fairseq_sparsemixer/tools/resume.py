@@ -1,7 +1,7 @@
-"""What was run in a folder, with which inputs, and whether it is finished; and a lock against a second writer.
+"""Records what was run in a folder, with which settings, and whether it finished; and a lock against a second writer.
 
-FOLDER/step.json has a fingerprint of the settings, `finished`, and the files that the step made, where it lists them. It is
-written in one piece: after a kill it says what it said before, or what it was to say.
+FOLDER/step.json has a fingerprint of the settings, `finished`, and the files that the step wrote, if it lists them. It is
+written atomically: after a kill it has the old content or the new.
 """
 
 import errno
@@ -15,11 +15,11 @@ from typing import IO, Any, Callable, Dict, Iterator, NamedTuple, Optional
 from fairseq_sparsemixer.files import write_whole
 
 NOTE = "step.json"
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that has none
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # the file system has no locks
 
 
 class Note(NamedTuple):
-    """settings: their fingerprint. files: {name: [size, time of change]} of what was made."""
+    """settings: their fingerprint. files: {name: [size, modification time]} of the files written."""
 
     settings: str
     finished: bool
@@ -27,12 +27,12 @@ class Note(NamedTuple):
 
 
 def fingerprint_of(settings: Dict[str, Any]) -> str:
-    """A few letters that other settings do not have."""
+    """A short hash of the settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_note(folder: Path) -> Optional[Note]:
-    """The note of a folder; None where there is none, or one that is damaged."""
+    """The note of a folder; None if it is missing or damaged."""
     path = folder / NOTE
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -46,15 +46,16 @@ def read_note(folder: Path) -> Optional[Note]:
 
 
 def write_note(folder: Path, note: Note) -> None:
-    """Note it. Raises OSError."""
+    """Write the folder's note. Raises OSError."""
     write_whole(folder / NOTE, json.dumps(note._asdict()))
 
 
 @contextmanager
 def locked(path: Path, wait: Callable[[], None]) -> Iterator[IO]:
-    """Hold the lock that is this file; it is free as soon as nobody has the file open, however its holder ended.
+    """Hold a lock on this file, which is released once no process has the file open, however its holder ends.
 
-    wait: called, to take its time or to raise, for as long as another holds it. Raises OSError where the file cannot be made.
+    wait: called repeatedly while another process holds the lock; it sleeps or raises. Raises OSError if the file cannot be
+    created.
     """
     with path.open("w") as lock:
         while True:

@@ -168,8 +168,8 @@ def test_others_may_end_by_themselves_within_the_grace(tmp_path):
     [
         (["--nproc", "2"], "nothing to launch"),
         (["--nproc", "0", "--", "fairseq-train"], "--nproc 0 must be at least 1"),
-        (["--nproc", "2", "--", "no-such-program"], "no-such-program was not found"),
-        (["--nproc", "2", "--", "/dev/null"], "/dev/null was not found .Permission denied"),
+        (["--nproc", "2", "--", "no-such-program"], "no-such-program cannot be started"),
+        (["--nproc", "2", "--", "/dev/null"], "/dev/null cannot be started .Permission denied"),
         (["--nproc", "2", "--grace", "nan", "--", "true"], "--grace nan must be a number of seconds between 0 and"),
         (["--nproc", "2", "--grace", "-1", "--", "true"], "--grace -1.0 must be a number of seconds between 0 and"),
     ],

@@ -130,7 +130,7 @@ def test_what_watches_a_program_may_end_it(tmp_path):
 
 
 def test_a_program_that_is_not_there_is_a_sentence(tmp_path):
-    with pytest.raises(ConfigurationError, match="no-such-program was not found .No such file"):
+    with pytest.raises(ConfigurationError, match="no-such-program cannot be started .No such file"):
         follow(["no-such-program"], tmp_path / "log", print)
 
 
