@@ -1,6 +1,6 @@
-"""GLUE's TSV files (Wang et al., 2018; arXiv 1804.07461) as the folders that fairseq's sentence_prediction task reads.
+"""Converts GLUE's TSV files (Wang et al., 2018; arXiv 1804.07461) to the folders read by fairseq's sentence_prediction task.
 
-A task becomes `input0`, for pairs of sentences `input1`, and `label`, each with the splits train, valid and test.
+A task's folders are `input0`, `input1` if its inputs are sentence pairs, and `label`, each with splits train, valid and test.
 """
 
 import errno
@@ -19,7 +19,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish
 
-STS_B_MAXIMUM = 5.0  # similarities lie between 0 and 5; a model learns them divided by it, as fairseq's RoBERTa does
+STS_B_MAXIMUM = 5.0  # similarities are from 0 to 5; a model learns them divided by 5, as fairseq's RoBERTa does
 
 ACCURACY = "--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"
 MATTHEWS = "--report-mcc --best-checkpoint-metric mcc --maximize-best-checkpoint-metric"
@@ -30,13 +30,15 @@ CORRELATIONS = (
 )
 LOSS = "--regression-target --best-checkpoint-metric loss"
 
+SKIP = "correct it, or use --skip-bad-lines"  # remedy for a bad line
+
 
 @dataclass(frozen=True)
 class GlueTask:
-    """How a task's files look, and what it is scored by.
+    """The format of a task's files, and its metric.
 
-    inputs, label: names of columns. classes: the labels, in the order of their numbers; none for regression.
-    score: fairseq-train's flags for GLUE's metric. columns: those of train and dev where the files have no header.
+    inputs, label: column names. classes: the labels, in the order of their numbers; empty for regression.
+    score: fairseq-train's flags for GLUE's metric. columns: of train and dev, if these files have no header.
     valid, test: file names without .tsv, in the order of fairseq's splits valid, valid1, test, test1.
     """
 
@@ -49,13 +51,13 @@ class GlueTask:
     test: Tuple[str, ...] = ("test",)
 
     def flags(self) -> str:
-        """What fairseq-train needs to know of the task."""
+        """fairseq-train's flags for the task."""
         splits = " --valid-subset valid,valid1" if len(self.valid) > 1 else ""
         score = self.score if self.has_score() else ACCURACY if self.classes else LOSS
         return f"--num-classes {max(len(self.classes), 1)} {score}{splits}"
 
     def has_score(self) -> bool:
-        """Whether the installed fairseq computes GLUE's metric for the task; 0.12.2 knows accuracy and loss alone."""
+        """Whether the installed fairseq computes GLUE's metric for the task; 0.12.2 has only accuracy and loss."""
         names = [word[2:].replace("-", "_") for word in self.score.split() if word.startswith("--report-")]
         return all(hasattr(SentencePredictionConfig, name) for name in names)
 
@@ -80,23 +82,23 @@ TASKS: Dict[str, GlueTask] = {
 
 
 class Example(NamedTuple):
-    """One line: its sentences, and its label; None in a test split."""
+    """One line: its sentences and its label, which is None in a test split."""
 
     inputs: List[str]
     label: Optional[str]
 
 
 class BadLine(ConfigurationError):
-    """A line that is not an example: the message begins with file and line."""
+    """A line that is not an example; the message begins with file and line number."""
 
 
 def read_examples(path: Path, task: GlueTask, labelled: bool, skip: Optional[Callable[[str], None]] = None) -> Iterator[Example]:
-    """The examples of one TSV file. `skip`, when given, is told of each bad line, which is then left out.
+    """The examples of one TSV file. If `skip` is given, bad lines are left out, and it is called with each one's error.
 
     Raises ConfigurationError for a missing file or column, BadLine for a line that is not an example.
     """
     if not _is_file(path):
-        raise ConfigurationError(f"{str(path)[:300]} is missing, or no file; give the path of a folder with GLUE's {path.name}")
+        raise ConfigurationError(f"{str(path)[:300]} is missing, or not a file; give a folder with GLUE's {path.name}")
     needed = [*task.inputs, *([task.label] if labelled else [])]
     columns = list(task.columns) if task.columns and labelled else None
     with path.open("rb") as file:
@@ -118,13 +120,13 @@ def _decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig").rstrip("\r\n")  # MRPC's files begin with a byte order mark
     except UnicodeDecodeError as error:
-        raise BadLine(f"{where} no UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8") from None
+        raise BadLine(f"{where} not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8") from None
 
 
 def _check_header(fields: List[str], needed: List[str], where: str) -> List[str]:
     for name in needed:
         if fields.count(name) > 1:
-            raise ConfigurationError(f"{where} two columns {name!r}; take one out")
+            raise ConfigurationError(f"{where} two columns {name!r}; remove one")
         if name not in fields:
             raise ConfigurationError(f"{where} no column {name!r} among {', '.join(fields)[:300]}; give the file of this task")
     return fields
@@ -132,29 +134,29 @@ def _check_header(fields: List[str], needed: List[str], where: str) -> List[str]
 
 def _example(fields: List[str], columns: List[str], task: GlueTask, labelled: bool, where: str) -> Example:
     if len(fields) != len(columns):
-        raise BadLine(f"{where} {len(fields)} columns where {len(columns)} are expected; {_remedy(labelled)}")
+        raise BadLine(f"{where} {len(fields)} columns instead of {len(columns)}; {_remedy(labelled)}")
     row = dict(zip(columns, fields))
     for name in task.inputs:
-        if labelled and not row[name].strip():  # a test file's lines are all to be answered
+        if labelled and not row[name].strip():  # every line of a test file must be answered
             raise BadLine(f"{where} column {name!r} is empty; {_remedy(labelled)}")
     return Example([row[name] for name in task.inputs], _label(row[task.label], task, where) if labelled else None)
 
 
 def _remedy(labelled: bool) -> str:
-    return "correct or --skip-bad-lines" if labelled else "correct it: answers are numbered by line, and none can be skipped"
+    return SKIP if labelled else "correct it; answers are numbered by line, so no line can be skipped"
 
 
 def _label(text: str, task: GlueTask, where: str) -> str:
     if task.classes:
         if text not in task.classes:
-            raise BadLine(f"{where} label {text[:40]!r} is none of {', '.join(task.classes)}; correct or --skip-bad-lines")
+            raise BadLine(f"{where} label {text[:40]!r} is not one of {', '.join(task.classes)}; {SKIP}")
         return text
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= STS_B_MAXIMUM:
-        raise BadLine(f"{where} score {text[:40]!r} is not a number from 0 to {STS_B_MAXIMUM:g}; correct or --skip-bad-lines")
+        raise BadLine(f"{where} score {text[:40]!r} is not a number from 0 to {STS_B_MAXIMUM:g}; {SKIP}")
     return repr(value / STS_B_MAXIMUM)
 
 
@@ -166,10 +168,10 @@ def prepare(
     encode: Callable[[str], str],
     skip: Optional[Callable[[str], None]] = None,
 ) -> Dict[str, int]:
-    """Write the task `name` of TASKS from raw_dir to destination; the number of examples of each split.
+    """Convert the task `name` of TASKS from raw_dir to destination. Returns the number of examples per split.
 
-    `encode` turns a sentence into the words of the dictionary, separated by blanks. Test splits are taken where there
-    are any, with every line. For `skip` and errors see read_examples; all files are read before anything is written.
+    `encode` turns a sentence into words of the dictionary, separated by spaces. Test splits are optional, and keep every
+    line. See read_examples for `skip` and errors; all files are read before anything is written.
     """
     task = TASKS[name]
     splits = {
@@ -178,7 +180,7 @@ def prepare(
     }
     for split, path, _ in _files(task, raw_dir):
         if not splits[split]:
-            raise ConfigurationError(f"{path} has no example for the {split} split of {name}; give one with examples")
+            raise ConfigurationError(f"{path} has no examples for the {split} split of {name}; give a file with examples")
     with _moved_when_whole(destination) as folder:
         for split, examples in splits.items():
             for index in range(len(task.inputs)):
@@ -190,9 +192,9 @@ def prepare(
 
 @contextmanager
 def _moved_when_whole(destination: Path) -> Iterator[Path]:
-    """A new folder beside `destination` whose files get their places there once all are written; else nothing changes there.
+    """Yield a temporary folder whose files are moved to `destination` once all are written; otherwise nothing changes there.
 
-    Raises ConfigurationError where they cannot be written.
+    Raises ConfigurationError if they cannot be written.
     """
     temporary = None
     try:
@@ -214,13 +216,13 @@ def _moved_when_whole(destination: Path) -> Iterator[Path]:
         ) from None
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # mkdtemp has made it: nobody else's
+            shutil.rmtree(temporary, ignore_errors=True)  # created by mkdtemp, so it is ours
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
@@ -251,7 +253,7 @@ def _write_labels(folder: Path, split: str, labels: List[Optional[str]], task: G
         classes = Dictionary()
         for label in task.classes:
             classes.add_symbol(label)
-        _write_tokens(folder, split, cast(List[str], labels), classes)  # all of them, or none, are None
+        _write_tokens(folder, split, cast(List[str], labels), classes)  # either all labels are None or none is
     else:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{split}.label").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")

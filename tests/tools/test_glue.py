@@ -87,10 +87,10 @@ def test_columns_go_where_they_belong(name, raw, dict_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ("1\t2\t3\tw1\tw2", r"train.tsv:3: 5 columns where 6"),
-        ("1\t2\t3\tw1\tw2\t2", r"train.tsv:3: label '2' is none of 0, 1"),
+        ("1\t2\t3\tw1\tw2", r"train.tsv:3: 5 columns instead of 6"),
+        ("1\t2\t3\tw1\tw2\t2", r"train.tsv:3: label '2' is not one of 0, 1"),
         ("1\t2\t3\tw1\t \t1", r"train.tsv:3: column 'question2' is empty"),
-        ("1\t2\t3\tw1\t\udce9\t1", r"train.tsv:3: no UTF-8 text"),
+        ("1\t2\t3\tw1\t\udce9\t1", r"train.tsv:3: not UTF-8"),
     ],
 )
 def test_a_bad_line_is_named_and_can_be_skipped(line, complaint, raw, dict_file, tmp_path, capsys):
@@ -116,7 +116,7 @@ def test_no_line_of_a_test_file_is_left_out(raw, dict_file, tmp_path, capsys):
     assert stored(tmp_path / "bin" / "input0", "test", 1) == ""
     with (folder / "test.tsv").open("a", encoding="utf-8") as file:
         file.write("2\tw4\n")
-    with pytest.raises(ConfigurationError, match="test.tsv:4: 2 columns where 3 are expected; correct it: answers are numbered"):
+    with pytest.raises(ConfigurationError, match="test.tsv:4: 2 columns instead of 3; correct it; answers are numbered"):
         main([*command, "--skip-bad-lines"])
 
 
