@@ -1,1 +1,1 @@
-"""What people run around training: studies, the fidelity of estimators, plots, inspection, diagnosis."""
+"""Tools around training: studies, gradient fidelity, plots, inspection, diagnosis."""

@@ -1,4 +1,4 @@
-"""What this machine and installation can do: versions, which fairseq it is, a model run, a layer trained on each device."""
+"""Checks of this machine and installation: versions, the source of fairseq, a model run, a layer trained on each device."""
 
 import platform
 from argparse import Namespace
@@ -19,7 +19,7 @@ OK, LIMITED, BROKEN = "ok", "limited", "broken"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the diagnosis. remedy: what to do about it; empty where all is well."""
+    """One line of the diagnosis. remedy: what to do; empty if there is no problem."""
 
     subject: str
     state: str
@@ -28,7 +28,7 @@ class Finding:
 
 
 def diagnose() -> List[Finding]:
-    """Every check, in the order a user would make them."""
+    """Run all checks, the most basic first."""
     return [
         Finding("fairseq-sparsemixer", OK, f"{fairseq_sparsemixer.__version__} on Python {platform.python_version()}"),
         check_torch(),
@@ -43,14 +43,14 @@ def diagnose() -> List[Finding]:
 
 PACKAGES = {
     "fairscale": "pip install fairscale==0.4.13",
-    "sacrebleu": f"evaluation in BLEU will not work; {remedy_for('tools')}",
+    "sacrebleu": f"BLEU evaluation will not work; {remedy_for('tools')}",
     "sentencepiece": f"subword recipes will not work; {remedy_for('tools')}",
     "matplotlib": f"plots will not work; {remedy_for('tools')}",
 }
 
 
 def check_torch() -> Finding:
-    """torch, and what it was built for."""
+    """The version of torch, and whether it was built for CUDA."""
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     if (major, minor) < (2, 4):
@@ -59,24 +59,24 @@ def check_torch() -> Finding:
 
 
 def check_fairseq() -> Finding:
-    """Which distribution the import package fairseq comes from, and whether it imports."""
+    """Which distribution provides the package fairseq, and whether it imports."""
     names, spec, remedy = providers("fairseq"), find_spec("fairseq"), remedy_for("fairseq")
     if spec is None:
         return Finding("fairseq", LIMITED, "not installed: layers work, training does not", remedy)
-    found = " and ".join(names) or f"in {spec.origin}, of no distribution"
+    found = " and ".join(names) or f"in {spec.origin}, not from an installed distribution"
     if names:
         remedy = f"pip uninstall {' '.join(name.split()[0] for name in names)}, then {remedy}"
     if len(names) > 1:
-        return Finding("fairseq", BROKEN, found, f"they install the same package over each other; {remedy}")
+        return Finding("fairseq", BROKEN, found, f"they overwrite each other's files; {remedy}")
     try:
         import_module("fairseq.models")
-    except Exception as error:  # whatever a fairseq of another Python or torch stumbles over
+    except Exception as error:  # an incompatible fairseq can raise anything
         return Finding("fairseq", BROKEN, f"{found} does not import ({type(error).__name__})", remedy)
     return Finding("fairseq", OK, found)
 
 
 def check_models() -> Finding:
-    """Whether fairseq knows our models, and builds and runs them: what imports may still not fit."""
+    """Whether fairseq has our models, and can build and run them: a fairseq that imports may still be incompatible."""
     try:
         registry = import_module("fairseq.models").MODEL_REGISTRY
     except Exception:
@@ -91,15 +91,15 @@ def check_models() -> Finding:
             run_model(router)
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            remedy = "this fairseq and this torch do not go together; docs/support.md lists what does"
+            remedy = "this fairseq and this torch are incompatible; docs/support.md lists versions that work together"
             return Finding("models", BROKEN, f"transformer_moe with --router {router} does not run ({reason})", remedy)
     return Finding("models", OK, f"{', '.join(sorted(models))}: transformer_moe trains and runs")
 
 
 def run_model(router: str) -> None:
-    """Train a tiny transformer_moe on two sentences, one of them padded, and run it as for generation.
+    """Train a tiny transformer_moe on two sentences, one of them padded, and run it in evaluation mode.
 
-    Raises whatever stops it, and ArithmeticError where an output is not finite.
+    Raises any error of the model, and ArithmeticError if an output is not finite.
     """
     from fairseq.data import Dictionary
     from fairseq.tasks.translation import TranslationConfig, TranslationTask
@@ -124,7 +124,7 @@ def run_model(router: str) -> None:
 
 
 def check_package(name: str, remedy: str) -> Finding:
-    """A package that something needs."""
+    """Whether a package is installed that some command or model needs."""
     found = version(name)
     if found is None:
         return Finding(name, BROKEN if name == "fairscale" else LIMITED, "not installed", remedy)
@@ -132,28 +132,28 @@ def check_package(name: str, remedy: str) -> Finding:
 
 
 def check_balanced_assignment() -> Finding:
-    """What `--router base` solves its assignment with."""
+    """The solver of `--router base`'s balanced assignment."""
     for module in ("fairseq.libbase", "scipy.optimize"):
         try:
             import_module(module)
-        except (ImportError, OSError):  # not there, or built against another torch
+        except (ImportError, OSError):  # missing, or built against another torch
             continue
         return Finding("--router base", OK, f"assigns with {module}")
     return Finding("--router base", LIMITED, "neither fairseq's libbase nor scipy", "pip install scipy")
 
 
 def check_several_ranks() -> Finding:
-    """The backends for expert parallelism."""
+    """The available backends for expert parallelism."""
     if not dist.is_available():
         return Finding(
-            "several ranks", LIMITED, "torch was built without torch.distributed", "install a torch with it; one rank works"
+            "several ranks", LIMITED, "torch was built without torch.distributed", "install a torch with it; a single rank works"
         )
     backends = [name for name, there in (("nccl", dist.is_nccl_available), ("gloo", dist.is_gloo_available)) if there()]
     return Finding("several ranks", OK if backends else LIMITED, ", ".join(backends) or "no backend")
 
 
 def devices() -> List[str]:
-    """The CPU, and every GPU."""
+    """The CPU and all GPUs."""
     return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
 
 

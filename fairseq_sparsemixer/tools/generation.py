@@ -1,4 +1,4 @@
-"""What fairseq-generate and fairseq-eval-lm print, and the text that it is held against."""
+"""Parses the output of fairseq-generate and fairseq-eval-lm, and reads the text it is compared with."""
 
 import os
 import re
@@ -9,27 +9,27 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)")  # D-<number> <tab> score <tab> text
 
-PERPLEXITY = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")  # fairseq-eval-lm's last words
+PERPLEXITY = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)")  # at the end of fairseq-eval-lm's output
 
 
 def read_perplexity(text: str) -> Optional[Tuple[float, float]]:
-    """(loss in bits, perplexity) where fairseq-eval-lm says them in the text, else None."""
+    """(loss in bits, perplexity) from fairseq-eval-lm's output; None if they are not in the text."""
     found = PERPLEXITY.search(text)
     return found and (float(found.group(1)), float(found.group(2)))
 
 
 def read_hypothesis(line: str) -> Optional[Tuple[int, str]]:
-    """(number in the test set, detokenised text) where the line is a hypothesis, else None."""
+    """(number in the test set, detokenised text) if the line is a hypothesis, else None."""
     found = HYPOTHESIS.fullmatch(line.rstrip("\n"))
     return found and (int(found.group(1)), found.group(2))
 
 
 def read_sentences(path: Path) -> List[str]:
-    """The lines of a file, empty ones too: broken at ends of lines alone, not at the other breaks of Unicode, as fairseq does.
+    """The lines of a file, including empty ones; split at newlines only, as in fairseq, not at Unicode's other breaks.
 
-    Raises ConfigurationError for a file that cannot be read, with the line of what is not UTF-8.
+    Raises ConfigurationError for a file that cannot be read, with the line number if it is not UTF-8.
     """
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # reading a pipe could block forever
         raise ConfigurationError(f"{path} cannot be read (it does not exist, or is not a file); give another path")
     try:
         *lines, rest = path.read_text(encoding="utf-8").split("\n")

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: its experts, its parameters, the work it does for a token, and how alike its experts are.
+"""Reports on a checkpoint: its experts, parameters, FLOPs per token, and the similarity of its experts.
 
-All of it is read from the file alone; no dictionary and no model is needed. E experts, M model dimension.
+Everything is read from the file; no dictionary or model is needed. E experts, M model dimension.
 """
 
 import re
@@ -22,18 +22,19 @@ from fairseq_sparsemixer.plugin.models.fast_path import without_copies
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 
 PARTS = ("generator", "encoder", "decoder")
-# Tables, of which a token takes a row, and the projections of adaptive inputs but the first band's: a word is in one band.
+# Embedding tables, of which a token takes one row, and adaptive inputs' projections except the first band's: a word is in one
+# band.
 NO_MATRIX = re.compile(
     r"\.(embed_tokens|embed_positions|shared\.tokens|shared\.positions|embeddings\.\d+\.0|embeddings\.[1-9]\d*\.1)\.weight$|\.bias\w*$"
 )
-BUFFERS = (".version", "._float_tensor", ".balancer.bias")  # what a state has beside its parameters
+BUFFERS = (".version", "._float_tensor", ".balancer.bias")  # suffixes of state entries that are not parameters
 MASKED_LM_HEAD, CLASSIFICATION_HEADS = ".lm_head.", "classification_heads."
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """name: of the transformer layer. similarities: mean over pairs of experts of the cosine, of the rows of the router's
-    projection and of all weights of an expert; None for a router without projection, and for one expert.
+    """name: of the transformer layer. router_similarity, expert_similarity: mean cosine over pairs of experts, between their
+    rows of the router's projection and between all their weights; None without a projection, and for a single expert.
     """
 
     name: str
@@ -47,8 +48,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """parameters: those of all experts; active: those one token meets. flops: of the forward pass for one token, two for
-    each weight of the matrices it is multiplied by; embedding look-ups and the products of attention weights left out.
+    """parameters: with all experts. active: those used for one token. flops: of one token's forward pass, two for each
+    weight of the matrices that multiply it, without embedding look-ups and the products of queries, keys and values.
     """
 
     parameters: int
@@ -58,8 +59,8 @@ class PartReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """top_k: experts for a token, on average. parameters, active: see PartReport. parts: encoder and decoder, or ELECTRA's
-    generator and discriminator; what they share counts in both.
+    """top_k: mean experts per token. parameters, active: see PartReport. parts: encoder and decoder, or ELECTRA's generator
+    and discriminator; shared parameters count in both.
     """
 
     router: str
@@ -72,7 +73,7 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(path: str) -> CheckpointReport:
-    """Read the report off a checkpoint of fairseq. Raises ConfigurationError for a file that cannot be used."""
+    """The report on a fairseq checkpoint. Raises ConfigurationError for an unusable file."""
     state = read_checkpoint(path)
     if layout_of(state)["size"] > 1:
         raise ConfigurationError(
@@ -98,7 +99,7 @@ def inspect_checkpoint(path: str) -> CheckpointReport:
 
 
 def distinct_tensors(state: Dict[str, Any]) -> Dict[str, Tensor]:
-    """The parameters, each once: tied weights stand in a state under several names."""
+    """The parameters, each once: a state has tied weights under several names."""
     found: Dict[Any, str] = {}
     for name, value in state.items():
         if torch.is_tensor(value) and value.is_floating_point() and not name.endswith(BUFFERS):
@@ -132,53 +133,53 @@ def mean_cosine(rows: Tensor) -> Optional[float]:
 
 
 def model_options(state: Dict[str, Any]) -> Any:
-    """The model's flags, as attributes."""
+    """The model's flags as attributes."""
     options = state.get("args") or (state.get("cfg") or {}).get("model")
     options = Namespace(**(options if isinstance(options, dict) else vars(options)))
-    fill_defaults(options, MoEOptions)  # flags younger than the checkpoint
+    fill_defaults(options, MoEOptions)  # for flags newer than the checkpoint
     return options
 
 
 def experts_for_a_token(options: Any, layers: List[LayerReport]) -> float:
-    """k, as the router has it under these flags; 0 without experts."""
+    """The router's k with these flags; 0 without experts."""
     if not layers:
         return 0
     return build_gate(options.router, 1, layers[0].num_experts, **router_options(options)).experts_per_token
 
 
 def count_weights(weights: Dict[str, Tensor], top_k: float) -> Tuple[int, int]:
-    """(total, active) of distinct tensors."""
-    return sum(value.numel() for value in weights.values()), round(_met(weights, top_k))
+    """(total, active) number of weights in distinct tensors."""
+    return sum(value.numel() for value in weights.values()), round(_active(weights, top_k))
 
 
 def part_reports(model: Dict[str, Tensor], router: str, top_k: float) -> Dict[str, PartReport]:
-    """The report of each part that this state of a model has."""
+    """The report of each part of this model state."""
     found = {part: {name: value for name, value in model.items() if name.startswith(f"{part}.")} for part in PARTS}
     classifies = any(name.startswith(CLASSIFICATION_HEADS) for name in model)
     reports = {}
     for part, tensors in found.items():
         if tensors:
             title = "discriminator" if part == "encoder" and found["generator"] else part
-            flops = 2 * _met(matrices(tensors, router, classifies), top_k)
+            flops = 2 * _active(matrices(tensors, router, classifies), top_k)
             reports[title] = PartReport(*count_weights(distinct_tensors(tensors), top_k), round(flops))
     return reports
 
 
 def matrices(tensors: Dict[str, Tensor], router: str, classifies: bool) -> Dict[str, Tensor]:
-    """Those of the tensors that a token is multiplied by in training, under each name that it is used by.
+    """The tensors that multiply a token in training; a tied one under each of its names.
 
-    classifies: the masked-LM head, still in the file, gave way to one that runs once a sentence.
+    classifies: the masked-LM head, still in the file, was replaced by a head that runs once per sentence.
     """
     found = {name: value for name, value in tensors.items() if value.is_floating_point() and value.dim() > 1}
-    if router == "hash":  # looks at the token's number alone
+    if router == "hash":  # routes by the token's number, without a projection
         found = {name: value for name, value in found.items() if not name.endswith(PROJECTION)}
     if classifies:
         found = {name: value for name, value in found.items() if MASKED_LM_HEAD not in name}
     return {name: value for name, value in found.items() if not NO_MATRIX.search(name)}
 
 
-def _met(weights: Dict[str, Tensor], top_k: float) -> float:
-    """The numbers that one token meets: those of k of the E experts, and all others."""
+def _active(weights: Dict[str, Tensor], top_k: float) -> float:
+    """The number of weights used for one token: those of k of the E experts, and all others."""
     return sum(value.numel() * (top_k / value.size(0) if EXPERTS in name else 1) for name, value in weights.items())
 
 

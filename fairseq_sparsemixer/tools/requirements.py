@@ -1,9 +1,9 @@
-"""Which packages are installed, which distribution one comes from, and which extra of ours brings it."""
+"""Which packages are installed, which distribution provides one, and which of our extras installs it."""
 
 from importlib import metadata
 from typing import List, Optional
 
-EXTRAS = {  # by import package, the extra in setup.py
+EXTRAS = {  # package -> extra in setup.py
     "fairseq": "fairseq",
     "fairseq_cli": "fairseq",
     "matplotlib": "tools",
@@ -20,7 +20,7 @@ def remedy_for(extra: str) -> str:
 
 
 def without(missing: ModuleNotFoundError, what: str) -> Optional[str]:
-    """The sentence for a command that stopped at an import: what it needs and how to get it. None: no package of an extra."""
+    """The error for a command that could not import a package: what it needs, and how to install it. None if not in an extra."""
     package = (missing.name or "").partition(".")[0]
     if package not in EXTRAS:
         return None
@@ -28,7 +28,7 @@ def without(missing: ModuleNotFoundError, what: str) -> Optional[str]:
 
 
 def version(distribution: str) -> Optional[str]:
-    """The installed version; None where it is not installed."""
+    """The installed version; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def version(distribution: str) -> Optional[str]:
 
 
 def providers(package: str) -> List[str]:
-    """ "name version" of each installed distribution that has the import package, in the order of their names."""
+    """ "name version" of each installed distribution that provides the package, sorted by name."""
     found = set()
     for distribution in metadata.distributions():
         if _has(distribution, package):
@@ -45,7 +45,7 @@ def providers(package: str) -> List[str]:
 
 
 def _has(distribution: metadata.Distribution, package: str) -> bool:
-    listed = distribution.read_text("top_level.txt")  # of setuptools; an editable installation has it, too
+    listed = distribution.read_text("top_level.txt")  # written by setuptools, also for an editable installation
     if listed is not None:
         return package in listed.split()
     return any(path.parts[0] == package for path in distribution.files or ())

@@ -1,6 +1,6 @@
-"""What a training run left in its folder, read for tables and plots.
+"""Reads the logs of a training run for tables and plots.
 
-fairseq writes `train.log` (--log-format json --log-file RUN_DIR/train.log), the moe criterions `load.jsonl`
+fairseq writes `train.log` (--log-format json --log-file RUN_DIR/train.log), and the moe criterions write `load.jsonl`
 (--moe-load-file RUN_DIR/load.jsonl).
 """
 
@@ -15,23 +15,23 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 TRAIN_LOG = "train.log"
 LOAD_LOG = "load.jsonl"
-LARGEST = 2**53  # of a figure: what is above is a damaged file, and no axis of a plot
+LARGEST = 2**53  # larger figures mean a damaged file, and could not be plotted
 
 
 @dataclass
 class ExpertLoad:
-    """Tokens of each expert. layers: names, L. counts: [(num_updates, [L][E])], each since the entry before it."""
+    """Tokens per expert. layers: the L names. counts: [(num_updates, [L][E])], each since the previous entry."""
 
     layers: List[str]
     counts: List[Tuple[int, List[List[int]]]]
 
     def total(self) -> List[List[float]]:
-        """[L][E], the share of each layer's tokens that an expert had in the whole run."""
+        """[L][E], each expert's share of its layer's tokens over the whole run."""
         sums = [[sum(tokens) for tokens in zip(*rows)] for rows in zip(*(counts for _, counts in self.counts))]
         return [[tokens / max(sum(row), 1) for tokens in row] for row in sums]
 
     def entropy(self) -> float:
-        """Entropy of the layers' loads over log E, mean over layers: 1 when all experts have the same share."""
+        """Entropy of per-expert token shares / log E (1 = balanced), mean over layers."""
         rows = self.total()
         entropies = [-sum(p * math.log(p) for p in row if p > 0) / math.log(len(row)) if len(row) > 1 else 1.0 for row in rows]
         return sum(entropies) / len(entropies)
@@ -39,10 +39,10 @@ class ExpertLoad:
 
 @dataclass
 class Run:
-    """valid_loss: [(num_updates, loss in bits per token)]; train_loss: as logged on the way; updates: done so far.
+    """valid_loss: [(num_updates, loss in bits per token)]. train_loss: as logged. updates: done so far.
 
-    words_per_second (target tokens) and seconds_per_update are medians over the log's intervals: validation, a pause, or another
-    program's burst on the machine does not move them. None where the log has no interval.
+    words_per_second (target tokens) and seconds_per_update are medians over the log's intervals, so that validation, a pause or
+    a burst of other load does not change them. None if the log has no interval.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Run:
     load: Optional[ExpertLoad] = None
 
     def figures(self) -> Dict[str, Any]:
-        """The run in a few numbers; None where the logs do not tell. A loss that is not a number is never the best."""
+        """Summary figures of the run; None if not in the logs. A NaN or infinite loss is never the best."""
         return {
             "run": self.name,
             "updates": self.updates,
@@ -65,14 +65,14 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in folder. Raises ConfigurationError where there is no log of one, or a figure in it is none."""
+    """Read the run in folder. Raises ConfigurationError if there is no log, or if it has an invalid figure."""
     path = folder / TRAIN_LOG
     if not _is_file(path):
         raise ConfigurationError(
             f"{_short(folder)} has no {TRAIN_LOG}; train with --log-format json --log-file RUN_DIR/{TRAIN_LOG}"
-            f" --moe-load-file RUN_DIR/{LOAD_LOG}, and give the folder of that run"
+            f" --moe-load-file RUN_DIR/{LOAD_LOG}, and give that run's folder"
         )
-    # by num_updates: fairseq repeats lines, and a resumed run repeats updates
+    # keyed by num_updates: fairseq repeats lines, and a resumed run repeats updates
     valid, train, speed, pace = {}, {}, {}, {}
     updates = 0
     for entry in _json_lines(path):
@@ -82,10 +82,10 @@ def read_run(folder: Path) -> Run:
             done, words = entry.count("num_updates"), entry.number("wps")
             updates = max(updates, done)
             train[done] = entry.number("loss")
-            if 0 < words < math.inf:  # fairseq writes 0 where it has not timed yet
+            if 0 < words < math.inf:  # fairseq writes 0 before its first timing
                 speed[done], pace[done] = words, entry.number("wpb") / words
     if not valid and not train:
-        raise ConfigurationError(f"{_short(path)} holds no figures of a training run; train with --log-format json")
+        raise ConfigurationError(f"{_short(path)} has no figures of a training run; train with --log-format json")
     return Run(
         name=folder.resolve().name,
         valid_loss=sorted(valid.items()),
@@ -107,7 +107,7 @@ def _read_load(path: Path) -> Optional[ExpertLoad]:
         layers, load = entry.get("layers", _is_names), entry.get("load", _is_load)
         shape = shape or (len(layers), len(load[0]))
         if (len(layers), len(load[0])) != shape or len(load) != len(layers):
-            entry.refuse("load", load, f"has not the layers and experts of the lines before, {shape[0]} and {shape[1]}")
+            entry.refuse("load", load, f"does not have the {shape[0]} layers and {shape[1]} experts of earlier lines")
         counts[entry.count("num_updates")] = load
     return ExpertLoad(layers, sorted(counts.items())) if counts else None
 
@@ -117,7 +117,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_load(value: Any) -> bool:
-    """Whether it is a list of rows of as many counts each, at least one."""
+    """Whether the value is a list of rows of counts, all of the same length, and neither is empty."""
     rows = isinstance(value, list) and bool(value) and all(isinstance(row, list) and row for row in value)
     return rows and len({len(row) for row in value}) == 1 and all(_is_count(tokens) for row in value for tokens in row)
 
@@ -127,7 +127,7 @@ def _is_count(value: Any) -> bool:
 
 
 class _Entry(NamedTuple):
-    """A JSON object in a log, and where it stands."""
+    """A JSON object in a log, and its place: file and line number."""
 
     place: str
     values: Dict[str, Any]
@@ -135,11 +135,11 @@ class _Entry(NamedTuple):
     def get(self, name: str, good: Callable[[Any], bool]) -> Any:
         value = self.values.get(name)
         if not good(value):
-            self.refuse(name, value, "is none that fairseq writes")
+            self.refuse(name, value, "is not what fairseq writes")
         return value
 
     def number(self, name: str) -> float:
-        """A figure, which fairseq writes as text; NaN and infinity, of a training that diverged, are some."""
+        """A figure, which fairseq writes as text; NaN and infinity, from a diverged training, are valid."""
         value = self.values.get(name)
         try:
             number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
@@ -157,11 +157,11 @@ class _Entry(NamedTuple):
         return int(number)
 
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
-        raise ConfigurationError(f"{self.place}: {name} {str(value)[:40]!r} {reason}; correct the line, or take it out")
+        raise ConfigurationError(f"{self.place}: {name} {str(value)[:40]!r} {reason}; correct the line, or remove it")
 
 
 def _json_lines(path: Path) -> Iterator[_Entry]:
-    """The JSON objects at the ends of lines; other lines, and one cut short by a kill, are passed over."""
+    """The JSON objects at the ends of lines; other lines, and one truncated by a kill, are skipped."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, start=1):
@@ -173,16 +173,16 @@ def _json_lines(path: Path) -> Iterator[_Entry]:
                 if isinstance(values, dict):
                     yield _Entry(f"{path}:{number}", values)
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); give another folder of a run") from None
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); give another run's folder") from None
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def _short(path: Path) -> str:
-    """A path in a message: no file has a longer one."""
+    """A path for a message, shortened."""
     return str(path)[:300]

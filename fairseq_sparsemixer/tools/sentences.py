@@ -1,4 +1,4 @@
-"""Sentences as a trained model's input: what inspect and fidelity run a checkpoint on."""
+"""Loads a trained model and the sentences to run it on, for inspect and fidelity."""
 
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -13,7 +13,7 @@ from fairseq_sparsemixer.tools.generation import read_sentences
 
 
 def read_pairs(text: str, target: str) -> List[Tuple[str, str]]:
-    """Pairs of lines. Raises ConfigurationError for files that are missing, empty, no UTF-8, or of unequal length."""
+    """Pairs of lines. Raises ConfigurationError for files that are missing, empty, not UTF-8, or of unequal length."""
     sides = []
     for flag, path in (("--text", text), ("--target", target)):
         try:
@@ -21,11 +21,11 @@ def read_pairs(text: str, target: str) -> List[Tuple[str, str]]:
         except ConfigurationError as error:
             raise ConfigurationError(f"{flag} {error.message}") from None
     if len(sides[0]) != len(sides[1]):
-        lengths = f"--text {text} has {len(sides[0])} lines and --target {target} {len(sides[1])}"
-        raise ConfigurationError(f"{lengths}; they must be pairs")
+        lengths = f"--text {text} has {len(sides[0])} lines, but --target {target} has {len(sides[1])}"
+        raise ConfigurationError(f"{lengths}; give files of paired lines")
     pairs = [(source, translation) for source, translation in zip(*sides) if source.strip() and translation.strip()]
     if not pairs:
-        raise ConfigurationError(f"--text {text} and --target {target} hold no sentence")
+        raise ConfigurationError(f"--text {text} and --target {target} have no sentence pair; give other files")
     return pairs
 
 
@@ -38,7 +38,7 @@ def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides, state=state)
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder by --data-bin"
+            f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder with --data-bin"
         ) from None
     if "moe_load_file" in cfg.criterion:
         cfg.criterion.moe_load_file = None

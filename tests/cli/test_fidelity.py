@@ -106,7 +106,7 @@ def test_a_layer_of_a_checkpoint_is_measured_on_text(quick, trained, tmp_path, c
 
 def test_missing_dictionaries_are_asked_for(quick, trained, tmp_path):
     flags, _ = trained
-    with pytest.raises(SystemExit, match="needs the dictionaries it was trained with .*; give their folder by --data-bin"):
+    with pytest.raises(SystemExit, match="needs the dictionaries it was trained with .*; give their folder with --data-bin"):
         main(["fidelity", *flags, "--data-bin", str(tmp_path / "elsewhere")])
 
 

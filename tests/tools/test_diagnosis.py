@@ -42,7 +42,7 @@ def test_any_distribution_of_fairseq_that_imports_is_named(fairseqs, name):
 
 def test_a_fairseq_of_no_distribution_is_named_by_its_place(fairseqs):
     fairseqs()
-    assert diagnosis.check_fairseq().found == "in /src/fairseq, of no distribution"
+    assert diagnosis.check_fairseq().found == "in /src/fairseq, not from an installed distribution"
 
 
 def test_a_fairseq_that_does_not_import_is_broken(fairseqs, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_layer_of_several_experts_a_token_is_refused(build_translation_model):
 def test_texts_must_be_pairs(tmp_path):
     (tmp_path / "a").write_text("one\ntwo\n")
     (tmp_path / "b").write_text("eins\n")
-    with pytest.raises(ConfigurationError, match="has 2 lines and --target .*b 1; they must be pairs"):
+    with pytest.raises(ConfigurationError, match="has 2 lines, but --target .*b has 1; give files of paired lines"):
         sentences.read_pairs(str(tmp_path / "a"), str(tmp_path / "b"))
     with pytest.raises(ConfigurationError, match="--target .*missing cannot be read"):
         sentences.read_pairs(str(tmp_path / "a"), str(tmp_path / "missing"))
