@@ -16,10 +16,10 @@ LEAST_EXPERTS = {"gshard": 2}  # two different experts a token
 
 
 @st.composite
-def cases(draw, router, dropless=False):
+def cases(draw, router, dropless=False, fewest=0):
     """(gate in training or not, tokens [S, M], padding [S] or None)."""
     num_experts = draw(st.integers(LEAST_EXPERTS.get(router, 1), 6))
-    tokens = draw(st.integers(1, 20))
+    tokens = draw(st.integers(fewest, 20))
     options = {}
     if "top_k" in gate_options(router):
         options["top_k"] = draw(st.integers(1, num_experts))
@@ -54,8 +54,8 @@ def test_routing_is_well_formed(router):
         index, weight = routing.expert_index, routing.combine_weight
         assert index.dtype == torch.int64 and index.shape == weight.shape and len(index) == len(tokens)
         assert weight.dtype == torch.float32 and weight.isfinite().all()
-        assert weight.min() >= 0 and weight.max() <= 1
-        assert index.min() >= 0 and index.max() < gate.num_experts
+        assert ((weight >= 0) & (weight <= 1)).all()
+        assert ((index >= 0) & (index < gate.num_experts)).all()
         assert all(len(set(row)) == len(row) for row in index.tolist())
         assert (weight[~routed(routing)] == 0).all()
         if padding is not None:
@@ -72,6 +72,22 @@ def test_routing_is_well_formed(router):
             assert loss.shape == () and loss.isfinite() and loss >= 0
             if real == 0:
                 assert loss == 0
+
+    holds()
+
+
+@pytest.mark.parametrize("router", sorted(set(GATES) - {"expert_choice"}))
+def test_without_a_capacity_every_token_gets_weight_and_the_gradients_are_finite(router):
+    @few
+    @given(cases(router, dropless=True))
+    def holds(case):
+        gate, tokens, padding = case
+        routing = gate(tokens, padding)
+        real = torch.ones(len(tokens), dtype=torch.bool) if padding is None else ~padding
+        assert torch.equal(routing.combine_weight.sum(1) > 0, real)
+        if router != "hash":  # which learns nothing
+            (routing.combine_weight.sum() + sum(routing.aux_losses.values())).backward()
+            assert gate.projection.weight.grad.isfinite().all()
 
     holds()
 
@@ -100,7 +116,7 @@ def fix_noise(gate, num_tokens, order):
 @pytest.mark.parametrize("router", sorted(GATES))
 def test_tokens_in_another_order_are_routed_alike(router):
     @few
-    @given(cases(router, dropless=True), st.randoms(use_true_random=False))
+    @given(cases(router, dropless=True, fewest=1), st.randoms(use_true_random=False))
     def holds(case, random):
         gate, tokens, padding = case
         order = list(range(len(tokens)))
