@@ -1,5 +1,5 @@
 # make test, make test-fast, make quickstart: each installs into .venv first where that is not done yet.
-# Variables: PYTHON, TORCH, TORCH_INDEX, FAIRSEQ, VENV (see scripts/install.py); RAW, UPDATES, SEED, ROUTERS, OUT (quickstart);
+# Variables: PYTHON, TORCH, TORCH_INDEX, FAIRSEQ, VENV (see scripts/install.py); RAW, TARGETS, UPDATES, SEED, ROUTERS, OUT (quickstart);
 # ARGS (test, test-fast, bench).
 
 PYTHON3 ?= python3
@@ -13,7 +13,8 @@ help:
 	@echo 'make test                     run the tests (ARGS="-k gates" and the like are handed to pytest)'
 	@echo 'make test-fast                those that take little time, under two minutes on 2 cores'
 	@echo 'make quickstart               train, translate with and compare dense, Switch and SparseMixer: 5 minutes on 2 cores'
-	@echo 'make quickstart RAW=DIR       the same on the raw text of Multi30k; UPDATES=N, SEED=N and ROUTERS="dense ..." change it'
+	@echo 'make quickstart RAW=DIR       the same on the raw text of Multi30k, or with TARGETS=de on English-German;'
+	@echo '                              UPDATES=N, SEED=N and ROUTERS="dense ..." change it'
 	@echo 'make bench                    an MoE layer beside a dense one, a minute; ARGS="--preset full" and the like are handed on'
 	@echo 'make install                  what the others do first: everything into .venv; PYTHON=python3.10, TORCH_INDEX=URL and'
 	@echo '                              FAIRSEQ=ve-fairseq choose, and hold until others are given'
@@ -29,7 +30,8 @@ test-fast: install
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile -m "$(FAST)" $(ARGS)
 
 quickstart: install
-	@$(VENV)/bin/python -m recipes.quickstart $(if $(RAW),--raw-dir "$(RAW)") $(if $(OUT),--out "$(OUT)") \
+	@$(VENV)/bin/python -m recipes.quickstart $(if $(RAW),--raw-dir "$(RAW)") $(if $(TARGETS),--targets $(TARGETS)) \
+		$(if $(OUT),--out "$(OUT)") \
 		$(if $(UPDATES),--updates $(UPDATES)) $(if $(SEED),--seed $(SEED)) $(if $(ROUTERS),--routers $(ROUTERS))
 
 bench: install

@@ -1,14 +1,14 @@
 """`make quickstart`: dense, Switch and SparseMixer transformers on the same data, seed and budget, from raw text to a table.
 
-The data is an English-German corpus of dates, amounts and names made from Unicode CLDR, or Multi30k's raw files
-(--raw-dir). Finished steps are not done again; a run that was killed goes on from its last checkpoint.
+The data is a corpus of dates, amounts and names made from Unicode CLDR, English into 16 languages or into those given, or
+Multi30k's raw files (--raw-dir). Finished steps are skipped; a killed training resumes from its last checkpoint.
 """
 
 import argparse
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import yaml
 from rich.console import Console
@@ -22,8 +22,8 @@ from fairseq_sparsemixer.tools.study.commands import test_command, train_command
 from fairseq_sparsemixer.tools.study.runner import progress_display, run_study
 from fairseq_sparsemixer.tools.study.spec import Study, read_study
 from fairseq_sparsemixer.tools.study.spec_file import merged, read_spec_file
-from recipes.common.cldr import make_cldr
-from recipes.common.corpus import Corpus
+from recipes.common.cldr import MANY, SOURCE, make_cldr, tag
+from recipes.common.corpus import LANGUAGES, Corpus
 from recipes.common.pairs import make_data
 from recipes.common.progress import format_command, script
 from recipes.common.session import check_numbers, file_errors_said, keep_apart, run_as_program
@@ -35,17 +35,25 @@ STUDY = Path(__file__).with_name("study.yaml")
 ROUTERS = ("dense", "switch", "sparsemixer")
 BASELINE = "switch"
 WIDTH = 120  # where there is no terminal
-LEAST_PAIRS = 1_000  # there are some 900 bare names
-HELD_OUT = 500  # pairs in CLDR's valid and test split; fewer beside a small training split
+NAMES = 1_000  # pairs for each target language: there are some 900 bare names
+HELD_OUT = 50  # pairs for each of many target languages in CLDR's valid and test split, and ten times as many for one
+TOGETHER = "xx"  # fairseq's name of the target side if it has several languages
 
 
 class Text(NamedTuple):
-    """Raw text, and what suits it. source: what it is made from, so that other text is another step."""
+    """Raw text, and the model that suits it.
+
+    languages: fairseq's names of the two sides. source: what the text is made from; other values are another step.
+    pieces: options of sentencepiece. flags: of fairseq-train, where they differ from study.yaml.
+    """
 
     title: str
+    languages: Sequence[str]
     read: Callable[[], Corpus]
     source: Dict[str, Any]
     vocabulary: int
+    pieces: Dict[str, Any]
+    num_experts: int
     flags: Dict[str, Any]
 
 
@@ -54,14 +62,18 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    targets = f"target languages of the CLDR corpus, of {' '.join(MANY)} (default: all)"
     parser.add_argument("--raw-dir", type=Path, help="folder with Multi30k's raw files (default: make the CLDR corpus)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/quickstart, or runs/multi30k)")
+    parser.add_argument("--targets", nargs="+", choices=MANY, default=MANY, metavar="LANGUAGE", help=targets)
     parser.add_argument("--updates", type=int, help="updates of each model (default: 400, or 3,000 for Multi30k)")
-    parser.add_argument("--pairs", type=int, default=24_000, help="training pairs of the CLDR corpus (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, help="training pairs of the CLDR corpus (default: 64,000, or 24,000 for one target)")
     parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
     options = parser.parse_args(arguments)
-    check_numbers(options, {"updates": 1, "pairs": LEAST_PAIRS, "seed": 1})
+    options.targets = list(dict.fromkeys(options.targets))
+    options.pairs = options.pairs if options.pairs is not None else 24_000 if len(options.targets) == 1 else 64_000
+    check_numbers(options, {"updates": 1, "pairs": NAMES * len(options.targets), "seed": 1})
     with in_flags():
         for router in options.routers:
             if router != DENSE:
@@ -83,7 +95,7 @@ def compare(options: argparse.Namespace, out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     text = text_of(options)
     settings = {**text.source, "vocabulary": text.vocabulary}
-    make = partial(make_data, text.read, text.vocabulary, 1, split_digits=True)
+    make = partial(make_data, text.read, text.vocabulary, 1, languages=text.languages, split_digits=True, **text.pieces)
     run_step(f"data: {text.title}", out / "data", settings, console, make)
     study = write_study(options, text, out / "study.yaml")
     show(study, out, console)
@@ -96,26 +108,50 @@ def compare(options: argparse.Namespace, out: Path) -> None:
 
 
 def text_of(options: argparse.Namespace) -> Text:
-    """The raw text that was asked for. Multi30k has more words, in freer sentences: it takes more updates, and dropout."""
+    """The requested raw text."""
+    budget = {"max-update": options.updates} if options.updates else {}
     if options.raw_dir is not None:
-        source: Dict[str, Any] = {"raw": str(options.raw_dir.resolve())}
-        flags: Dict[str, Any] = {"max-update": options.updates or 3000, "dropout": 0.1}
-        return Text("Multi30k, English-German", partial(read_multi30k, options.raw_dir), source, 4000, flags)
-    held_out = min(HELD_OUT, options.pairs // 40)
-    sizes = {"train": options.pairs, "valid": held_out, "test": held_out}
-    source = {"sizes": sizes, "seed": options.seed}
-    flags = {"max-update": options.updates} if options.updates else {}
-    return Text("Unicode CLDR, English-German", partial(make_cldr, sizes, options.seed), source, 1000, flags)
+        return multi30k(options.raw_dir, budget)
+    return cldr(options.targets, options.pairs, options.seed, budget)
+
+
+def multi30k(raw_dir: Path, budget: Dict[str, Any]) -> Text:
+    """Multi30k. It has more words, in freer sentences, than CLDR: it needs more updates, and dropout."""
+    read = partial(read_multi30k, raw_dir)
+    flags = {**one_target(LANGUAGES[1]), "dropout": 0.1, "max-update": 3000, **budget}
+    return Text("Multi30k, English-German", LANGUAGES, read, {"raw": str(raw_dir.resolve())}, 4000, {}, 4, flags)
+
+
+def cldr(targets: Sequence[str], pairs: int, seed: int, budget: Dict[str, Any]) -> Text:
+    """The CLDR corpus for these target languages."""
+    alone = len(targets) == 1
+    held_out = HELD_OUT * 10 if alone else HELD_OUT * len(targets)
+    held_out = min(held_out, pairs // 40)
+    sizes = {"train": pairs, "valid": held_out, "test": held_out}
+    source = {"sizes": sizes, "seed": seed, "targets": list(targets)}
+    read = partial(make_cldr, sizes, seed, targets)
+    if alone:
+        name = SOURCE.languages[targets[0]]
+        languages, flags = ("en", targets[0]), {**one_target(targets[0]), **budget}
+        return Text(f"Unicode CLDR, English-{name}", languages, read, source, 1000, {}, 4, flags)
+    title = f"Unicode CLDR, English into {len(targets)} languages"
+    return Text(title, ("en", TOGETHER), read, source, 4000, {"user_defined_symbols": [*map(tag, targets)]}, 8, budget)
+
+
+def one_target(language: str) -> Dict[str, Any]:
+    """Flags for one target language, which gives experts less to divide: every other layer has them."""
+    return {"target-lang": language, "moe-freq": 2}
 
 
 def write_study(options: argparse.Namespace, text: Text, path: Path) -> Study:
     """study.yaml with the data, seed, budget and routers that were asked for."""
     routers = list(dict.fromkeys(options.routers))
     content = {
-        **merged(read_spec_file(STUDY), {"flags": text.flags, "test": {"reference": "data/raw/test.de"}}),
+        **merged(read_spec_file(STUDY), {"flags": text.flags, "test": {"reference": f"data/raw/test.{text.languages[1]}"}}),
         "title": text.title,
         "data": "data/bin",
         "variants": {router: {"router": router} for router in routers},
+        "num-experts": [text.num_experts],
         "seeds": [options.seed],
         "baseline": BASELINE if BASELINE in routers else routers[0],
     }

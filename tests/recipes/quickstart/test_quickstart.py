@@ -9,14 +9,15 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.study.scores import read_hypotheses
 from recipes.quickstart.__main__ import main, parse_options, text_of, write_study
 
-RUN = "runs/sparsemixer-e4-seed1"
+RUN = "runs/sparsemixer-e8-seed1"
+SMALL = ["--targets", "de", "fr", "tr", "--pairs", "3000", "--updates", "40", "--routers", "sparsemixer"]
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("quickstart")
-    main(["--out", str(out), "--pairs", "1200", "--updates", "40", "--routers", "sparsemixer"])
+    main(["--out", str(out), *SMALL])
     return out
 
 
@@ -36,14 +37,14 @@ def test_it_ends_with_figures_and_plots(quickstart):
 @pytest.mark.slow
 def test_every_test_sentence_is_translated(quickstart):
     lines = read_hypotheses(quickstart / RUN / "test.txt")
-    assert len(lines) == len((quickstart / "data" / "raw" / "test.de").read_text(encoding="utf-8").splitlines()) == 30
+    assert len(lines) == len((quickstart / "data" / "raw" / "test.xx").read_text(encoding="utf-8").splitlines()) == 75
 
 
 @pytest.mark.slow
 def test_a_second_run_does_nothing_again(quickstart, capsys):
     checkpoint = quickstart / RUN / "checkpoints" / "checkpoint_last.pt"
     before = checkpoint.stat().st_mtime_ns
-    main(["--out", str(quickstart), "--pairs", "1200", "--updates", "40", "--routers", "sparsemixer"])
+    main(["--out", str(quickstart), *SMALL])
     assert checkpoint.stat().st_mtime_ns == before
     assert capsys.readouterr().out.count("done before") == 2  # the data, and the run with its translation
 
@@ -51,12 +52,13 @@ def test_a_second_run_does_nothing_again(quickstart, capsys):
 @pytest.mark.slow
 def test_it_is_a_study_that_can_be_reported_as_one(quickstart, capsys):
     assert cli.main(["study", str(quickstart / "study.yaml"), "--out", str(quickstart), "--report-only"]) == 0
-    assert "Unicode CLDR, English-German" in capsys.readouterr().out
+    assert "Unicode CLDR, English into 3 languages" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--updates 0", "--updates 0 must be at least 1"),
-    ("--pairs 30", "--pairs 30 must be at least 1,000"),
+    ("--pairs 30", "--pairs 30 must be at least 16,000"),
+    ("--targets de --pairs 30", "--pairs 30 must be at least 1,000"),
     ("--routers dense swich", "--router swich is unknown; choose from dense, .*switch"),
 ])  # fmt: skip
 def test_what_makes_no_experiment_is_refused_before_anything_is_done(flags, message):
@@ -64,14 +66,36 @@ def test_what_makes_no_experiment_is_refused_before_anything_is_done(flags, mess
         parse_options(flags.split())
 
 
-def test_the_study_has_the_routers_budget_and_seed_that_were_asked_for(tmp_path):
+@pytest.fixture
+def study_of(tmp_path):
+    """study_of(flags) -> the study that the flags ask for."""
     (tmp_path / "data" / "bin").mkdir(parents=True)
     (tmp_path / "data" / "raw").mkdir()
-    (tmp_path / "data" / "raw" / "test.de").write_text("gut\n", encoding="utf-8")
-    options = parse_options("--routers dense sparsemixer_v2 --updates 7 --seed 3 --raw-dir raw".split())
-    study = write_study(options, text_of(options), tmp_path / "study.yaml")
+    for language in ("xx", "de"):
+        (tmp_path / "data" / "raw" / f"test.{language}").write_text("gut\n", encoding="utf-8")
+
+    def make(flags):
+        options = parse_options(flags.split())
+        return write_study(options, text_of(options), tmp_path / "study.yaml")
+
+    return make
+
+
+def test_the_study_has_the_routers_budget_and_seed_that_were_asked_for(study_of, tmp_path):
+    study = study_of("--routers dense sparsemixer_v2 --updates 7 --seed 3 --raw-dir raw")
     assert [run.name for run in study.runs()] == ["dense-seed3", "sparsemixer_v2-e4-seed3"]
     assert (study.flags["max-update"], study.flags["dropout"], study.title) == (7, 0.1, "Multi30k, English-German")
     assert study.data == (tmp_path / "data" / "bin").resolve() and study.baseline == "dense"
-    options = parse_options([])
-    assert write_study(options, text_of(options), tmp_path / "study.yaml").flags["max-update"] == 400
+
+
+def test_sixteen_languages_are_the_default_and_one_is_an_option(study_of):
+    many, one = study_of(""), study_of("--targets de")
+    assert many.title == "Unicode CLDR, English into 16 languages" and one.title == "Unicode CLDR, English-German"
+    assert (many.flags["target-lang"], one.flags["target-lang"]) == ("xx", "de")
+    assert (many.num_experts, one.num_experts) == ([8], [4])
+    assert [run.router for run in many.runs()] == [run.router for run in one.runs()] == ["dense", "switch", "sparsemixer"]
+
+
+def test_many_languages_have_their_tags_as_single_pieces_and_one_has_none():
+    assert text_of(parse_options(["--targets", "de", "tr"])).pieces == {"user_defined_symbols": ["<2de>", "<2tr>"]}
+    assert text_of(parse_options(["--targets", "de"])).pieces == {}
