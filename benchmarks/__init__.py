@@ -1,1 +1,1 @@
-"""Benchmarks; run them from the repository's root as `python -m benchmarks.layer`, and see README.md here."""
+"""Benchmarks. Run them from the root of the repository, as in `python -m benchmarks.layer`; see README.md."""

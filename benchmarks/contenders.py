@@ -1,6 +1,6 @@
-"""The layers that are measured side by side. Each builder takes a Shape and gives a step: forward, backward, as in training.
+"""The layers to compare. Each builder takes a Shape and returns a Contender, which runs forward and backward as in training.
 
-Peers that are not installed are read from a checkout whose path the command line gives; nothing of theirs is kept here.
+Peers that are not installed are loaded from a checkout given on the command line; none of their code is kept here.
 """
 
 import importlib.util
@@ -21,11 +21,11 @@ from torch import distributed as dist
 from fairseq_sparsemixer import build_moe_layer
 from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
 
-AUX_WEIGHT = 0.01  # of the balance loss, as in training
+AUX_WEIGHT = 0.01  # weight of the balance loss, as in training
 
 
 class Shape(NamedTuple):
-    """tokens S, experts E, experts a token k, model_dim M, hidden_dim H of an expert."""
+    """tokens S, experts E, experts per token k, model_dim M, hidden_dim H of an expert."""
 
     tokens: int
     experts: int
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
         return 12 * self.tokens * self.top_k * self.model_dim * self.hidden_dim
 
     def weight_bytes(self, experts: Optional[int] = None) -> int:
-        """Of the feed-forward networks, in float32."""
+        """Bytes of the feed-forward weights in float32."""
         return 8 * (self.experts if experts is None else experts) * self.model_dim * self.hidden_dim
 
 
@@ -57,13 +57,13 @@ class Contender(NamedTuple):
     forward: Forward
 
     def forget_memory(self) -> None:
-        """Give back what our experts keep for gradients between steps, so that a measurement of memory sees it."""
+        """Release the gradient buffers that our experts keep between steps, so that they count as memory of the next step."""
         for module in self.module.modules():
             if hasattr(module, "gradient_memory"):
                 module.gradient_memory = GradBufferPool()
 
     def step(self, x: Tensor, upstream: Tensor) -> None:
-        """Forward and backward, gradients made anew, as fairseq does it."""
+        """Forward and backward with newly allocated gradients, as in fairseq."""
         self.module.zero_grad(set_to_none=True)
         x.grad = None
         output, aux = self.forward(x)
@@ -75,18 +75,18 @@ class Contender(NamedTuple):
 
 
 def feed_forward(model_dim: int, hidden_dim: int) -> nn.Sequential:
-    """fairseq's: fc2(relu(fc1(x)))."""
+    """fairseq's feed-forward network: fc2(relu(fc1(x)))."""
     return nn.Sequential(nn.Linear(model_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, model_dim))
 
 
 def dense(shape: Shape) -> Contender:
-    """One feed-forward network of the same active FLOPs: hidden dimension k * H."""
+    """A feed-forward network with the same active FLOPs: hidden dimension k * H."""
     module = feed_forward(shape.model_dim, shape.top_k * shape.hidden_dim)
     return Contender(module, lambda x: (module(x), None))
 
 
 def ours(shape: Shape, router: Optional[str] = None) -> Contender:
-    """This package's layer: SparseMixer for one expert a token, SparseMixer-v2 for more."""
+    """This package's layer: SparseMixer for one expert per token, SparseMixer-v2 for more."""
     options = {} if shape.top_k == 1 else {"top_k": shape.top_k}
     router = router or ("sparsemixer" if shape.top_k == 1 else "sparsemixer_v2")
     layer = build_moe_layer(router, shape.model_dim, shape.hidden_dim, shape.experts, **options)
@@ -94,7 +94,7 @@ def ours(shape: Shape, router: Optional[str] = None) -> Contender:
 
 
 def single_rank_group() -> Any:
-    """A process group of this process alone; fairscale and fairseq's branch ask for one."""
+    """A process group with this process only; fairscale and fairseq's branch require one."""
     if not dist.is_initialized():
         store = dist.HashStore()
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=0, world_size=1)
@@ -102,14 +102,14 @@ def single_rank_group() -> Any:
 
 
 def fairscale(shape: Shape) -> Contender:
-    """fairscale's MOELayer with its Top2Gate: always two experts a token, capacity 2 S / E."""
+    """fairscale's MOELayer with its Top2Gate: always two experts per token, capacity 2 S / E."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from fairscale.nn.moe import MOELayer, Top2Gate
     if shape.top_k != 2:
-        raise NotRunnable("its gate always takes two experts a token")
+        raise NotRunnable("its gate always uses two experts per token")
     if 2 * shape.tokens % shape.experts or shape.tokens % shape.experts:
-        raise NotRunnable("it needs a token count divisible by the experts")
+        raise NotRunnable("it needs a token count divisible by the number of experts")
     group = single_rank_group()
     experts = nn.ModuleList([feed_forward(shape.model_dim, shape.hidden_dim) for _ in range(shape.experts)])
     layer = MOELayer(Top2Gate(shape.model_dim, shape.experts), experts, group=group)
@@ -122,9 +122,9 @@ def fairscale(shape: Shape) -> Contender:
 
 
 def sparsemixer_official(shape: Shape, path: Path) -> Contender:
-    """The feed-forward part of microsoft/SparseMixer's encoder layer: its own forward, attention and norms taken out."""
+    """The feed-forward part of microsoft/SparseMixer's encoder layer: its own forward without attention and norms."""
     if shape.top_k != 1:
-        raise NotRunnable("it gives each token one expert")
+        raise NotRunnable("it always uses one expert per token")
     load_package("sparsemixer", path / "sparsemixer")
     module = load_package("peer_sparsemixer_layer", path / "example" / "moe" / "transformer_switch_layer.py")
     args = Namespace(
@@ -151,14 +151,14 @@ class _PassQuery(nn.Module):
 
 
 def fairseq_moe(shape: Shape, path: Path) -> Contender:
-    """The MOELayer of fairseq's `moe` branch with its own gate, dropping tokens at its default capacity."""
-    from fairseq import distributed_utils  # noqa: F401  the branch's files import it from the fairseq installed here
+    """The MOELayer of fairseq's `moe` branch with its own gate, which drops tokens beyond its default capacity."""
+    from fairseq import distributed_utils  # noqa: F401  the branch's files import it from the installed fairseq
 
     moe = load_package("peer_fairseq_moe", path / "fairseq" / "modules" / "moe")
     group = single_rank_group()
     gate = {1: moe.Top1Gate, 2: moe.Top2Gate}.get(shape.top_k)
     if gate is None:
-        raise NotRunnable("its gates take one or two experts a token")
+        raise NotRunnable("its gates use one or two experts per token")
     experts = nn.ModuleList([feed_forward(shape.model_dim, shape.hidden_dim) for _ in range(shape.experts)])
     layer = moe.MOELayer(gate(shape.model_dim, shape.experts), experts, Namespace(), group=group, all2all_group=group)
 
@@ -172,9 +172,9 @@ def fairseq_moe(shape: Shape, path: Path) -> Contender:
 
 @contextmanager
 def cuda_stand_ins() -> Iterator[None]:
-    """Where there is no GPU: what the branch's layer takes from one for its statistics, so that it runs at all.
+    """Without a GPU, replace the CUDA functions that the branch's layer needs for its statistics, so that it runs.
 
-    Its events time nothing, and its histograms are of floating-point numbers, as the CPU's are of no others.
+    Its events measure nothing, and its histograms use floating-point numbers, because torch.histc on CPUs takes no others.
     """
     if torch.cuda.is_available():
         yield
@@ -226,7 +226,7 @@ PEERS: Dict[str, Callable[[Shape, Path], Contender]] = {
 
 
 def import_for_gpu(path: Path, name: str) -> ModuleType:
-    """A module of a checkout at path that is of use on GPUs alone. Raises NotRunnable where it cannot be imported."""
+    """Import a GPU-only module from a checkout at path. Raises NotRunnable if it cannot be imported."""
     if not torch.cuda.is_available():
         raise NotRunnable("it needs a GPU")
     sys.path.insert(0, str(path))
@@ -237,7 +237,7 @@ def import_for_gpu(path: Path, name: str) -> ModuleType:
 
 
 def load_package(name: str, path: Path) -> ModuleType:
-    """The module or package at a path, under a name of our choice. Raises NotRunnable where it is not there."""
+    """Load the module or package at path under the given name. Raises NotRunnable if it does not exist or cannot be imported."""
     if name in sys.modules:
         return sys.modules[name]
     file = path / "__init__.py" if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Beam search with experts and without, in the same run: generated tokens a second. Random weights; fairseq's own generator.
+"""Beam search with and without experts in the same run: generated tokens per second. Random weights, fairseq's generator.
 
 example: python -m benchmarks.decode --experts 8 --batch 1 64
 """
@@ -15,7 +15,7 @@ from fairseq_sparsemixer.tools.tables import markdown_table
 
 
 def measure(options: argparse.Namespace, batch: int) -> Dict[str, Any]:
-    """Both models on one batch size."""
+    """Time both models at one batch size."""
     torch.manual_seed(0)
     task = models.translation_task(options.words)
     sample = models.random_batch(task, batch, options.length)
@@ -24,7 +24,7 @@ def measure(options: argparse.Namespace, batch: int) -> Dict[str, Any]:
         model = models.build_model(task, options.architecture, router, options.experts).eval()
         generator = SequenceGenerator(
             [model], task.target_dictionary, beam_size=options.beam,
-            max_len_a=0, max_len_b=options.length, min_len=options.length,  # the same work for both models
+            max_len_a=0, max_len_b=options.length, min_len=options.length,  # equal work for both models
         )  # fmt: skip
         steps[router] = lambda generator=generator: generator.generate([], sample)
     timings = measuring.time_interleaved(steps, options.rounds)
@@ -38,13 +38,13 @@ def measure(options: argparse.Namespace, batch: int) -> Dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=models.ARCHITECTURES, default="base", help="of transformer_moe")
+    parser.add_argument("--architecture", choices=models.ARCHITECTURES, default="base", help="size of transformer_moe")
     parser.add_argument("--router", default="sparsemixer")
-    parser.add_argument("--experts", type=int, default=8, help="E")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="sentences")
+    parser.add_argument("--experts", type=int, default=8, help="number of experts E")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="sentences per batch")
     parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--length", type=int, default=20, help="words of a sentence, in and out")
-    parser.add_argument("--words", type=int, default=10000, help="of the dictionary")
+    parser.add_argument("--length", type=int, default=20, help="words per sentence, source and target")
+    parser.add_argument("--words", type=int, default=10000, help="dictionary size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for decode.json")
     return parser

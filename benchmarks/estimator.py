@@ -1,4 +1,4 @@
-"""What SparseMixer's estimator costs over Switch's: one step of a layer, and one training step of a translation model.
+"""The overhead of SparseMixer's estimator over Switch's: in a step of one layer, and in a training step of a translation model.
 
 example: python -m benchmarks.estimator
 """
@@ -16,7 +16,7 @@ ROUTERS = ("switch", "sparsemixer")
 
 
 def layer_steps(options: argparse.Namespace) -> Dict[str, Callable[[], None]]:
-    """Forward and backward of one layer behind each router."""
+    """Forward and backward of one layer with each router."""
     shape = contenders.Shape(options.tokens, options.experts, 1, *options.dims)
     x = torch.randn(shape.tokens, shape.model_dim, requires_grad=True)
     upstream = torch.randn_like(x)
@@ -28,7 +28,7 @@ def layer_steps(options: argparse.Namespace) -> Dict[str, Callable[[], None]]:
 
 
 def model_steps(options: argparse.Namespace) -> Dict[str, Callable[[], None]]:
-    """Forward, loss, backward and an Adam update of a whole model behind each router."""
+    """Forward, loss, backward and Adam update of a whole model with each router."""
     from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterion, MoECrossEntropyCriterionConfig
 
     from benchmarks import models
@@ -51,7 +51,7 @@ def model_steps(options: argparse.Namespace) -> Dict[str, Callable[[], None]]:
 
 
 def compare(steps: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, Any]:
-    """Both steps interleaved; `overhead` is the median over rounds of sparsemixer's time over switch's, less one."""
+    """Time both steps interleaved; `overhead` is the median over rounds of sparsemixer's time / switch's time - 1."""
     timings = measuring.time_interleaved(steps, rounds)
     return {
         **{f"{name}_ms": round(1e3 * timing.median, 2) for name, timing in timings.items()},
@@ -62,13 +62,13 @@ def compare(steps: Dict[str, Callable[[], None]], rounds: int) -> Dict[str, Any]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=8, help="E")
-    parser.add_argument("--tokens", type=int, default=4096, help="S of the single layer")
-    parser.add_argument("--dims", type=int, nargs=2, default=(512, 2048), metavar=("M", "H"), help="of the single layer")
-    parser.add_argument("--architecture", default="iwslt", help="of the model, transformer_moe_*")
+    parser.add_argument("--experts", type=int, default=8, help="number of experts E")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens S of the single layer")
+    parser.add_argument("--dims", type=int, nargs=2, default=(512, 2048), metavar=("M", "H"), help="widths of the single layer")
+    parser.add_argument("--architecture", default="iwslt", help="size of the model, transformer_moe_*")
     parser.add_argument("--sentences", type=int, default=32)
     parser.add_argument("--length", type=int, default=30)
-    parser.add_argument("--words", type=int, default=10000, help="of the dictionary")
+    parser.add_argument("--words", type=int, default=10000, help="dictionary size")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="folder for estimator.json")
     return parser

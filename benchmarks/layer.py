@@ -1,9 +1,9 @@
-"""One MoE layer, forward and backward: time, memory and host synchronisations beside a dense layer and other MoE layers.
+"""One MoE layer, forward and backward: time, memory and host synchronisations compared with a dense layer and other MoE layers.
 
 examples:
   python -m benchmarks.layer                                # a minute: S = 1k and 4k
   python -m benchmarks.layer --preset growth --out results  # minutes: S from 256 to 16k, E from 4 to 256
-  python -m benchmarks.layer --preset full --out results    # hours: the whole grid, as far as --memory-gb and --seconds allow
+  python -m benchmarks.layer --preset full --out results    # hours: the whole grid, within --memory-gb and --seconds
   python -m benchmarks.layer --tokens 4096 --experts 8 64 --peer sparsemixer=CHECKOUT --peer fairseq-moe=CHECKOUT
 """
 
@@ -36,22 +36,22 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "rounds": 5,
     },
 }
-SECONDS_A_FLOP = 1e-11  # of a CPU core or two, to leave out cases that would take minutes; generous for a GPU
+SECONDS_A_FLOP = 1e-11  # of one or two CPU cores, to skip cases that would take minutes; an overestimate for GPUs
 
 
 def build(name: str, builder: Callable[[Shape], Contender], shape: Shape, limits: argparse.Namespace) -> Contender:
-    """Raises NotRunnable, also where memory would not do."""
+    """Build a contender. Raises NotRunnable, also if it would need more than --memory-gb."""
     experts = 1 if name == "dense" else shape.experts
     needed = 2 * shape.weight_bytes(experts) + 24 * shape.tokens * shape.top_k * shape.hidden_dim
     if name in ("fairscale", "fairseq-moe"):
-        needed += 40 * shape.tokens**2 * shape.top_k  # S x E x C with C about k S / E, several times over
+        needed += 40 * shape.tokens**2 * shape.top_k  # several tensors S x E x C, where C is about k S / E
     if needed > limits.memory_gb * 2**30:
         raise NotRunnable(f"about {needed / 2**30:.0f} GB, more than --memory-gb {limits.memory_gb:g}")
     return builder(shape)
 
 
 def measure(shape: Shape, builders: Dict[str, Callable[[Shape], Contender]], limits: argparse.Namespace) -> Dict[str, Any]:
-    """All contenders on one shape; ratios are to the dense layer, round by round."""
+    """Measure all contenders on one shape; ratios to the dense layer are taken within rounds."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if limits.bf16 else torch.float32
@@ -65,7 +65,7 @@ def measure(shape: Shape, builders: Dict[str, Callable[[Shape], Contender]], lim
             contender.module.to(device, dtype)
             contender.step(x, upstream)
             built[name] = contender
-        except (NotRunnable, NotImplementedError) as error:  # the latter is torch's, of an operation that a device lacks
+        except (NotRunnable, NotImplementedError) as error:  # torch raises the latter for operations a device lacks
             absent[name] = str(error).splitlines()[0]
     timings = measuring.time_interleaved({name: _step(c, x, upstream) for name, c in built.items()}, limits.rounds)
     figures = {}
@@ -95,9 +95,9 @@ def _step(contender: Contender, x: torch.Tensor, upstream: torch.Tensor) -> Call
 
 
 def growth(cases: List[Dict[str, Any]], layer: str, variable: str, figure: str = "ms") -> List[Dict[str, Any]]:
-    """The exponent of a figure in one dimension of the shape, for each choice of the others that was measured at >= 3 sizes.
+    """The growth exponent of a figure in one dimension of the shape, for each choice of the others with at least 3 sizes.
 
-    For k, two sizes are all there are.
+    For k, two sizes are enough, because the presets have no more.
     """
     fits: Dict[tuple, List[Dict[str, Any]]] = {}
     for case in cases:
@@ -121,7 +121,7 @@ def growth(cases: List[Dict[str, Any]], layer: str, variable: str, figure: str =
 
 
 def report(cases: List[Dict[str, Any]]) -> str:
-    """A Markdown table, one line a layer and shape."""
+    """A Markdown table with one line per layer and shape."""
     rows = [
         [*case["shape"].values(), name, f["ms"], f"{100 * f['spread']:.0f} %", f["to_dense"], f["peak_mb"], f["host_syncs"]]
         for case in cases
@@ -132,8 +132,8 @@ def report(cases: List[Dict[str, Any]]) -> str:
 
 
 def plot(cases: List[Dict[str, Any]], path: Path) -> None:
-    """Time over dense for each shape, one bar a layer."""
-    from fairseq_sparsemixer.tools.plotting import save, styled  # loads matplotlib, which a table does not need
+    """Plot the time relative to dense for each shape, one bar per layer."""
+    from fairseq_sparsemixer.tools.plotting import save, styled  # loads matplotlib, needed only here
 
     save(styled(_draw)(cases), path)
 
@@ -151,14 +151,14 @@ def _draw(cases: List[Dict[str, Any]]) -> Any:
     axes.axhline(1, color="black", linewidth=1, label="dense")
     labels = ["S={tokens} E={experts}\nk={top_k} M={model_dim}".format(**case["shape"]) for case in cases]
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(cases))], labels, fontsize=7)
-    axes.set_ylabel("time of forward and backward / dense")
+    axes.set_ylabel("time of forward and backward, relative to dense")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
     return figure
 
 
 def parse_peer(text: str) -> tuple:
-    """NAME=PATH. Raises ArgumentTypeError for anything else."""
+    """Parse NAME=PATH. Raises ArgumentTypeError for anything else."""
     name, _, path = text.partition("=")
     if name not in contenders.PEERS or not path:
         raise argparse.ArgumentTypeError(f"{text} is not NAME=PATH with NAME one of {', '.join(contenders.PEERS)}")
@@ -166,25 +166,25 @@ def parse_peer(text: str) -> tuple:
 
 
 def parse_dims(text: str) -> tuple:
-    """MxH. Raises ValueError, which argparse reports, for anything else."""
+    """Parse MxH. Raises ValueError, which argparse reports, for anything else."""
     model_dim, hidden_dim = text.split("x")
     return int(model_dim), int(hidden_dim)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="quick", help="shapes, where no flag below says otherwise")
-    parser.add_argument("--tokens", type=int, nargs="+", help="S")
-    parser.add_argument("--experts", type=int, nargs="+", help="E")
-    parser.add_argument("--top-k", type=int, nargs="+", help="experts a token")
+    parser.add_argument("--preset", choices=PRESETS, default="quick", help="shapes; the flags below override them")
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens S")
+    parser.add_argument("--experts", type=int, nargs="+", help="numbers of experts E")
+    parser.add_argument("--top-k", type=int, nargs="+", help="experts per token k")
     parser.add_argument("--dims", type=parse_dims, nargs="+", metavar="MxH", help="model and hidden dimension, e.g. 512x2048")
-    parser.add_argument("--rounds", type=int, help="repetitions; every layer runs once in each")
-    parser.add_argument("--router", help="of our layer (default: sparsemixer for k = 1, sparsemixer_v2 for more)")
+    parser.add_argument("--rounds", type=int, help="repetitions; every layer runs once per round")
+    parser.add_argument("--router", help="router of our layer (default: sparsemixer for k = 1, sparsemixer_v2 for more)")
     parser.add_argument("--peer", type=parse_peer, action="append", default=[], metavar="NAME=PATH",
                         help=f"another MoE layer from a checkout: {', '.join(contenders.PEERS)}")  # fmt: skip
     parser.add_argument("--bf16", action="store_true", help="bfloat16 weights and tokens (default: float32)")
-    parser.add_argument("--memory-gb", type=float, default=8.0, help="leave out what would need more for one layer")
-    parser.add_argument("--seconds", type=float, default=20.0, help="leave out shapes whose dense step would take longer")
+    parser.add_argument("--memory-gb", type=float, default=8.0, help="skip layers that would need more memory")
+    parser.add_argument("--seconds", type=float, default=20.0, help="skip shapes with a dense step that would take longer")
     parser.add_argument("--out", type=Path, help="folder for layer.json, layer.md and layer.png")
     return parser
 
@@ -204,7 +204,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     ):
         shape = Shape(tokens, experts, top_k, model_dim, hidden_dim)
         if shape.flops * SECONDS_A_FLOP > options.seconds or shape.weight_bytes() * 2 > options.memory_gb * 2**30:
-            print(f"{shape} left out: beyond --seconds {options.seconds:g} or --memory-gb {options.memory_gb:g}", flush=True)
+            print(f"{shape} skipped: beyond --seconds {options.seconds:g} or --memory-gb {options.memory_gb:g}", flush=True)
             continue
         cases.append(measure(shape, builders, options))
         print(report(cases[-1:]).splitlines()[0] if len(cases) == 1 else "", end="\n" if len(cases) == 1 else "")
@@ -214,7 +214,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     for name, exponents in fits.items():
         print(f"growth in {name}: {exponents}")
     for name, reason in {name: reason for case in cases for name, reason in case["not_run"].items()}.items():
-        print(f"{name}: not runnable here at some or all shapes ({reason})")
+        print(f"{name}: cannot run here at some or all shapes ({reason})")
     if options.out:
         measuring.write_json(options.out / "layer.json", {"cases": cases, "growth": fits})
         (options.out / "layer.md").write_text(report(cases) + "\n", encoding="utf-8")

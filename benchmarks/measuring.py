@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, host synchronisations, growth exponents, the report."""
+"""Tools shared by the benchmarks: interleaved timing, peak memory, host synchronisations, growth exponents, JSON output."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ Step = Callable[[], Any]
 
 
 class Timing(NamedTuple):
-    """Seconds of the repetitions of one step."""
+    """The duration of each repetition of a step, in seconds."""
 
     seconds: List[float]
 
@@ -31,7 +31,7 @@ class Timing(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The distance between the quartiles, as a share of the median."""
+        """The interquartile range as a share of the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = quantiles(self.seconds, n=4, method="inclusive")
@@ -39,13 +39,13 @@ class Timing(NamedTuple):
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def time_interleaved(steps: Dict[str, Step], rounds: int, warmup: int = 1) -> Dict[str, Timing]:
-    """Run every step once a round, so that what disturbs the machine for a while disturbs all of them."""
+    """Run every step once per round, so that a temporary disturbance affects all of them."""
     for _ in range(warmup):
         for step in steps.values():
             step()
@@ -61,14 +61,14 @@ def time_interleaved(steps: Dict[str, Step], rounds: int, warmup: int = 1) -> Di
 
 
 def ratio(timing: Timing, base: Timing) -> float:
-    """The median over rounds of the ratio within a round."""
+    """The median over rounds of the ratio within each round."""
     return median(a / b for a, b in zip(timing.seconds, base.seconds))
 
 
 def peak_memory(step: Step) -> Optional[int]:
-    """Bytes that the step needs beyond what was held before it, at its highest; None where it cannot be read.
+    """The step's peak memory in bytes, beyond what was held before it; None if the system does not report it.
 
-    On a GPU from torch's allocator; on Linux from the kernel's high-water mark of resident memory, reset beforehand.
+    On a GPU from torch's allocator; on Linux from the kernel's high-water mark of resident memory, which is reset first.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -78,7 +78,7 @@ def peak_memory(step: Step) -> Optional[int]:
         return torch.cuda.max_memory_allocated() - before
     try:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # give back what the C library keeps, so that new memory shows
+        ctypes.CDLL(None).malloc_trim(0)  # return the C library's free memory, so that new allocations count
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _resident("VmRSS")
         step()
@@ -95,10 +95,10 @@ def _resident(field: str) -> int:
 
 
 class HostSynchronisations:
-    """Counts the operations for which a GPU would have to be waited for, whatever the device: `with ... as syncs: ...`."""
+    """Counts the operations for which the host would wait for a GPU, on any device: `with ... as syncs: ...`."""
 
     OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "equal"}
-    METHODS = {"tolist", "cpu", "numpy"}  # on a CPU these reach no operation
+    METHODS = {"tolist", "cpu", "numpy"}  # on a CPU, these dispatch no operation
 
     def __init__(self) -> None:
         self.seen: List[str] = []
@@ -142,7 +142,7 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> Optional
 
 
 def hardware() -> Dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and software on which the figures were measured, with the date."""
     facts = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         return {**facts, "device": torch.cuda.get_device_name()}
@@ -158,6 +158,6 @@ def _memory_gb() -> Optional[float]:
 
 
 def write_json(path: Path, result: Dict[str, Any]) -> None:
-    """The result with the hardware it was measured on."""
+    """Write the result with the hardware it was measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"hardware": hardware(), **result}, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Translation models with random weights, and batches for them; for the benchmarks that need a whole model."""
+"""Translation models with random weights, and batches for them, for benchmarks of whole models."""
 
 from argparse import Namespace
 from typing import Any, Dict
@@ -14,7 +14,7 @@ ARCHITECTURES = {"tiny": transformer_moe.tiny, "iwslt": transformer_moe.iwslt, "
 
 
 def translation_task(words: int) -> TranslationTask:
-    """fairseq's translation task over one dictionary of so many words, without data."""
+    """fairseq's translation task with one dictionary of `words` words, without data."""
     dictionary = Dictionary()
     for index in range(words):
         dictionary.add_symbol(f"w{index}")
@@ -22,14 +22,14 @@ def translation_task(words: int) -> TranslationTask:
 
 
 def build_model(task: TranslationTask, architecture: str, router: str, experts: int) -> torch.nn.Module:
-    """transformer_moe; router "dense" gives the plain transformer, of the same active FLOPs at one expert a token."""
+    """transformer_moe; router "dense" is the plain transformer, with the same active FLOPs as one expert per token."""
     args = Namespace(router=router, num_experts=experts)
     ARCHITECTURES[architecture](args)
     return transformer_moe.TransformerMoEModel.build_model(args, task)
 
 
 def random_batch(task: TranslationTask, sentences: int, length: int) -> Dict[str, Any]:
-    """A sample as fairseq's translation task collates it: sentences of the given length, random words."""
+    """A sample as collated by fairseq's translation task: sentences of the given length, random words."""
     dictionary = task.source_dictionary
 
     def sentence() -> torch.Tensor:

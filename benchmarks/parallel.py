@@ -1,9 +1,9 @@
-"""What expert parallelism costs and saves: time for an update, the share of all-to-all, memory and traffic.
+"""Costs and savings of expert parallelism: time per update, share of all-to-all, memory and traffic.
 
     python -m benchmarks.parallel --world-sizes 1 2 --out results
 
-Every rank is a process on the CPU with a gloo group. The model is a stack of MoE layers; an update is forward, backward,
-reduction of the gradients and a step of Adam. The global batch is the same for every number of ranks.
+Every rank is a CPU process in a gloo group. The model is a stack of MoE layers; an update is forward, backward,
+gradient reduction and an Adam step. The global batch is the same for every number of ranks.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MEBIBYTE = 2**20
 
 
 def main() -> None:
-    """Print a line for each number of ranks and group size; with --out, write them too."""
+    """Print a line for each number of ranks and group size; with --out, also write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--router", default="sparsemixer")
@@ -36,9 +36,9 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--model-dim", type=int, default=256)
     parser.add_argument("--hidden-dim", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of an update, all ranks together")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per update, over all ranks")
     parser.add_argument("--updates", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
+    parser.add_argument("--threads", type=int, default=1, help="threads per rank")
     parser.add_argument("--out", type=Path, help="folder for parallel.json")
     options = parser.parse_args()
     lines = []
@@ -47,13 +47,13 @@ def main() -> None:
             lines.append(measure(world_size, group_size, options))
             print_line(lines[-1], first=len(lines) == 1)
     fits = growth(lines)
-    print(f"growth in W, as an exponent, experts spread over all ranks: {fits}")
+    print(f"growth in W, as an exponent, experts sharded over all ranks: {fits}")
     if options.out:
         measuring.write_json(options.out / "parallel.json", {"results": lines, "growth": fits})
 
 
 def measure(world_size: int, group_size: int, options: argparse.Namespace) -> Dict[str, Any]:
-    """One line of the table: times are rank 0's medians, memory is the largest of all ranks."""
+    """One line of the table: times are rank 0's medians, memory is the maximum over ranks."""
     with tempfile.TemporaryDirectory() as folder:
         queue = multiprocessing.get_context("spawn").SimpleQueue()
         arguments = (world_size, group_size, f"file://{folder}/meeting", options, queue)
@@ -71,7 +71,7 @@ def measure(world_size: int, group_size: int, options: argparse.Namespace) -> Di
 
 
 def growth(lines: List[Dict[str, Any]]) -> Dict[str, float]:
-    """Exponents in W of an update's time, a rank's expert memory and the traffic of a token, where experts are spread (G = W).
+    """Exponents in W of time per update, expert memory per rank and traffic per token, with experts sharded (G = W).
 
     -1 is ideal for the first two, 0 for the third. Empty for fewer than two numbers of ranks.
     """
@@ -90,7 +90,7 @@ def growth(lines: List[Dict[str, Any]]) -> Dict[str, float]:
 
 
 def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options: argparse.Namespace, queue: Any) -> None:
-    """Train, and put what was seen into the queue."""
+    """Train, and put this rank's measurements into the queue."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
@@ -109,7 +109,7 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
     tokens = torch.randn(options.tokens // world_size, options.model_dim, requires_grad=True)  # as inside a model
     sent = count_sent_bytes()
     times, waits = [], []
-    for _ in range(options.updates + 2):  # the first two warm up
+    for _ in range(options.updates + 2):  # the first two are warm-up
         start = time.perf_counter()
         optimizer.zero_grad()
         wrapped(tokens).square().mean().backward()
@@ -125,9 +125,9 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
         "ms_per_update": statistics.median(times[2:]),
         "ms_all_to_all": statistics.median(waits[2:]),
         "expert_mib": sum(parameter.numel() * parameter.element_size() for parameter in experts) / MEBIBYTE,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux reports KiB
         "sent": sum(sent),
-        "crossings": options.tokens * options.layers * (options.updates + 2) * 4,  # there and back, forward and backward
+        "crossings": options.tokens * options.layers * (options.updates + 2) * 4,  # to experts and back, forward and backward
         "minimum": top_k * options.model_dim * tokens.element_size(),
     })  # fmt: skip
     dist.barrier()
@@ -135,7 +135,7 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
 
 
 def count_sent_bytes() -> List[int]:
-    """From now on, what each all-to-all of this process hands over, its own share and the counts of rows included."""
+    """Record the bytes passed to each later all-to-all of this process, including its own share and the row counts."""
     sent: List[int] = []
     original = dist.all_to_all_single
 
@@ -148,9 +148,9 @@ def count_sent_bytes() -> List[int]:
 
 
 def print_line(line: Dict[str, Any], first: bool) -> None:
-    """One row; the table's head before the first."""
+    """Print one row, with the table's head before the first."""
     if first:
-        print("W  G   ms/update  of it all-to-all  expert MiB/rank  peak MiB/rank  bytes/token and way  minimum")
+        print("W  G   ms/update  all-to-all share  expert MiB/rank  peak MiB/rank  bytes/token one way  minimum")
     share = line["ms_all_to_all"] / line["ms_per_update"]
     print(
         f"{line['ranks']:<2} {line['group']:<2} {line['ms_per_update']:10.1f} {share:17.1%} {line['expert_mib']:16.1f}"

@@ -1,7 +1,7 @@
-"""What `fairseq-sparsemixer reshard` holds in memory: a made-up checkpoint is converted by processes that watch themselves.
+"""Memory of `fairseq-sparsemixer reshard`: converts a random checkpoint in processes that record their own memory.
 
-Prints a line a conversion: the size of the checkpoint, and the peaks of what the process owns (RssAnon) and of all pages it
-has mapped (RssFile; files that the system may drop from memory at any time). Linux only.
+Prints the size of the checkpoint and, per conversion, the peaks of the memory that the process owns (RssAnon) and of the file
+pages it maps (RssFile; the system may drop these from memory at any time). Linux only.
 
 example:
   python benchmarks/reshard_memory.py --layers 8 --json reshard_memory.json
@@ -28,7 +28,7 @@ STEPS = (
 
 
 def make_checkpoint(path: Path, layers: int, experts: int, model_dim: int) -> None:
-    """Layers of experts model_dim -> 4 model_dim, with two moments each as Adam keeps them."""
+    """Write a checkpoint with layers of experts model_dim -> 4 model_dim and Adam's two moments of each."""
     model, moments = {}, {}
     for index in range(layers):
         model[f"layers.{index}.experts.weight_in"] = torch.randn(experts, model_dim, 4 * model_dim)
@@ -45,13 +45,13 @@ def make_checkpoint(path: Path, layers: int, experts: int, model_dim: int) -> No
 
 
 def resident() -> Dict[str, int]:
-    """RssAnon and RssFile of this process now, in bytes."""
+    """Current RssAnon and RssFile of this process, in bytes."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
 def convert(source: Path, target: Path, size: int, pipe) -> None:
-    """One conversion, and the peaks above what the process held before."""
+    """Convert, and send the duration and the peaks beyond what the process held before."""
     before, peak, done = resident(), resident(), threading.Event()
 
     def watch() -> None:
@@ -71,7 +71,7 @@ def convert(source: Path, target: Path, size: int, pipe) -> None:
 
 
 def main() -> None:
-    """Parse the command line, convert there and back, print the table."""
+    """Parse the command line, run the conversions, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--num-experts", type=int, default=8)

@@ -1,7 +1,7 @@
-"""fairseq-train end to end, dense and with experts: words a second, and where the time of a training step goes.
+"""fairseq-train end to end, dense and with experts: words per second, and where the time of a training step goes.
 
 example: python -m benchmarks.train --architecture iwslt --experts 8
-The text is random words; --data takes a folder that fairseq-preprocess made instead.
+The text is random words, unless --data gives a folder made by fairseq-preprocess.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STAGES = ("gate", "auxiliary loss", "dispatch", "experts", "combine")
 
 
 def write_random_text(folder: Path, sentences: int, words: int) -> Path:
-    """Random parallel text, through fairseq-preprocess."""
+    """Make random parallel text and binarise it with fairseq-preprocess. Returns the binarised folder."""
     source = random.Random(1)
     for language in ("a", "b"):
         lines = (" ".join(f"w{source.randrange(words)}" for _ in range(source.randint(10, 40))) for _ in range(sentences))
@@ -42,7 +42,7 @@ def write_random_text(folder: Path, sentences: int, words: int) -> Path:
 
 
 def train(data: Path, router: str, options: argparse.Namespace, folder: Path) -> float:
-    """Words a second of one run of fairseq-train: the median over its updates."""
+    """Words per second of one run of fairseq-train: the median over its updates."""
     log = folder / router / TRAIN_LOG
     log.parent.mkdir(exist_ok=True)
     log.unlink(missing_ok=True)
@@ -57,9 +57,9 @@ def train(data: Path, router: str, options: argparse.Namespace, folder: Path) ->
 
 
 def stage_shares(step: Callable[[], Any], layers: List[MoELayer], repetitions: int = 3) -> Dict[str, float]:
-    """Share of the time of `step` (forward and backward) in each stage of these layers, and in the rest, by torch's profiler.
+    """The share of each stage of these layers, and of the rest, in the time of `step` (forward and backward), by profiling.
 
-    A backward operation counts for the stage whose forward operation has its sequence number.
+    A backward operation counts for the stage of the forward operation with the same sequence number.
     """
     with ExitStack() as stack:
         _name_stages(stack, layers)
@@ -96,7 +96,7 @@ def _stage(event: Any) -> Optional[str]:
 
 
 def _name_stages(stack: ExitStack, layers: List[MoELayer]) -> None:
-    """Until the stack closes, the profiler sees the stages by name."""
+    """Make the stages visible to the profiler by name, until the stack closes."""
     targets = [("fairseq_sparsemixer.moe.dispatch.local", name, "dispatch") for name in ("sort_pairs", "order_pairs", "gather")]
     targets.append(("fairseq_sparsemixer.moe.dispatch.local", "combine", "combine"))
     for module in {type(layer.gate).__module__ for layer in layers}:
@@ -118,7 +118,7 @@ def _named(stage: str, function: Callable) -> Callable:
 
 
 def shares_of_model(options: argparse.Namespace) -> Dict[str, float]:
-    """stage_shares of the model that `train` trains, on one batch of random words."""
+    """stage_shares for the model trained by `train`, on one batch of random words."""
     from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterion, MoECrossEntropyCriterionConfig
 
     from benchmarks import models
@@ -138,13 +138,13 @@ def shares_of_model(options: argparse.Namespace) -> Dict[str, float]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="binarised parallel text (default: random words)")
-    parser.add_argument("--architecture", default="iwslt", help="of transformer_moe")
+    parser.add_argument("--architecture", default="iwslt", help="size of transformer_moe")
     parser.add_argument("--router", default="sparsemixer")
-    parser.add_argument("--experts", type=int, default=8, help="E")
+    parser.add_argument("--experts", type=int, default=8, help="number of experts E")
     parser.add_argument("--tokens", type=int, default=2048, help="--max-tokens of fairseq-train")
     parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each model, one after the other in turn")
-    parser.add_argument("--words", type=int, default=10000, help="of the dictionary of random words")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each model, alternating")
+    parser.add_argument("--words", type=int, default=10000, help="dictionary size of the random text")
     parser.add_argument("--out", type=Path, help="folder for train.json")
     return parser
 

@@ -1,4 +1,4 @@
-"""The layer benchmark on shapes small enough for a test; what it measures is not asserted, that it measures is."""
+"""The layer benchmark on tiny shapes. The tests check that it measures, not the values."""
 
 import json
 
@@ -10,7 +10,7 @@ from benchmarks.contenders import NotRunnable, Shape
 
 
 @pytest.mark.slow
-def test_it_measures_writes_and_says_what_cannot_run_here(tmp_path, capsys):
+def test_the_benchmark_writes_measurements_and_reports_what_cannot_run(tmp_path, capsys):
     layer.main(
         ["--tokens", "8", "16", "32", "--experts", "4", "--dims", "8x16", "--top-k", "1", "2", "--rounds", "1"]
         + ["--peer", f"tutel={tmp_path}", "--peer", f"sparsemixer={tmp_path}", "--out", str(tmp_path / "out")]
@@ -19,13 +19,13 @@ def test_it_measures_writes_and_says_what_cannot_run_here(tmp_path, capsys):
     assert [case["shape"]["tokens"] for case in result["cases"]] == [8, 8, 16, 16, 32, 32]
     top_1, top_2 = result["cases"][:2]
     assert set(top_1["layers"]) == {"dense", "ours"} and set(top_2["layers"]) == {"dense", "ours", "fairscale"}
-    assert top_1["layers"]["dense"]["to_dense"] == 1 and "always takes two experts" in top_1["not_run"]["fairscale"]
+    assert top_1["layers"]["dense"]["to_dense"] == 1 and "always uses two experts" in top_1["not_run"]["fairscale"]
     assert len(result["growth"]["tokens"]) == 2 and len(result["growth"]["top_k"]) == 3
     assert (tmp_path / "out" / "layer.png").stat().st_size > 1000 and (tmp_path / "out" / "layer.md").is_file()
-    assert "sparsemixer: not runnable here" in capsys.readouterr().out
+    assert "sparsemixer: cannot run here" in capsys.readouterr().out
 
 
-def test_our_layer_reads_the_host_at_most_once():
+def test_our_layer_synchronises_with_the_host_once():
     torch.manual_seed(0)
     for top_k in (1, 2):
         contender = contenders.ours(Shape(16, 4, top_k, 8, 16))
@@ -50,8 +50,8 @@ def test_an_unknown_peer_is_refused(capsys):
     assert "nobody=/tmp is not NAME=PATH" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing stands in where there is a GPU")
-def test_what_stands_in_for_a_gpu_is_gone_afterwards():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced if there is a GPU")
+def test_cuda_replacements_are_removed_afterwards():
     before = torch.histc, torch.cuda.Event, torch.cuda.synchronize
     with contenders.cuda_stand_ins():
         torch.cuda.Event(enable_timing=True).record()

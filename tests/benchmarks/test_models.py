@@ -1,4 +1,4 @@
-"""The benchmarks of whole models, on tiny ones."""
+"""The benchmarks of whole models, on tiny models."""
 
 import json
 from argparse import Namespace
@@ -8,7 +8,7 @@ import pytest
 from benchmarks import decode, estimator, train
 
 
-def test_decoding_compares_both_models_on_the_same_work(tmp_path):
+def test_decoding_compares_both_models_on_equal_work(tmp_path):
     decode.main(
         ["--architecture", "tiny", "--batch", "2", "--length", "4", "--words", "20", "--rounds", "1", "--out", str(tmp_path)]
     )
@@ -25,7 +25,7 @@ def test_the_estimator_is_compared_in_a_layer_and_in_a_model(tmp_path):
     assert {"overhead", "switch_ms", "sparsemixer_ms"} <= set(result["layer"]) & set(result["model"])
 
 
-def test_the_shares_of_the_stages_add_up_to_one():
+def test_the_shares_of_all_stages_sum_to_one():
     options = Namespace(words=20, architecture="tiny", router="sparsemixer", experts=4, tokens=50)
     shares = train.shares_of_model(options)
     assert sum(shares.values()) == pytest.approx(1)
