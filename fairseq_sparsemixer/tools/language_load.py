@@ -1,7 +1,7 @@
-"""Which experts each target language uses, read off a trained multilingual model.
+"""Counts which experts each target language uses in a trained multilingual model.
 
-The source sentences begin with a tag for the wanted language, such as `<2de>`. The model runs a split once, in evaluation
-mode and with the reference translation as the decoder's input, and the tokens of each expert are counted by language.
+Source sentences begin with a tag for the target language, such as `<2de>`. The model runs a split once in evaluation mode,
+with the reference translation as the decoder's input, and the tokens of each expert are counted by language.
 """
 
 import math
@@ -18,32 +18,32 @@ from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
 from fairseq_sparsemixer.tools.sentences import load_model, translates
 
 TAG = re.compile(r"<2(\w+)>")
-MAX_TOKENS = 4096  # of a batch
+MAX_TOKENS = 4096  # per batch
 PREFIX = 2  # tokens: sentencepiece may put its word boundary in front of the tag
 
 
 @dataclass(frozen=True)
 class LanguageLoad:
-    """Tokens by layer, language and expert: counts [L][N][E], for the layers [L] and languages [N] of these names."""
+    """Tokens by layer, language and expert: counts [L][N][E]. layers, languages: the L and N names."""
 
     layers: List[str]
     languages: List[str]
     counts: List[List[List[int]]]
 
     def shares(self) -> List[List[List[float]]]:
-        """[L][N][E]: the share of a language's tokens that an expert has."""
+        """[L][N][E]: each expert's share of a language's tokens."""
         return [[[count / max(sum(row), 1) for count in row] for row in rows] for rows in self.counts]
 
     def information(self) -> List[float]:
-        """[L]: the mutual information of language and expert in bits; 0 if all languages use the experts alike.
+        """[L]: the mutual information of language and expert in bits; 0 if all languages use the experts equally.
 
-        At most log2 of the smaller number, of languages or experts.
+        At most log2 of the number of languages or of experts, whichever is smaller.
         """
         return [mutual_information(rows) for rows in self.counts]
 
 
 def mutual_information(counts: List[List[int]]) -> float:
-    """Of the row and the column of a table of counts, in bits: sum p(n, e) log2 p(n, e) / (p(n) p(e))."""
+    """Mutual information of row and column of a table of counts, in bits: sum p(n, e) log2(p(n, e) / (p(n) p(e)))."""
     total = sum(map(sum, counts))
     rows, columns = [sum(row) for row in counts], [sum(column) for column in zip(*counts)]
     return sum(
@@ -55,15 +55,15 @@ def mutual_information(counts: List[List[int]]) -> float:
 
 
 def language_load(checkpoint: str, data_bin: Optional[str] = None, split: str = "test") -> LanguageLoad:
-    """The load of every MoE layer of a translation model, on a split of binarised data (default: what it was trained on).
+    """The load of every MoE layer of a translation model on a split of binarised data (default: of its training data).
 
-    Raises ConfigurationError for files that cannot be used, a model without experts, and sentences without a tag.
+    Raises ConfigurationError for unusable files, a model without experts, and sentences without a tag.
     """
     model, _, task = load_model(checkpoint, data_bin)
     model.float()
     layers = named_moe_layers(model)
     if not translates(model) or not layers:
-        raise ConfigurationError(f"{checkpoint} is not a translation model with experts; train one with --router switch, say")
+        raise ConfigurationError(f"{checkpoint} is not a translation model with experts; train one, for example with --router switch")
     counts: Dict[str, List[Tensor]] = defaultdict(
         lambda: [torch.zeros(layer.gate.num_experts, dtype=torch.long) for _, layer in layers]
     )
@@ -80,19 +80,19 @@ def language_load(checkpoint: str, data_bin: Optional[str] = None, split: str = 
 
 
 def batches(task: Any, split: str) -> Iterator[Dict[str, Any]]:
-    """fairseq's batches of one pass through a split."""
+    """fairseq's batches of a split, in one pass."""
     task.load_dataset(split)
     yield from task.get_batch_iterator(task.dataset(split), max_tokens=MAX_TOKENS).next_epoch_itr(shuffle=False)
 
 
 @torch.no_grad()
 def run(model: nn.Module, sample: Dict[str, Any]) -> None:
-    """One forward pass: each layer's routing is left on the layer."""
+    """Run one forward pass; each layer then has its routing."""
     model(**sample["net_input"])
 
 
 def sentence_languages(task: Any, sample: Dict[str, Any], checkpoint: str) -> List[str]:
-    """[B]: the languages that the tags of a batch ask for. Raises ConfigurationError for a sentence without a tag."""
+    """[B]: the language of each sentence's tag. Raises ConfigurationError for a sentence without a tag."""
     dictionary, languages = task.source_dictionary, []
     for tokens in sample["net_input"]["src_tokens"]:
         words = [dictionary[token] for token in tokens[tokens != dictionary.pad()][:PREFIX].tolist()]
@@ -105,7 +105,7 @@ def sentence_languages(task: Any, sample: Dict[str, Any], checkpoint: str) -> Li
 
 
 def sentence_loads(layer: MoELayer, batch: int, length: int) -> Tensor:
-    """[B, E]: the tokens of each sentence that each expert had in the last forward pass, over B x T positions."""
+    """[B, E]: each sentence's tokens per expert in the last forward pass, over B x T positions."""
     routing = layer.routing
     assert routing is not None
     expert = routing.expert_index[:, : routing.num_chosen]  # [T B, k]

@@ -1,4 +1,4 @@
-"""How plots look and are saved, and those of training runs: validation-loss curves and expert-load heatmaps, as PNG files."""
+"""The common style of plots, and plots of training runs as PNG files: validation-loss curves and expert-load heatmaps."""
 
 import io
 import logging
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.runs import Run
 
-if TYPE_CHECKING:  # it loads torch and fairseq
+if TYPE_CHECKING:  # it imports torch and fairseq
     from fairseq_sparsemixer.tools.language_load import LanguageLoad
 
-# fairseq, once imported, logs everything down to debugging, and matplotlib has things to say while it is imported
+# once imported, fairseq turns on debug logging for all packages, and matplotlib logs while it is imported
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 import matplotlib  # noqa: E402
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure  # noqa: E402
 
 matplotlib.use("agg")  # no display is needed
 DPI = 130
-DARK = 0.7  # distance from the even share, relative to it, from which a heatmap's colours take white text
-# Okabe and Ito's colours, told apart by colour-blind readers
+DARK = 0.7  # relative distance from the even share above which a heatmap's text is white
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 COLOURS = {
     "black": "#000000",
     "blue": "#0072B2",
@@ -40,40 +40,40 @@ STYLE: Dict[Any, Any] = {
     "font.size": 9,
     "grid.alpha": 0.3,
 }
-styled = matplotlib.rc_context(STYLE)  # @styled: what a function draws looks like all our plots
+styled = matplotlib.rc_context(STYLE)  # @styled: draw in the common style
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, whose parts make room for each other."""
+    """An empty figure of this size in inches, whose layout keeps its parts from overlapping."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Draw a PNG file, whole or not at all. Raises OSError."""
+    """Write the figure to a PNG file atomically. Raises OSError."""
     write_whole(path, drawn(figure))
 
 
 @styled
 def drawn(figure: Figure) -> bytes:
-    """The figure as a PNG file's bytes."""
+    """The figure as the bytes of a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI, format="png")
     return content.getvalue()
 
 
 def as_text(name: str) -> str:
-    """A name for a label: no dollar sign in it begins a formula, no underscore at its beginning hides it from the legend."""
+    """A name escaped for a label: `$` would start a formula, and a leading `_` would hide it from the legend."""
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def plot_valid_loss(runs: Sequence[Run], path: Path) -> None:
-    """draw_valid_loss into a file."""
+    """Write draw_valid_loss to a file."""
     save(draw_valid_loss(runs), path)
 
 
 @styled
 def draw_valid_loss(runs: Sequence[Run]) -> Figure:
-    """A curve of the validation loss against updates for each run; with gaps where a loss is not a number."""
+    """Validation loss against updates, one curve per run, with gaps where a loss is not finite."""
     figure = new_figure(6.4, 4)
     axes = figure.add_subplot()
     for run in runs:
@@ -86,7 +86,7 @@ def draw_valid_loss(runs: Sequence[Run]) -> Figure:
 
 
 def plot_expert_load(runs: Sequence[Run], path: Path) -> bool:
-    """draw_expert_load into a file. False: no run has experts."""
+    """Write draw_expert_load to a file. Returns False if no run has experts."""
     figure = draw_expert_load(runs)
     if figure is not None:
         save(figure, path)
@@ -95,7 +95,7 @@ def plot_expert_load(runs: Sequence[Run], path: Path) -> bool:
 
 @styled
 def draw_expert_load(runs: Sequence[Run]) -> Optional[Figure]:
-    """A heatmap for each run with experts: layers x experts, the share of a layer's tokens. None: no run has any."""
+    """Each layer's token shares, a heatmap (layers x experts) per run with experts; None if no run has experts."""
     loads = [(run.name, run.load) for run in runs if run.load is not None]
     if not loads:
         return None
@@ -108,7 +108,7 @@ def draw_expert_load(runs: Sequence[Run]) -> Optional[Figure]:
 
 
 def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> None:
-    """shares [L][E] with the even share 1 / E as the middle of the colours."""
+    """Draw shares [L][E]; the even share 1 / E is the middle of the colour scale."""
     experts = len(shares[0])
     image = axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 / experts)
     axes.grid(False)
@@ -123,13 +123,13 @@ def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> 
 
 
 def plot_language_load(loads: Dict[str, "LanguageLoad"], path: Path) -> None:
-    """draw_language_load into a file."""
+    """Write draw_language_load to a file."""
     save(draw_language_load(loads), path)
 
 
 @styled
 def draw_language_load(loads: Dict[str, "LanguageLoad"]) -> Figure:
-    """A row of heatmaps for each run, one heatmap for each layer: languages x experts, the share of a language's tokens."""
+    """Each language's token shares: a row of heatmaps per run, one heatmap (languages x experts) per layer."""
     columns, languages = max(len(load.layers) for load in loads.values()), max(len(load.languages) for load in loads.values())
     figure = new_figure(0.8 + 2.2 * columns, len(loads) * (1 + 0.16 * languages))
     panels = figure.subplots(len(loads), columns, squeeze=False)
