@@ -90,7 +90,8 @@ def _speedup(study: Study, results: Dict[str, Any], path: Path) -> Path:
         axis.invert_xaxis()
         axis.set_xlabel("validation loss reached")
     axes[0][0].set_ylabel(f"speed-up in updates over {as_text(study.baseline)}")
-    axes[0][0].legend()
+    if axes[0][0].lines:  # a baseline that diverged has none
+        axes[0][0].legend()
     return _save(figure, path)
 
 

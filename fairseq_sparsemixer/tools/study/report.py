@@ -12,19 +12,22 @@ COLUMNS = (
     "valid loss",
     "test",
     "p",
-    "updates to baseline",
-    "time to baseline",
     "seconds",
     "spikes",
     "load max/mean",
 )
 NOTE = """Mean ± standard deviation over seeds.
 `p`: paired bootstrap of BLEU against the baseline, {baseline}, with as many experts.
-`updates to baseline`, `time to baseline`: where the mean validation curve first reaches the baseline's final loss, as a share of
-the baseline's own updates and training time (below 1: faster; –: not within this budget). `seconds`: updates times the median
-time of one, without validation. `spikes`: training losses 1.2 times the one logged before. `load max/mean`: tokens of the busiest
-expert of any layer over the mean, late in training."""
+`seconds`: updates times the median time of one, without validation. `spikes`: training losses 1.2 times the one logged before.
+`load max/mean`: tokens of the busiest expert of any layer over the mean, late in training."""
 
+COMPARISON = "### Against {baseline}"
+COMPARISON_COLUMNS = ("model", "baseline", "seeds", "valid loss difference", "speed-up in updates", "speed-up in time")
+COMPARISON_NOTE = """Paired by seed: mean over the common seeds [95% interval, Student's t].
+`valid loss difference`: final validation loss minus the baseline's (below 0: better). `speed-up`: updates, or time, in which the
+baseline first reaches its own final loss, over those in which the model reaches that loss (above 1: faster). One such interval in
+twenty misses the true mean by chance."""
+NO_INTERVAL = "One seed gives no interval."
 HEADROOM = "### Headroom"
 HEADROOM_COLUMNS = ("model", "figure", "seeds", "better than dense by", "seeds' deviation", "gap / deviation")
 HEADROOM_NOTE = """How much better than {dense} each model is, in the figure's own unit; mean over the common seeds.
@@ -47,8 +50,6 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
             _spread(group["valid_loss"], 3),
             _spread(group["test"], 2),
             _number(group.get("bleu_p_value"), 3),
-            _number((group.get("to_baseline") or {}).get("updates"), 2),
-            _number((group.get("to_baseline") or {}).get("seconds"), 2),
             _spread(group["train_seconds"], 0),
             _spread(group["spikes"], 1),
             _spread(group["load_max"], 2),
@@ -58,10 +59,36 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
 
 
 def markdown(results: Dict[str, Any]) -> str:
-    """The tables with their title and what the columns mean. Results of an earlier version have fewer of them."""
+    """The tables of a study, as `analysed` returns it, with what the columns mean."""
     parts = [f"## {results['title']}", markdown_table(COLUMNS, rows(results)), NOTE.format(baseline=results["baseline"])]
-    parts += _headroom(results) if "headroom" in results else []
+    parts += _comparisons(results) + _headroom(results)
     return "\n\n".join([*parts, "\n".join(results["machines"])]) + "\n"
+
+
+def _comparisons(results: Dict[str, Any]) -> List[str]:
+    """Every model's difference to the baseline."""
+    compared = [(group["group"], group["comparison"]) for group in results["groups"] if group["comparison"]]
+    if not compared:
+        return []
+    cells = [
+        [
+            name,
+            comparison["baseline"],
+            str(len(comparison["seeds"])),
+            _interval(comparison["difference"], 3),
+            *(_speed_up(comparison, unit) for unit in ("updates", "seconds")),
+        ]
+        for name, comparison in compared
+    ]
+    parts = [COMPARISON.format(baseline=results["baseline"]), markdown_table(COMPARISON_COLUMNS, cells), COMPARISON_NOTE]
+    return parts + ([NO_INTERVAL] if any(len(comparison["seeds"]) == 1 for _, comparison in compared) else [])
+
+
+def _speed_up(comparison: Dict[str, Any], unit: str) -> str:
+    missed, seeds = len(comparison["not_reached"]), len(comparison["seeds"])
+    if missed:
+        return "not reached" if missed == seeds else f"not reached by {missed} of {seeds} seeds"
+    return _interval(comparison["speed_up"][unit], 2)
 
 
 def _headroom(results: Dict[str, Any]) -> List[str]:
@@ -99,3 +126,10 @@ def _spread(figure: Optional[Dict[str, Optional[float]]], digits: int) -> str:
         return NOTHING
     deviation = figure["deviation"]
     return _number(figure["mean"], digits) + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _interval(figure: Optional[Dict[str, Optional[float]]], digits: int) -> str:
+    if figure is None:
+        return NOTHING
+    low, high = figure["low"], figure["high"]
+    return _number(figure["mean"], digits) + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")

@@ -1,8 +1,7 @@
-"""What the runs of a study say together: one results file, with the figures of each router over its seeds."""
+"""A study's results: the figures of every finished run, read from its folder, and what they say together."""
 
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -11,11 +10,11 @@ from sacrebleu.significance import PairedTest
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.runs import read_run
+from fairseq_sparsemixer.tools.study.analysis import analysed
 from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT
 from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes
-from fairseq_sparsemixer.tools.study.groups import Members, baseline_of, by_group, deviation
-from fairseq_sparsemixer.tools.study.headroom import headroom
+from fairseq_sparsemixer.tools.study.groups import Members, baseline_of, by_group
 from fairseq_sparsemixer.tools.study.scores import read_hypotheses, read_references
 from fairseq_sparsemixer.tools.study.spec import Run, Study
 
@@ -23,7 +22,7 @@ RESAMPLES = 1000  # of the paired bootstrap, sacreBLEU's own default
 
 
 def gather(study: Study, out: Path) -> Dict[str, Any]:
-    """The results of all finished runs, ready for JSON: what `analysed` says, and p-values of BLEU."""
+    """The results of all finished runs, ready for JSON: their analysis (see analysis.py), and p-values of BLEU."""
     finished = [run for run in study.runs() if is_finished(run_folder(out, run))]
     runs = [_run_figures(study, run, run_folder(out, run)) for run in finished]
     machines = sorted({run["machine"] for run in runs})
@@ -35,25 +34,6 @@ def gather(study: Study, out: Path) -> Dict[str, Any]:
             if baseline not in (None, group["group"]):
                 group["bleu_p_value"] = _bootstrap(study, out, members[group["group"]], members[baseline])
     return results
-
-
-def analysed(results: Dict[str, Any]) -> Dict[str, Any]:
-    """The results with all that follows from their `runs`, `baseline` and `wide`; those of an earlier version may lack some.
-
-    `groups`: each router with its number of experts. Its figures are means and standard deviations over seeds (None for fewer
-    than two). `to_baseline` is when its mean curve first reaches the final loss of the baseline with as many experts, as a share
-    of the baseline's updates and of its training time (None: never). `headroom`: see headroom.py.
-    """
-    members = by_group(results["runs"])
-    old = {group["group"]: group for group in results.get("groups", [])}  # with what only the runs' folders tell
-    groups = []
-    for name, own in members.items():
-        groups.append({**old.get(name, {}), **_group_figures(name, own)})
-        baseline = baseline_of(members, name, results["baseline"])
-        if baseline is not None:
-            groups[-1]["to_baseline"] = _race(own, members[baseline])
-    gaps = headroom(results["runs"], results["baseline"], results.get("wide"))
-    return {**results, "groups": groups, "headroom": gaps}
 
 
 def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
@@ -78,32 +58,6 @@ def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
 def _busiest(counts: List[List[int]]) -> float:
     """Tokens of the busiest expert of any layer over its layer's mean, from counts [L][E]."""
     return max(max(layer) * len(layer) / max(sum(layer), 1) for layer in counts)
-
-
-def _group_figures(name: str, members: Members) -> Dict[str, Any]:
-    group = {"group": name, "router": members[0]["router"], "num_experts": members[0]["num_experts"], "seeds": len(members)}
-    for figure in ("valid_loss", "best_valid_loss", "train_seconds", "spikes", "load_max"):
-        group[figure] = _mean_and_deviation([member[figure] for member in members])
-    scores = [member["test"]["score"] for member in members if member.get("test")]
-    group["test"] = _mean_and_deviation(scores)
-    return group
-
-
-def _mean_and_deviation(values: List[Optional[float]]) -> Optional[Dict[str, Optional[float]]]:
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return {"mean": statistics.fmean(known), "deviation": deviation(known)}
-
-
-def _race(members: Members, baseline: Members) -> Dict[str, Optional[float]]:
-    """Updates and training time until the mean curve is at the baseline's final mean loss, over the baseline's own."""
-    own, other = Curve.mean([member["curve"] for member in members]), Curve.mean([member["curve"] for member in baseline])
-    reached = own.first_below(other.losses[-1])
-    if reached is None:
-        return {"updates": None, "seconds": None}
-    seconds = reached.seconds / other.seconds[-1] if other.seconds[-1] else None
-    return {"updates": reached.updates / other.updates[-1], "seconds": seconds}
 
 
 def _bootstrap(study: Study, out: Path, members: Members, baseline: Members) -> Optional[float]:

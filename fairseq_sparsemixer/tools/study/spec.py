@@ -9,7 +9,7 @@ variants:                       # by the name they have in the report, each with
   sparsemixer: {router: sparsemixer}
 num-experts: [4, 8]             # for every router but dense
 seeds: [1, 2, 3]
-baseline: switch                # the variant whose final loss the others are timed to
+baseline: switch                # the variant that the others are compared with
 wide: wide-dense                # optional: the dense variant as wide as all experts together, see headroom.py
 test:                           # optional: how the best checkpoint of each run is scored
   metric: bleu                  # bleu (fairseq-generate, sacreBLEU) or perplexity (fairseq-eval-lm)

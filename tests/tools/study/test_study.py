@@ -80,9 +80,13 @@ def test_a_study_reports_means_deviations_and_speed_up_over_the_baseline(study, 
     assert list(groups) == ["dense", "switch-e2", "sparsemixer-e2"]
     assert groups["switch-e2"]["valid_loss"]["mean"] == pytest.approx(6.015)
     assert groups["switch-e2"]["valid_loss"]["deviation"] == pytest.approx(0.01 / 2**0.5)
-    # twice as fast: at the baseline's final loss, 6.015, after half of its updates and time
-    assert groups["sparsemixer-e2"]["to_baseline"] == {"updates": pytest.approx(0.5), "seconds": pytest.approx(0.5)}
-    assert groups["dense"]["to_baseline"] == {"updates": None, "seconds": None}
+    # twice as fast: at the final loss of the baseline's run with the same seed after half of its updates and time
+    comparison = groups["sparsemixer-e2"]["comparison"]
+    assert (comparison["baseline"], comparison["seeds"], comparison["not_reached"]) == ("switch-e2", [1, 2], [])
+    assert comparison["difference"] == pytest.approx({"mean": -2, "low": -2, "high": -2})
+    assert comparison["speed_up"]["updates"] == pytest.approx({"mean": 2, "low": 2, "high": 2})
+    assert comparison["speed_up"]["seconds"] == pytest.approx({"mean": 2, "low": 2, "high": 2})
+    assert groups["dense"]["comparison"]["not_reached"] == [1, 2] and groups["switch-e2"]["comparison"] is None
     assert groups["sparsemixer-e2"]["test"]["mean"] == pytest.approx(100)
     assert groups["sparsemixer-e2"]["bleu_p_value"] < 0.05
     assert groups["sparsemixer-e2"]["load_max"]["mean"] == pytest.approx(1.5)
@@ -103,8 +107,8 @@ def test_a_dense_baseline_is_that_of_every_number_of_experts(study, tmp_path):
     runner.run_study(read_study(study), tmp_path / "out", workers=1)
     assert main(["study", str(study), "--out", str(tmp_path / "out"), "--report-only"]) == 0
     groups = {group["group"]: group for group in json.loads((tmp_path / "out" / "results.json").read_text())["groups"]}
-    assert groups["sparsemixer-e2"]["to_baseline"]["updates"] == pytest.approx(0.25)  # falls four times as fast
-    assert groups["switch-e2"]["to_baseline"]["updates"] == pytest.approx(0.5)
+    assert groups["sparsemixer-e2"]["comparison"]["speed_up"]["updates"]["mean"] == pytest.approx(4)  # falls four times as fast
+    assert groups["switch-e2"]["comparison"]["speed_up"]["updates"]["mean"] == pytest.approx(2)
     assert "bleu_p_value" in groups["switch-e2"] and "bleu_p_value" not in groups["dense"]
 
 
@@ -135,6 +139,17 @@ def test_a_report_passes_over_half_a_result(study, tmp_path):
     (out / "runs/switch-e2-seed1/result.json").write_text('{"run": "swi')
     assert main(["study", str(study), "--out", str(out), "--report-only"]) == 0
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
+
+
+def test_a_diverged_run_is_reported(study, tmp_path, capsys):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    log = out / "runs/switch-e2-seed1/train.log"
+    log.write_text(re.sub('"valid_loss": "[0-9.]+"', '"valid_loss": "nan"', log.read_text()))
+    assert main(["study", str(study), "--out", str(out), "--report-only"]) == 0
+    groups = {group["group"]: group for group in json.loads((out / "results.json").read_text())["groups"]}
+    assert groups["switch-e2"]["valid_loss"]["mean"] is None and groups["dense"]["valid_loss"]["mean"] == pytest.approx(7.015)
+    assert "nan" in capsys.readouterr().out
 
 
 def test_a_folder_begun_with_other_flags_is_refused(study, tmp_path):
