@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 Architecture = Callable[[Any], None]
 
 
-def register_architecture(model: str, name: str) -> Callable[[Architecture], Architecture]:
-    """fairseq's register_model_architecture, for a function that may call fairseq's own architecture functions.
+def register_architecture(model: str, *names: str) -> Callable[[Architecture], Architecture]:
+    """fairseq's register_model_architecture, under several names, for a function that may call fairseq's own.
 
     Those call getattr(args, name, default), for which a hydra config of omegaconf 2.0 (used by fairseq 0.12.2) returns None.
     So they get a Namespace instead. fairseq's trainer reads base_layers in the same way.
@@ -30,7 +30,9 @@ def register_architecture(model: str, name: str) -> Callable[[Architecture], Arc
                 if key not in args or args[key] != value:
                     args[key] = value
 
-        return register_model_architecture(model, name)(architecture)
+        for name in names:
+            register_model_architecture(model, name)(architecture)
+        return architecture
 
     return register
 

@@ -219,19 +219,13 @@ def generator_args(args: Any) -> Any:
     return small
 
 
-@register_architecture("electra_moe", "electra_moe")
+@register_architecture("electra_moe", "electra_moe", "electra_moe_base")
 def base(args: Any) -> None:
     """ELECTRA-Base (Table 6 of the paper) with experts: 12 layers of width 768, the generator a third as wide."""
     fill(args, generator_size=1 / 3)
     args.layernorm_embedding, args.no_token_positional_embeddings = False, True  # ElectraEmbedding has both
     roberta_moe.base(args)
     fill(args, embedding_dim=args.encoder_embed_dim)
-
-
-@register_architecture("electra_moe", "electra_moe_base")
-def base_by_name(args: Any) -> None:
-    """The same under its full name."""
-    base(args)
 
 
 @register_architecture("electra_moe", "electra_moe_small")

@@ -124,17 +124,11 @@ def check_pruning(args: Any) -> None:
             )
 
 
-@register_architecture("roberta_moe", "roberta_moe")
+@register_architecture("roberta_moe", "roberta_moe", "roberta_moe_base")
 def base(args: Any) -> None:
     """RoBERTa-base with experts: 12 layers, width 768."""
     fill_defaults(args, MoEOptions)
     roberta.base_architecture(args)
-
-
-@register_architecture("roberta_moe", "roberta_moe_base")
-def base_by_name(args: Any) -> None:
-    """The same under its full name."""
-    base(args)
 
 
 @register_architecture("roberta_moe", "roberta_moe_tiny")

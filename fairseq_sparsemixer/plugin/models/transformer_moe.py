@@ -136,17 +136,11 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
         return MoEDecoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
 
-@register_architecture("transformer_moe", "transformer_moe")
+@register_architecture("transformer_moe", "transformer_moe", "transformer_moe_base")
 def base(args: Any) -> None:
     """The paper's translation model: Transformer-base, experts in every second layer."""
     fill_defaults(args, MoEOptions)
     transformer_legacy.base_architecture(args)
-
-
-@register_architecture("transformer_moe", "transformer_moe_base")
-def base_by_name(args: Any) -> None:
-    """The same under its full name."""
-    base(args)
 
 
 @register_architecture("transformer_moe", "transformer_moe_glam")
