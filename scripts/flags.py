@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the table of flags in docs/flags.md from the dataclasses that define them: `python scripts/flags.py`."""
+"""Write the flag table in docs/flags.md from the dataclasses that define the flags: `python scripts/flags.py`."""
 
 import sys
 from dataclasses import MISSING, fields
@@ -11,16 +11,17 @@ START, END = "<!-- flags: made by scripts/flags.py -->\n", "<!-- end of flags --
 
 
 def table() -> str:
-    """The flags of a model, then those of a criterion, as Markdown."""
+    """The model flags, then the criterion flags, as a Markdown table."""
     from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig
 
     from fairseq_sparsemixer.plugin.models import MoEOptions, TransformerMoEConfig
+    from fairseq_sparsemixer.tools.tables import markdown_table
 
     encoder_only = (option for option in fields(TransformerMoEConfig) if option.name == "moe_encoder_only")
     criterion = (option for option in fields(AuxiliaryLossConfig) if option.name != "_name")
     own = [*fields(MoEOptions), *encoder_only, *criterion]
-    rows = [f"| `--{option.name.replace('_', '-')}` | {_default(option)} | {_help(option)} |" for option in own]
-    return "\n".join(["| flag | default | what it does |", "| --- | --- | --- |", *rows, ""])
+    rows = [[f"`--{option.name.replace('_', '-')}`", _default(option), _help(option)] for option in own]
+    return markdown_table(["flag", "default", "what it does"], rows) + "\n"
 
 
 def _default(option) -> str:
@@ -35,13 +36,13 @@ def _help(option) -> str:
 
 
 def updated(text: str) -> str:
-    """The page's text with the table as it should be."""
+    """The page's text with an up-to-date table."""
     before, rest = text.split(START)
     return before + START + table() + END + rest.split(END)[1]
 
 
 def without_table(text: str) -> str:
-    """The page's text with the table left out: what was written by hand."""
+    """The page's text without the table: the hand-written part."""
     before, rest = text.split(START)
     return before + rest.split(END)[1]
 

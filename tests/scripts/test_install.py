@@ -1,4 +1,4 @@
-"""The installation: what is kept, what is made anew, what is left alone, and what it says when it cannot go on. No pip is run."""
+"""The installer: what it keeps, recreates and leaves alone, and its error messages. The tests do not run pip."""
 
 import json
 import os
@@ -15,13 +15,13 @@ OTHER = install.Interpreter("/opt/other/bin/python3.12", (3, 12), "/include")
 
 
 class Machine:
-    """A clone with a .venv, on which installing is written down instead of done."""
+    """A clone with a .venv, which records installations instead of running them."""
 
     def __init__(self, root: Path):
         self.root, self.venv, self.made, self.pip = root, root / ".venv", [], []
 
     def create(self, interpreter, given):
-        """Stands in for install.create_venv."""
+        """Replaces install.create_venv."""
         self.made.append(interpreter.path)
         (self.venv / "bin").mkdir(parents=True, exist_ok=True)
         (self.venv / "bin" / "python").touch()
@@ -33,7 +33,7 @@ class Machine:
         return json.loads((self.venv / install.STAMP).read_text())
 
     def packages(self):
-        """The last argument of each pip, since the last time, and then forgotten."""
+        """The last argument of each pip call since the last call of this function."""
         last, self.pip[:] = [arguments[-1] for arguments in self.pip], []
         return last
 
@@ -66,7 +66,7 @@ def test_the_second_call_does_nothing(machine):
 
 
 @pytest.mark.parametrize("name, value", [("TORCH_INDEX", "https://example.org/cpu"), ("PYTHON", "other"), ("TORCH", "2.4.1")])
-def test_a_choice_holds_for_calls_that_do_not_name_it(machine, monkeypatch, name, value):
+def test_a_choice_applies_to_later_calls_that_do_not_set_it(machine, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     install.install()
     made = machine.stamp()
@@ -79,7 +79,7 @@ def test_a_choice_holds_for_calls_that_do_not_name_it(machine, monkeypatch, name
 @pytest.mark.parametrize("name, value", [
     ("TORCH_INDEX", "https://example.org/cpu"), ("PYTHON", "other"), ("TORCH", "2.4.1"), ("FAIRSEQ", "ve-fairseq"),
 ])  # fmt: skip
-def test_another_choice_makes_the_environment_anew(machine, monkeypatch, name, value):
+def test_a_changed_choice_recreates_the_environment(machine, monkeypatch, name, value):
     install.install()
     machine.packages()
     monkeypatch.setenv(name, value)
@@ -87,7 +87,7 @@ def test_another_choice_makes_the_environment_anew(machine, monkeypatch, name, v
     assert len(machine.made) == 2 and "torch" in machine.packages()
 
 
-def test_a_choice_that_makes_it_anew_keeps_the_others(machine, monkeypatch):
+def test_recreating_the_environment_keeps_the_other_choices(machine, monkeypatch):
     monkeypatch.setenv("TORCH_INDEX", "https://example.org/cpu")
     install.install()
     monkeypatch.delenv("TORCH_INDEX")
@@ -104,7 +104,7 @@ def test_the_same_choices_again_change_nothing(machine, monkeypatch):
     assert len(machine.made) == 1
 
 
-def test_new_requirements_are_installed_into_what_is_there(machine):
+def test_new_requirements_are_installed_into_the_existing_environment(machine):
     install.install()
     machine.packages()
     (machine.root / "setup.py").write_text("# another version")
@@ -112,7 +112,7 @@ def test_new_requirements_are_installed_into_what_is_there(machine):
     assert machine.packages() == [".[test]"] and len(machine.made) == 1
 
 
-def test_new_constraints_concern_torch_too(machine):
+def test_new_constraints_also_apply_to_torch(machine):
     install.install()
     machine.packages()
     (machine.root / "constraints.txt").write_text("torch==2.12.0")
@@ -120,7 +120,7 @@ def test_new_constraints_concern_torch_too(machine):
     assert machine.packages() == ALL[1:] and len(machine.made) == 1
 
 
-def test_an_interrupted_installation_goes_on_after_what_is_done(machine, monkeypatch):
+def test_an_interrupted_installation_resumes_after_the_finished_stages(machine, monkeypatch):
     def cut_short(what, *arguments):
         if arguments[-1] == ALL[3]:
             raise KeyboardInterrupt
@@ -131,10 +131,10 @@ def test_an_interrupted_installation_goes_on_after_what_is_done(machine, monkeyp
         install.install()
     monkeypatch.setattr(install, "pip", whole)
     install.install()
-    assert machine.packages() == ALL[2:] and len(machine.made) == 1  # torch is not fetched again
+    assert machine.packages() == ALL[2:] and len(machine.made) == 1  # torch is not downloaded again
 
 
-def test_an_index_named_after_an_interruption_needs_no_new_environment(machine, monkeypatch):
+def test_setting_an_index_after_an_interruption_keeps_the_environment(machine, monkeypatch):
     def cut_short(what, *arguments):
         if arguments[-1] == "torch":
             raise KeyboardInterrupt
@@ -151,7 +151,7 @@ def test_an_index_named_after_an_interruption_needs_no_new_environment(machine, 
 
 
 @pytest.mark.parametrize("how", ["prefix", "VIRTUAL_ENV"])
-def test_the_environment_one_works_in_is_never_removed(machine, monkeypatch, how):
+def test_the_active_environment_is_never_removed(machine, monkeypatch, how):
     install.install()
     if how == "prefix":
         monkeypatch.setattr(install.sys, "prefix", str(machine.venv))
@@ -159,19 +159,19 @@ def test_the_environment_one_works_in_is_never_removed(machine, monkeypatch, how
         monkeypatch.setenv("VIRTUAL_ENV", str(machine.venv))
     install.install()  # up to date: nothing to do
     monkeypatch.setenv("PYTHON", "other")
-    with pytest.raises(install.InstallError, match="is active, and has to be made anew .* deactivate it first"):
+    with pytest.raises(install.InstallError, match="is active but must be recreated .* deactivate it first"):
         install.install()
     assert len(machine.made) == 1
 
 
-def test_a_virtual_environments_python_stands_for_the_one_it_was_made_from(tmp_path):
+def test_a_virtual_environments_python_resolves_to_its_base_interpreter(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     inside = install.probe(str(tmp_path / "env" / "bin" / "python"))
     assert inside.path == HERE.path and not inside.path.startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [None, "", "not ours", '{"name": "another tool\'s"}', "[]"])
-def test_an_environment_of_another_origin_is_left_alone(machine, content):
+def test_an_environment_not_made_by_the_installer_is_left_alone(machine, content):
     machine.venv.mkdir()
     (machine.venv / "thesis.txt").write_text("years of work")
     if content is not None:
@@ -181,7 +181,7 @@ def test_an_environment_of_another_origin_is_left_alone(machine, content):
     assert (machine.venv / "thesis.txt").read_text() == "years of work" and not machine.made
 
 
-def test_an_environment_that_a_digest_was_kept_of_is_taken_over(machine):
+def test_an_environment_with_an_old_digest_stamp_is_reused(machine):
     (machine.venv / "bin").mkdir(parents=True)
     (machine.venv / "bin" / "python").touch()
     (machine.venv / install.STAMP).write_text("0" * 64)
@@ -190,7 +190,7 @@ def test_an_environment_that_a_digest_was_kept_of_is_taken_over(machine):
 
 
 @pytest.mark.parametrize("harm", ["moved", "no interpreter", "cut short"])
-def test_what_cannot_run_is_made_anew(machine, harm):
+def test_a_broken_environment_is_recreated(machine, harm):
     install.install()
     stamp = machine.stamp()
     if harm == "moved":
@@ -229,7 +229,7 @@ def test_emptying_keeps_the_stamp_and_does_not_follow_links(monkeypatch, tmp_pat
     assert os.listdir(venv) == [install.STAMP] and (outside / "thesis.txt").exists()
 
 
-def test_two_installations_wait_for_each_other(monkeypatch, tmp_path):
+def test_concurrent_installations_wait_for_each_other(monkeypatch, tmp_path):
     if install.fcntl is None:
         pytest.skip("file locks need fcntl")
     monkeypatch.setattr(install, "ROOT", str(tmp_path))
@@ -244,10 +244,10 @@ def test_two_installations_wait_for_each_other(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("version", [(3, 8), (3, 14)])
-def test_a_python_that_will_not_do_is_named_with_the_remedy(monkeypatch, version):
+def test_an_unsupported_python_is_named_with_the_remedy(monkeypatch, version):
     monkeypatch.setattr(install, "probe", lambda python: install.Interpreter(python, version, "/include"))
     monkeypatch.setenv("PYTHON", "/usr/bin/python3")
-    sentence = r"3.9 to 3.13 is needed and /usr/bin/python3 is Python {}.{}; .* make PYTHON=".format(*version)
+    sentence = r"3.9 to 3.13 is needed, but /usr/bin/python3 is Python {}.{}; .* make PYTHON=".format(*version)
     with pytest.raises(install.InstallError, match=sentence):
         install.choose_python()
     monkeypatch.setattr(install, "probe", lambda python: None)
@@ -255,7 +255,7 @@ def test_a_python_that_will_not_do_is_named_with_the_remedy(monkeypatch, version
         install.choose_python()
 
 
-def test_another_python_is_looked_for_when_the_one_at_hand_will_not_do(monkeypatch):
+def test_another_python_is_searched_if_the_current_one_is_unsupported(monkeypatch):
     monkeypatch.delenv("PYTHON", raising=False)
     versions = {"python3.12": (3, 12)}
     monkeypatch.setattr(
@@ -264,7 +264,7 @@ def test_another_python_is_looked_for_when_the_one_at_hand_will_not_do(monkeypat
     assert install.choose_python().path == "python3.12"
 
 
-def test_an_interpreter_that_pyenv_has_and_did_not_select_is_found(monkeypatch, tmp_path):
+def test_a_pyenv_interpreter_is_found_even_if_not_selected(monkeypatch, tmp_path):
     for version in ("3.10.4", "3.9.18"):
         (tmp_path / "versions" / version / "bin").mkdir(parents=True)
         (tmp_path / "versions" / version / "bin" / "python{}".format(version.rpartition(".")[0])).touch()
@@ -276,10 +276,10 @@ def test_an_interpreter_that_pyenv_has_and_did_not_select_is_found(monkeypatch, 
 
 
 @pytest.mark.parametrize("requirement, version, sentence", [
-    ("fairseq-light==0.1", (3, 11), "FAIRSEQ=fairseq-light==0.1 is none of fairseq, fairseq-fixed, ve-fairseq"),
+    ("fairseq-light==0.1", (3, 11), "FAIRSEQ=fairseq-light==0.1 is unknown; use one of fairseq, fairseq-fixed, ve-fairseq"),
     ("fairseq==0.12.2", (3, 11), "does not import on Python 3.11; use fairseq-fixed==0.12.3.1, or PYTHON=python3.10"),
 ])  # fmt: skip
-def test_a_fairseq_that_cannot_work_is_refused(requirement, version, sentence):
+def test_an_incompatible_fairseq_is_refused(requirement, version, sentence):
     with pytest.raises(install.InstallError, match=sentence):
         install.check_fairseq(requirement, version)
 
@@ -287,34 +287,34 @@ def test_a_fairseq_that_cannot_work_is_refused(requirement, version, sentence):
 def test_a_refused_choice_removes_nothing(machine, monkeypatch):
     install.install()
     monkeypatch.setenv("FAIRSEQ", "fairseq-light")
-    with pytest.raises(install.InstallError, match="none of fairseq"):
+    with pytest.raises(install.InstallError, match="use one of fairseq"):
         install.install()
     assert len(machine.made) == 1
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.3", "3.0", "newest"])
-def test_a_torch_that_will_not_do_is_refused(monkeypatch, version):
+def test_an_unsupported_torch_is_refused(monkeypatch, version):
     monkeypatch.setenv("TORCH", version)
     with pytest.raises(install.InstallError, match="TORCH={} is not a version from 2.4 up to 3".format(version)):
         install.given_choices()
 
 
 @pytest.mark.parametrize("version, requirement", [((3, 9), "fairseq"), ((3, 10), "fairseq"), ((3, 11), "fairseq-fixed")])
-def test_stock_fairseq_is_for_pythons_that_import_it(monkeypatch, version, requirement):
+def test_stock_fairseq_is_used_on_pythons_that_can_import_it(monkeypatch, version, requirement):
     monkeypatch.setattr(install, "why_nothing_can_be_built", lambda include: "")
     monkeypatch.setattr(install, "has_wheel", lambda requirement: False)
     assert install.name_of(install.default_fairseq(install.Interpreter("python", version, "/include"))) == requirement
 
 
-def test_where_nothing_can_be_built_what_comes_built_is_taken(monkeypatch):
+def test_without_a_compiler_the_first_distribution_with_a_wheel_is_used(monkeypatch):
     monkeypatch.setattr(install, "why_nothing_can_be_built", lambda include: "no C++ compiler was found; install g++")
     monkeypatch.setattr(install, "has_wheel", lambda requirement: requirement.startswith("ve-"))
     assert install.default_fairseq(install.Interpreter("python", (3, 11), "")).startswith("ve-fairseq==")
-    with pytest.raises(install.InstallError, match="fairseq==0.12.2 is not to be had built .* install g"):
+    with pytest.raises(install.InstallError, match="fairseq==0.12.2 has no wheel .* install g"):
         install.default_fairseq(install.Interpreter("python", (3, 10), ""))
 
 
-def test_stock_fairseq_is_built_apart_from_torch_and_the_others_beside_it(machine):
+def test_only_stock_fairseq_is_built_in_isolation_from_torch(machine):
     machine.venv.mkdir()
 
     def isolated(requirement):
@@ -333,13 +333,13 @@ def test_a_missing_compiler_or_header_is_named(monkeypatch, tmp_path):
     assert not install.why_nothing_can_be_built(str(tmp_path))
 
 
-def test_a_failing_pip_is_reported_with_what_it_was_to_install(monkeypatch):
+def test_a_pip_failure_names_what_could_not_be_installed(monkeypatch):
     monkeypatch.setattr(install.subprocess, "call", lambda *args, **kwargs: 1)
     with pytest.raises(install.InstallError, match="installing torch failed .* PIP_INDEX_URL"):
         install.pip("torch", "install", "torch")
 
 
-def test_the_range_of_pythons_is_that_of_the_package():
+def test_the_supported_versions_match_setup_py():
     text = (Path(install.__file__).parent.parent / "setup.py").read_text()
     (first, last), oldest = install.SUPPORTED, install.OLDEST_TORCH
     assert 'python_requires=">={}.{},<{}.{}"'.format(*first, last[0], last[1] + 1) in text
