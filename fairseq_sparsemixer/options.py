@@ -93,7 +93,7 @@ class MoEOptions:
     )
     router_option: Optional[str] = field(
         default=None,
-        metadata={"help": "options for a router of your own, NAME=VALUE[,NAME=VALUE...], passed to its constructor"},
+        metadata={"help": "options of a router without a flag of their own, NAME=VALUE[,NAME=VALUE...], passed to its constructor"},
     )
     num_shared_experts: int = field(
         default=0, metadata={"help": "shared experts per MoE layer: run on every token, in addition to the routed experts"}

@@ -36,6 +36,31 @@ def test_forward_is_the_top_k_layer_and_the_router_learns_from_every_expert(k):
     torch.testing.assert_close(layer.experts.bias_out.grad, grad_out)  # experts learn from the tokens that chose them
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_renormalised_weights_sum_to_one_and_the_other_experts_count_with_the_same_divisor(k):
+    layer = build_moe_layer("dense_st", 5, 7, 4, top_k=k, renormalise=True).double()
+    x = torch.randn(20, 5, dtype=torch.float64)
+    upstream = torch.randn(20, 5, dtype=torch.float64)
+    output = layer(x)
+    (output * upstream).sum().backward()
+    torch.testing.assert_close(layer.routing.combine_weight.sum(1), torch.ones(20, dtype=torch.float64))
+
+    weight = layer.gate.projection.weight.detach().clone().requires_grad_()
+    f = outputs_of_all(layer, x).detach()
+    surrogate = 0.0
+    for s in range(20):  # one token at a time
+        pi = (weight @ x[s]).softmax(0)
+        best = sorted(range(4), key=lambda e: -pi[e].item())
+        total = sum(pi[e] for e in best[:k])
+        expected = sum(pi[e] / total * f[s, e] for e in best[:k])
+        torch.testing.assert_close(output[s], expected)
+        straight_through = sum((pi[e] / total.detach() * f[s, e] for e in best[k:]), torch.zeros(5, dtype=torch.float64))
+        surrogate = surrogate + ((expected + straight_through) * upstream[s]).sum()
+    surrogate.backward()
+    torch.testing.assert_close(layer.gate.projection.weight.grad, weight.grad)
+    torch.testing.assert_close(layer.eval()(x), output)
+
+
 def test_the_balance_loss_counts_the_chosen_experts_alone():
     logits = torch.tensor([[2.0, 1.0, -1.0], [3.0, 0.0, 1.0]], dtype=torch.float64)  # chooses 0 and 0
     gate = build_moe_layer("dense_st", 5, 7, 3, top_k=1).gate
