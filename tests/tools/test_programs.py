@@ -88,7 +88,7 @@ def test_a_recipe_does_not_leave_its_training_behind(tmp_path, number, status):
     recipe.send_signal(number)
     assert recipe.wait(60) == status
     wait_until(lambda: is_gone(child))
-    assert ("interrupted; the same command goes on" in recipe.stderr.read()) == (status == 130)
+    assert ("interrupted; rerun the same command" in recipe.stderr.read()) == (status == 130)
 
 
 def test_a_program_starts_with_no_signal_held_back(tmp_path):
