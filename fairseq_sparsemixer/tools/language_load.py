@@ -63,7 +63,9 @@ def language_load(checkpoint: str, data_bin: Optional[str] = None, split: str = 
     model.float()
     layers = named_moe_layers(model)
     if not translates(model) or not layers:
-        raise ConfigurationError(f"{checkpoint} is not a translation model with experts; train one, for example with --router switch")
+        raise ConfigurationError(
+            f"{checkpoint} is not a translation model with experts; train one with a --router other than dense"
+        )
     counts: Dict[str, List[Tensor]] = defaultdict(
         lambda: [torch.zeros(layer.gate.num_experts, dtype=torch.long) for _, layer in layers]
     )
