@@ -1,6 +1,6 @@
-"""Show versions and devices, what works here and what will not, what to do about it, and what is changed in fairseq.
+"""Show what works on this machine and what does not, with a remedy for each problem, and what is changed in fairseq.
 
-The exit status is 1 when something is broken; what is merely limited leaves it at 0.
+The exit status is 1 if something is broken; it stays 0 if something is only limited.
 
 examples:
   fairseq-sparsemixer doctor
@@ -20,12 +20,12 @@ from fairseq_sparsemixer.cli.json_file import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to write it."""
-    parser.add_argument("--json", metavar="FILE", help="write the findings")
+    """--json."""
+    parser.add_argument("--json", metavar="FILE", help="also write the findings to this file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Diagnose, print, write; 1 when something is broken."""
+    """Diagnose, print, write. Returns 1 if something is broken."""
     from fairseq_sparsemixer.tools.diagnosis import BROKEN, diagnose  # loads torch
 
     findings = diagnose()
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     patches = applied_patches()
     if patches:
         changed = Table(
-            Column("changed in fairseq and below", overflow="fold"),
+            Column("changed in fairseq, torch or numpy", overflow="fold"),
             "otherwise",
             "until",
             box=box.SIMPLE_HEAD,
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def applied_patches() -> List[Dict[str, str]]:
-    """target, why and until of every patch; empty where no fairseq can be imported."""
+    """target, why and until of every patch; empty if fairseq cannot be imported."""
     try:
         from fairseq_sparsemixer.plugin.patches import PATCHES
     except (ImportError, OSError, AttributeError):  # a finding above says why

@@ -1,7 +1,7 @@
-"""Show what a checkpoint holds: experts, parameters (total and active), FLOPs per token, and how alike the experts are.
+"""Show a checkpoint's experts, parameters (total and active), FLOPs per token, and the similarity of its experts.
 
-The file alone is enough. With --text the model also runs on sentences, and the load of each expert is shown; a translation
-model needs their translations as well.
+Only the file is needed. With --text, the model also runs on sentences, and the load of each expert is shown; a translation
+model also needs their translations, --target.
 
 examples:
   fairseq-sparsemixer inspect checkpoint_best.pt
@@ -28,16 +28,18 @@ SENTENCES = 200
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and text to run it on."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of fairseq")
-    parser.add_argument("--text", metavar="FILE", help="sentences, in subwords as the model was trained on")
-    parser.add_argument("--target", metavar="FILE", help="of a translation model: their translations, line by line")
-    parser.add_argument("--data-bin", metavar="DIR", help="where the dictionaries are (default: where the model was trained)")
-    parser.add_argument("--sentences", type=int, default=SENTENCES, metavar="N", help="run the first N (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a fairseq checkpoint")
+    parser.add_argument("--text", metavar="FILE", help="sentences, in the model's subwords")
+    parser.add_argument("--target", metavar="FILE", help="for a translation model: their translations, one per line")
+    parser.add_argument("--data-bin", metavar="DIR", help="folder of the dictionaries (default: as in training)")
+    parser.add_argument(
+        "--sentences", type=int, default=SENTENCES, metavar="N", help="run the first N sentences (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Inspect, print, write. Raises ConfigurationError for flags and files that cannot be used."""
+    """Inspect, print, write. Raises ConfigurationError for unusable flags and files."""
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for  # needs fairseq
     from fairseq_sparsemixer.tools.inspection import inspect_checkpoint
 
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) == "":
             raise ConfigurationError(f"--{name.replace('_', '-')} '' is empty; give a path, or leave it out")
     if options.target and not options.text:
-        raise ConfigurationError(f"--target {options.target} needs the sentences that it translates; give --text FILE")
+        raise ConfigurationError(f"--target {options.target} needs its source sentences; give --text FILE")
     if options.sentences < 1:
         raise ConfigurationError(f"--sentences {options.sentences} must be at least 1")
     require_json(options.json, [options.checkpoint, *filter(None, (options.text, options.target))])
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
-    """Tokens of each expert at inference by layer, over the first sentences; targets given, where there are some."""
+    """Tokens per expert at inference, by layer, over the first sentences, with their targets as input if there are any."""
     import torch
 
     from fairseq_sparsemixer.moe.layer import named_moe_layers
@@ -78,7 +80,7 @@ def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:
 
 
 def model_inputs(options: argparse.Namespace, model: Any, task: Any) -> Iterator[Dict[str, Any]]:
-    """What the model's forward takes, for one sentence after the other. Raises ConfigurationError for the wrong files."""
+    """The arguments of the model's forward, one sentence at a time. Raises ConfigurationError for the wrong files."""
     from fairseq_sparsemixer.tools.generation import read_sentences
     from fairseq_sparsemixer.tools.sentences import make_sample, read_pairs, translates
 
@@ -87,15 +89,15 @@ def model_inputs(options: argparse.Namespace, model: Any, task: Any) -> Iterator
             raise ConfigurationError(f"{options.checkpoint} is a translation model; give --target FILE beside --text")
         return (make_sample(task, *pair)["net_input"] for pair in read_pairs(options.text, options.target))
     if options.target:
-        raise ConfigurationError(f"--target {options.target} is for translation models, and {options.checkpoint} is none")
+        raise ConfigurationError(f"--target {options.target} is for translation models, and {options.checkpoint} is not one")
     lines = [line for line in read_sentences(Path(options.text)) if line.strip()]
     if not lines:
-        raise ConfigurationError(f"--text {options.text} holds no sentence")
+        raise ConfigurationError(f"--text {options.text} has no sentences; give another file")
     return (text_input(model, task, line) for line in lines)
 
 
 def text_input(model: Any, task: Any, line: str) -> Dict[str, Any]:
-    """A sentence as fairseq's tasks give it to a language model (after an end of sentence) or masked one (between its marks)."""
+    """A sentence as in fairseq's tasks: for a language model, after an end of sentence; for a masked one, between its marks."""
     words = task.source_dictionary
     tokens = words.encode_line(line, add_if_not_exist=False).long().unsqueeze(0)  # [1, T]
     if hasattr(model, "decoder"):
@@ -105,19 +107,19 @@ def text_input(model: Any, task: Any, line: str) -> Dict[str, Any]:
 
 
 def print_report(report, load: Optional[Dict[str, List[float]]], console: Console) -> None:
-    """The totals, and a line a layer."""
+    """Print the totals, and a line per layer."""
     updates = "" if report.updates is None else f", {report.updates:,} updates"
-    experts = f"router {report.router}, {report.top_k:g} of the experts for a token" if report.layers else "no experts"
+    experts = f"router {report.router}, k = {report.top_k:g}" if report.layers else "no experts"
     console.print(f"{experts}{updates}", highlight=False)
-    console.print(f"parameters: {report.parameters:,}, of which a token meets {report.active:,}", highlight=False)
-    parts = Table("", "parameters", "a token meets", "forward FLOPs a token", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    console.print(f"parameters: {report.parameters:,}, active per token: {report.active:,}", highlight=False)
+    parts = Table("", "parameters", "active per token", "forward FLOPs per token", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, part in report.parts.items():
         parts.add_row(name, f"{part.parameters:,}", f"{part.active:,}", f"{part.flops:,}")
     console.print(parts)
     if not report.layers:
         return
     columns = ["experts", "M", "H", "parameters", "router cosine", "expert cosine"]
-    layer_name = Column("layer", overflow="fold")  # cut short, the names of layers would all be the same
+    layer_name = Column("layer", overflow="fold")  # truncated, all names of layers would be the same
     table = Table(layer_name, *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for layer in report.layers:
         cells = [layer.name, f"{layer.num_experts}", f"{layer.model_dim}", f"{layer.hidden_dim}", f"{layer.parameters:,}"]
@@ -126,4 +128,4 @@ def print_report(report, load: Optional[Dict[str, List[float]]], console: Consol
     console.print(table)
     for name, tokens in (load or {}).items():
         shares = " ".join(f"{100 * count / max(sum(tokens), 1):.1f}" for count in tokens)
-        console.print(f"load of {name}, % of {sum(tokens):,.0f} choices by expert: {shares}", highlight=False)
+        console.print(f"load of {name}, % of {sum(tokens):,.0f} routed tokens by expert: {shares}", highlight=False)

@@ -15,7 +15,7 @@ def test_shows_experts_parameters_flops_and_load_and_writes_them(trained, tmp_pa
     flags, checkpoint = trained
     assert main(["inspect", str(checkpoint), *flags[2:], "--json", str(tmp_path / "r.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "router sparsemixer, 1 of the experts for a token" in printed and "load of decoder.layers.0" in printed
+    assert "router sparsemixer, k = 1" in printed and "load of decoder.layers.0" in printed
     report = json.loads((tmp_path / "r.json").read_text())
     assert [layer["num_experts"] for layer in report["layers"]] == [4, 4]
     assert {name: sum(load) for name, load in report["load"].items()} == {"encoder.layers.0": 4, "decoder.layers.0": 4}
@@ -31,7 +31,7 @@ def test_the_file_alone_is_enough(trained, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--target", "a.de"], "--target a.de needs the sentences that it translates; give --text FILE"),
+        (["--target", "a.de"], "--target a.de needs its source sentences; give --text FILE"),
         (["--sentences", "0"], "--sentences 0 must be at least 1"),
         ([], "does not exist"),
     ],
@@ -78,7 +78,7 @@ def test_the_load_of_a_model_of_one_side_is_of_the_words_and_marks(
     with pytest.raises(ConfigurationError, match="is for translation models"):
         main(["inspect", checkpoint, "--text", str(text), "--target", str(text)])
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(ConfigurationError, match="empty holds no sentence"):
+    with pytest.raises(ConfigurationError, match="empty has no sentences; give another file"):
         main(["inspect", checkpoint, "--text", str(tmp_path / "empty")])
 
 
