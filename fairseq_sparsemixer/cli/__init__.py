@@ -10,7 +10,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 
 class Command(NamedTuple):
-    """The module here, and its line in --help."""
+    """A command's module, and its line in --help."""
 
     module: str
     help: str
@@ -18,25 +18,23 @@ class Command(NamedTuple):
 
 COMMANDS: Dict[str, Command] = {
     "user-dir": Command("user_dir", "print the path for fairseq's --user-dir"),
-    "doctor": Command("doctor", "show what works on this machine, and what will not"),
+    "doctor": Command("doctor", "show what works on this machine, and what does not"),
     "fidelity": Command("fidelity", "compare every gradient estimator with the exact router gradient"),
-    "glue": Command("glue", "prepare a task of GLUE for fine-tuning"),
+    "glue": Command("glue", "prepare a GLUE task for fine-tuning"),
     "inspect": Command("inspect", "show the experts, parameters and cost of a checkpoint"),
     "launch": Command("launch", "run a fairseq command as several ranks on the CPU"),
     "plot": Command("plot", "plot validation losses and expert loads of training runs"),
     "study": Command("study", "train a grid of routers and seeds, and compare them"),
-    "reshard": Command("reshard", "convert a checkpoint between one file and files by rank"),
-    "upcycle": Command("upcycle", "turn a dense checkpoint into one with experts"),
-    "convert": Command("convert", "turn a checkpoint of microsoft/SparseMixer's example into one of this package"),
-    "completion": Command("completion", "print a script for completion by the shell"),
+    "reshard": Command("reshard", "convert a checkpoint between one file and one file per rank"),
+    "upcycle": Command("upcycle", "convert a dense checkpoint to one with experts"),
+    "convert": Command("convert", "convert a checkpoint of microsoft/SparseMixer's example"),
+    "completion": Command("completion", "print a shell completion script"),
 }
 
 
 def build_parser(arguments_of: Optional[str] = None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of one, or with None of all: a module is loaded for its arguments alone."""
-    parser = argparse.ArgumentParser(
-        prog="fairseq-sparsemixer", description="Tools around Mixture-of-Experts training in fairseq."
-    )
+    """The parser of all commands, with the arguments of one command (None: of all), whose module alone is imported."""
+    parser = argparse.ArgumentParser(prog="fairseq-sparsemixer", description="Tools for Mixture-of-Experts training in fairseq.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {fairseq_sparsemixer.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, line) in COMMANDS.items():
@@ -50,7 +48,7 @@ def build_parser(arguments_of: Optional[str] = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Run one command; the exit status."""
+    """Run one command. Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     chosen = next((word for word in given if not word.startswith("-")), "")
     options = build_parser(chosen).parse_args(given)

@@ -1,16 +1,16 @@
-"""Print a script that completes commands, flags, files and folders after the Tab key.
+"""Print a shell script that completes commands, flags, files and folders on the Tab key.
 
-It is made from the commands' own flags: print it anew after an upgrade.
+It is generated from the installed commands: print it again after an upgrade.
 
 examples:
   fairseq-sparsemixer completion bash > ~/.fairseq-sparsemixer.bash     # then, in ~/.bashrc: source ~/.fairseq-sparsemixer.bash
-  fairseq-sparsemixer completion zsh > DIR/_fairseq-sparsemixer         # DIR: a folder of $fpath
+  fairseq-sparsemixer completion zsh > DIR/_fairseq-sparsemixer         # DIR: a folder in $fpath
 """
 
 import argparse
 
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = ("FILE", "CHECKPOINT", "SPEC", "IN", "OUT", "SRC", "DST", "DENSE")  # the metavars that stand for files
+FILES = ("FILE", "CHECKPOINT", "SPEC", "IN", "OUT", "SRC", "DST", "DENSE")  # metavars of files
 FOLDERS = ("DIR", "RUN_DIR")
 
 
@@ -31,10 +31,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _mark_paths(parser: argparse.ArgumentParser, by_metavar: dict) -> None:
-    """Tell shtab which arguments of the parser and of its commands are paths."""
+    """Tell shtab which arguments of the parser and its commands are paths."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _mark_paths(command, by_metavar)
         elif action.metavar in by_metavar:
-            action.complete = by_metavar[action.metavar]  # type: ignore[attr-defined]  # where shtab looks for it
+            action.complete = by_metavar[action.metavar]  # type: ignore[attr-defined]  # read by shtab

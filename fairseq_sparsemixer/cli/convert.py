@@ -1,8 +1,8 @@
-"""Turn a checkpoint of microsoft/SparseMixer's fairseq example into one of transformer_moe that computes the same.
+"""Convert a checkpoint of microsoft/SparseMixer's fairseq example to one of transformer_moe that computes the same.
 
-SRC is what its fairseq-train wrote, with --router SparseMixer or SwitchGate. DST is ready for fairseq-generate and, with the
-flags that are printed, for fairseq-train --restore-file. The optimizer's state comes along where every expert made the same
-number of updates. docs/migration.md has their flags beside ours.
+SRC was written by the example's fairseq-train, with --router SparseMixer or SwitchGate. DST works with fairseq-generate and,
+with the printed flags, with fairseq-train --restore-file. The optimizer state is kept if all experts made the same number of
+updates. docs/migration.md lists the example's flags beside ours.
 
 example:
   fairseq-sparsemixer convert output-4/checkpoint_best.pt moe.pt
@@ -17,13 +17,13 @@ from fairseq_sparsemixer.names import count_layers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SRC DST."""
-    parser.add_argument("source", metavar="SRC", help="a checkpoint that microsoft/SparseMixer's example wrote")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint written by microsoft/SparseMixer's example")
     parser.add_argument("target", metavar="DST", help="the checkpoint to write")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write DST, and say what came along and which flags go on from it."""
+    """Write DST; print whether the optimizer state was kept, and the flags to continue training with."""
     from fairseq_sparsemixer.plugin.checkpoints.converting import convert
     from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
@@ -38,10 +38,10 @@ def run(options: argparse.Namespace) -> None:
         save_atomically(done.state, options.target)
     experts, layers = done.options, count_layers(done.state["model"])
     print(f"{layers} layers of {experts.num_experts} experts, router {experts.router}: {options.target}")
-    print(f"optimizer state left out: {done.left_out}" if done.left_out else "optimizer state moved")
+    print(f"optimizer state left out: {done.left_out}" if done.left_out else "optimizer state kept")
     print(
-        f"to train on: --arch transformer_moe --router {experts.router} --num-experts {experts.num_experts}"
-        f" --moe-freq {experts.moe_freq} --jitter-eps {experts.jitter_eps:g} --router-bias, and the sizes as before"
+        f"to continue training: --arch transformer_moe --router {experts.router} --num-experts {experts.num_experts}"
+        f" --moe-freq {experts.moe_freq} --jitter-eps {experts.jitter_eps:g} --router-bias, and the same model sizes"
     )
     if options.json:
         figures = {"layers": layers, "num_experts": experts.num_experts, "router": experts.router}

@@ -1,7 +1,7 @@
 """Measure how close each gradient estimator comes to the exact gradient of the router.
 
-Every expert is enumerated for every token in float64, which gives the exact gradient of E_D[g(pi_D f_D)] in two terms:
-choice (which expert is chosen; Switch drops it) and scale (how the chosen one is scaled). Each estimator is then compared
+All experts are enumerated for every token in float64, which gives the exact gradient of E_D[g(pi_D f_D)] in two terms:
+choice (which expert is chosen; Switch drops it) and scale (how the chosen expert is scaled). Each estimator is compared
 with the term it aims at and with the full gradient, over many draws or, with --expectation, without sampling noise.
 
 examples:
@@ -27,33 +27,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The problem, what to measure, and where to write it."""
     problem = parser.add_argument_group("a synthetic problem")
     problem.add_argument("--loss", choices=LOSSES, help="downstream loss g (default: cross-entropy)")
-    problem.add_argument("--num-experts", type=int, metavar="E", help="experts (default: 8)")
+    problem.add_argument("--num-experts", type=int, metavar="E", help="number of experts (default: 8)")
     problem.add_argument("--model-dim", type=int, metavar="M", help="width of a token (default: 16)")
     problem.add_argument("--step", type=float, help="scale of the experts' outputs (default: 2)")
     trained = parser.add_argument_group("a layer of a trained model")
     trained.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of transformer_moe")
-    trained.add_argument("--text", metavar="FILE", help="source sentences, in subwords as the model was trained on")
-    trained.add_argument("--target", metavar="FILE", help="their translations, line by line")
+    trained.add_argument("--text", metavar="FILE", help="source sentences, in the model's subwords")
+    trained.add_argument("--target", metavar="FILE", help="their translations, one per line")
     trained.add_argument("--layer", metavar="NAME", help="MoE layer, such as encoder.layers.0 (default: the first)")
-    trained.add_argument("--data-bin", metavar="DIR", help="where the dictionaries are (default: where the model was trained)")
+    trained.add_argument("--data-bin", metavar="DIR", help="folder of the dictionaries (default: as in training)")
     measured = parser.add_argument_group("what to measure")
-    measured.add_argument("--tokens", type=int, metavar="S", help="tokens (default: 16; with --checkpoint 64)")
+    measured.add_argument("--tokens", type=int, metavar="S", help="number of tokens (default: 16; with --checkpoint 64)")
     measured.add_argument(
         "--jitter-eps",
         type=float,
         metavar="R",
-        help="mask experts as SparseMixer does; inf: none (default: none; with --checkpoint as it was trained)",
+        help="mask experts as SparseMixer does; inf: no mask (default: no mask; with --checkpoint, as in training)",
     )
     measured.add_argument("--estimators", metavar="NAMES", help=f"comma-separated, of {METHODS} (default: all)")
-    measured.add_argument("--draws", type=int, metavar="N", help="draws of every token (default: 16384; with --checkpoint none)")
-    measured.add_argument("--expectation", action="store_true", help="exact expectations instead of draws")
-    measured.add_argument("--seed", type=int, default=1, help="of the synthetic problem and the draws (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--png", metavar="FILE", help="write a picture")
+    measured.add_argument("--draws", type=int, metavar="N", help="draws per token (default: 16384; with --checkpoint none)")
+    measured.add_argument("--expectation", action="store_true", help="compute exact expectations instead of drawing")
+    measured.add_argument(
+        "--seed", type=int, default=1, help="seed of the synthetic problem and the draws (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
+    parser.add_argument("--png", metavar="FILE", help="also write a plot to this file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print, write. Raises ConfigurationError for flags that cannot be used."""
+    """Measure, print, write. Raises ConfigurationError for unusable flags."""
     from fairseq_sparsemixer.tools.fidelity.conclusions import conclusions
     from fairseq_sparsemixer.tools.fidelity.methods import select_methods
     from fairseq_sparsemixer.tools.fidelity.plots import plot_study

@@ -1,4 +1,4 @@
-"""A dataclass's fields as flags, as fairseq makes them of a model's, but without loading fairseq."""
+"""Adds a dataclass's fields as flags, as fairseq does for a model's, but without importing fairseq."""
 
 import argparse
 from dataclasses import fields
@@ -8,7 +8,7 @@ KINDS = {int: int, Optional[int]: int, float: float, Optional[float]: float, str
 
 
 def add_flags(parser: argparse.ArgumentParser, options: Any) -> None:
-    """One flag for each field of a dataclass: --its-name, with the field's default and help text."""
+    """Add one flag per field of a dataclass: --field-name, with the field's default and help text."""
     for field in fields(options):
         flag, text = f"--{field.name.replace('_', '-')}", field.metadata["help"].replace("%", "%%")
         if field.type is bool:

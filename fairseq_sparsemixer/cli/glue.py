@@ -1,6 +1,6 @@
-"""Prepare a task of GLUE for fine-tuning: its TSV files, in the words of a pre-trained model.
+"""Prepare a GLUE task for fine-tuning: convert its TSV files to the vocabulary of a pre-trained model.
 
-Prints the flags that fairseq-train needs for the task and its metric.
+Prints fairseq-train's flags for the task and its metric.
 
 example:
   fairseq-sparsemixer glue CoLA --raw-dir glue/CoLA --dict bin/wiki/dict.txt --sentencepiece-model spm.model --dest-dir bin/CoLA
@@ -21,16 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The task, where its files are, and how the pre-trained model reads text."""
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=f"one of {', '.join(TASKS)}")
     parser.add_argument("--raw-dir", type=Path, required=True, metavar="DIR", help="folder of the task's TSV files")
-    parser.add_argument("--dict", type=Path, required=True, metavar="FILE", help="dict.txt that the model was pre-trained with")
-    parser.add_argument("--dest-dir", type=folder, required=True, metavar="DIR", help="folder to write, for fairseq-train")
+    parser.add_argument("--dict", type=Path, required=True, metavar="FILE", help="dict.txt of the pre-trained model")
+    parser.add_argument("--dest-dir", type=folder, required=True, metavar="DIR", help="folder to write, input of fairseq-train")
     parser.add_argument(
-        "--sentencepiece-model", type=Path, metavar="FILE", help="splits sentences into pieces (default: at blanks)"
+        "--sentencepiece-model", type=Path, metavar="FILE", help="splits sentences into pieces (default: split at whitespace)"
     )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines that are not examples, and report them")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="skip lines that are not examples, and report them")
 
 
 def encoder(model: Optional[Path]) -> Callable[[str], str]:
-    """Sentence -> words separated by blanks."""
+    """A function: sentence -> words separated by spaces."""
     if model is None:
         return lambda sentence: " ".join(sentence.split())
     from sentencepiece import SentencePieceProcessor
@@ -39,15 +39,15 @@ def encoder(model: Optional[Path]) -> Callable[[str], str]:
     try:
         pieces = SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
-        raise ConfigurationError(f"--sentencepiece-model {model} is not a model of sentencepiece ({error})") from None
+        raise ConfigurationError(f"--sentencepiece-model {model} is not a sentencepiece model ({error})") from None
     return lambda sentence: " ".join(pieces.encode(sentence, out_type=str))
 
 
 def require_file(path: Path, flag: str) -> Path:
-    """The path itself. Raises ConfigurationError where there is no file."""
+    """Return the path. Raises ConfigurationError if it is not a file."""
     try:
         there = path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError):  # not a valid file name
         there = False
     if not there:
         raise ConfigurationError(f"{flag} {str(path)[:300]} does not exist, or is not a file; give another path")
@@ -55,7 +55,7 @@ def require_file(path: Path, flag: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prepare, and say what was written."""
+    """Prepare the task; print the number of examples per split, and the flags for it."""
     from fairseq.data import Dictionary
 
     from fairseq_sparsemixer.tools import glue
@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> None:
     require_file(options.dict, "--dict")
     try:
         dictionary = Dictionary.load(str(options.dict))
-    except Exception as error:  # of many kinds, Exception itself among them
-        raise ConfigurationError(f"--dict {options.dict} is not a dictionary of fairseq ({str(error)[:300]})") from None
+    except Exception as error:  # fairseq raises many types, Exception itself among them
+        raise ConfigurationError(f"--dict {options.dict} is not a fairseq dictionary ({str(error)[:300]})") from None
     if len(dictionary) == dictionary.nspecial:
-        raise ConfigurationError(f"--dict {options.dict} has no word; give the dict.txt that the model was pre-trained with")
+        raise ConfigurationError(f"--dict {options.dict} has no words; give the dict.txt of the pre-trained model")
     skip = (lambda message: print(message, file=sys.stderr)) if options.skip_bad_lines else None
     counts = glue.prepare(options.task, options.raw_dir, options.dest_dir, dictionary, encoder(options.sentencepiece_model), skip)
     for split, count in counts.items():

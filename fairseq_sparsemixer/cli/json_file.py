@@ -1,4 +1,4 @@
-"""The `--json FILE` of the commands."""
+"""The commands' `--json FILE`."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from fairseq_sparsemixer.files import is_special, overwritten, unfinished_beside
 
 
 def require_json(path: Optional[str], others: Iterable[str] = (), flag: str = "--json") -> None:
-    """Raise ConfigurationError, before any work is done, where that file cannot be written or is another of the command's."""
+    """Raise ConfigurationError, before any work is done, if the file cannot be written or is another file of the command."""
     if path is None:
         return
     if not path:
@@ -27,13 +27,11 @@ def require_json(path: Optional[str], others: Iterable[str] = (), flag: str = "-
         with unfinished_beside(os.path.realpath(path)):
             pass
     except (OSError, ValueError):
-        raise ConfigurationError(
-            f"{flag} {path} cannot be written; give a file in a folder that exists and can be written"
-        ) from None
+        raise ConfigurationError(f"{flag} {path} cannot be written; give a file in an existing, writable folder") from None
 
 
 def as_json(content: Any) -> str:
-    """The content in JSON, which knows no NaN and no infinity: null in their places."""
+    """The content as JSON, with null in place of NaN and infinity, which JSON does not have."""
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
@@ -46,7 +44,7 @@ def _finite(content: Any) -> Any:
 
 
 def write_json(path: Union[str, Path], content: Any) -> None:
-    """Write the whole file or nothing. Raises ConfigurationError where it cannot be written."""
+    """Write the file atomically. Raises ConfigurationError if it cannot be written."""
     try:
         write_whole(Path(path), as_json(content))
     except OSError as error:

@@ -1,8 +1,8 @@
 """Run a fairseq command as several ranks on this machine's CPU.
 
-On GPUs, fairseq-train starts a rank for each by itself, and torchrun and srun work as well; on a CPU fairseq counts no
-devices and starts nothing. This starts the ranks and adds fairseq's flags for them. They meet in a file of their own and
-talk over the loopback interface: nothing listens to the network.
+On GPUs, fairseq-train starts one rank per GPU, and torchrun and srun also work. On a CPU, fairseq counts no devices and
+starts no ranks: this command starts them, with fairseq's flags for each. They rendezvous through a private file and
+communicate over the loopback interface: nothing listens on the network.
 
 example:
   fairseq-sparsemixer launch --nproc 2 -- fairseq-train DATA --user-dir "$(fairseq-sparsemixer user-dir)" ...
@@ -31,35 +31,35 @@ HYDRA_GROUP = {"cpu": "common"}  # all other settings of a rank belong to distri
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The number of ranks, and the command behind `--`."""
+    """The number of ranks, and the command after `--`."""
     parser.add_argument("--nproc", type=int, required=True, metavar="W", help="number of ranks")
     parser.add_argument(
         "--grace", type=float, default=30, metavar="SECONDS",
-        help="when a rank fails, time for the others to say why and end by themselves (default: 30)",
+        help="when a rank fails, time for the others to report errors and exit by themselves (default: 30)",
     )  # fmt: skip
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="fairseq-train and its arguments")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Start all ranks and wait for them; the exit status of the first that failed, 0 when none did. An interruption ends all."""
+    """Run all ranks. Returns the exit status of the first that failed, 0 if none did. An interrupt stops all ranks."""
     command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
     if not command:
-        sys.exit("fairseq-sparsemixer: nothing to launch; put the command behind --, as in launch --nproc 2 -- fairseq-train ...")
+        sys.exit("fairseq-sparsemixer: nothing to launch; put the command after --, as in launch --nproc 2 -- fairseq-train ...")
     if not 1 <= options.nproc <= MOST:
         sys.exit(f"fairseq-sparsemixer: --nproc {options.nproc} must be at least 1, and at most {MOST}")
-    if not 0 <= options.grace <= YEAR:  # false for NaN, too
+    if not 0 <= options.grace <= YEAR:  # rejects NaN too
         sys.exit(f"fairseq-sparsemixer: --grace {options.grace} must be a number of seconds between 0 and {YEAR}")
     try:
         with tempfile.TemporaryDirectory(prefix="fairseq-sparsemixer-") as folder:  # private to this user
             return run_ranks(command, options.nproc, f"file://{folder}/ranks", options.grace)
     except OSError as error:
-        sys.exit(f"fairseq-sparsemixer: no folder for the ranks to meet in ({error}); TMPDIR names one that can be written")
+        sys.exit(f"fairseq-sparsemixer: cannot create a folder for the rendezvous ({error}); set TMPDIR to a writable folder")
 
 
 def run_ranks(command: List[str], world_size: int, meeting: str, grace: float) -> int:
-    """Start `command` as each rank of world_size, to meet at the URL `meeting`; see run."""
+    """Run `command` as world_size ranks, which rendezvous at the URL `meeting`; see run."""
     cores = usable_cores() // world_size
-    environment = {"GLOO_SOCKET_IFNAME": loopback(), **child_environment(threads=cores)}  # each would take all cores otherwise
+    environment = {"GLOO_SOCKET_IFNAME": loopback(), **child_environment(threads=cores)}  # otherwise each uses all cores
     commands = [rank_command(command, rank, world_size, meeting) for rank in range(world_size)]
     try:
         with interrupted_by_sigterm(), running_together(commands, environment) as ranks:
@@ -69,15 +69,15 @@ def run_ranks(command: List[str], world_size: int, meeting: str, grace: float) -
 
 
 def loopback() -> str:
-    """The network interface that reaches this machine alone: lo on Linux, lo0 on BSD and macOS."""
+    """The loopback network interface: lo on Linux, lo0 on BSD and macOS."""
     names = [name for _, name in socket.if_nameindex()]
     return "lo0" if "lo0" in names and "lo" not in names else "lo"
 
 
 def rank_command(command: List[str], rank: int, world_size: int, meeting: str) -> List[str]:
-    """The command with what fairseq needs to run as one rank of several on a CPU. meeting: the URL where they find each other.
+    """The command with fairseq's settings for one of several ranks on a CPU. meeting: the URL of their rendezvous.
 
-    A setting that the command gives itself is left alone.
+    Settings that are already in the command are kept.
     """
     settings = rank_settings(rank, world_size, meeting)
     if Path(command[0]).name == "fairseq-hydra-train":
@@ -92,7 +92,7 @@ def rank_command(command: List[str], rank: int, world_size: int, meeting: str) -
 
 
 def rank_settings(rank: int, world_size: int, meeting: str) -> Dict[str, Any]:
-    """fairseq's settings for one rank; with a single one, only that it runs on the CPU."""
+    """fairseq's settings for one rank; for a single rank, only that it runs on the CPU."""
     if world_size == 1:
         return {"cpu": True}
     return {
@@ -103,12 +103,12 @@ def rank_settings(rank: int, world_size: int, meeting: str) -> Dict[str, Any]:
         "distributed_backend": "gloo",
         "distributed_no_spawn": True,
         "device_id": 0,
-        "ddp_backend": "legacy_ddp",  # fairseq hands pytorch_ddp a GPU's number
+        "ddp_backend": "legacy_ddp",  # fairseq passes a GPU's number to pytorch_ddp
     }
 
 
 def status_of(ranks: Sequence[subprocess.Popen], failed: Optional[int]) -> int:
-    """Report the rank that has failed, and give its exit status as a shell would; 0 where failed is None."""
+    """Report the failed rank. Returns its exit status as a shell would, and 0 if failed is None."""
     if failed is None:
         return 0
     status = ranks[failed].returncode

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the plots and print a table. All is read, drawn and tried before any file is written."""
+    """Write the plots and print a table. Everything is read, drawn and checked before any file is written."""
     from fairseq_sparsemixer.tools.plotting import draw_expert_load, draw_valid_loss, drawn  # matplotlib takes a second to load
 
     runs = [read_run(folder) for folder in options.runs]
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     require_json(options.json and str(options.json), [*map(str, images), *logs])
     _write(images, options.out, options.json, figures)
     first, *others = (name.replace("_", " ") for name in COLUMNS)
-    table = Table(Column(first, overflow="fold"), *others)  # cut short, the names of runs would be the same
+    table = Table(Column(first, overflow="fold"), *others)  # truncated, names of runs could be the same
     for row in figures:
         table.add_row(*("-" if row[name] is None else escape(form.format(row[name])) for name, form in COLUMNS.items()))
     console = Console()
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(images: Dict[Path, bytes], out: Path, json_file: Optional[Path], figures: List[Dict[str, Any]]) -> None:
-    """All files or, where one cannot be written, none."""
+    """Write all files or, if one cannot be written, none."""
     made = not os.path.isdir(out)
     try:
         for path in images:

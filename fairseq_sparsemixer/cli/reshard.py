@@ -1,7 +1,7 @@
-"""Convert a checkpoint between one file and files by rank, for any number of ranks that share the experts.
+"""Convert a checkpoint between one file and one file per rank, for any number of ranks that share the experts.
 
-IN and OUT name a sharded checkpoint as if it were one file: checkpoint_last.pt stands for checkpoint_last-rank-0.pt,
-checkpoint_last-rank-1.pt and so on. The optimizer's state comes along; every bit of every tensor is kept.
+IN and OUT name a sharded checkpoint as if it were one file: checkpoint_last.pt for checkpoint_last-rank-0.pt,
+checkpoint_last-rank-1.pt and so on. All tensors, including the optimizer state, are kept bit for bit.
 
 examples:
   fairseq-sparsemixer reshard run/checkpoint_last.pt whole.pt --portable
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="the checkpoint to read")
     parser.add_argument("target", metavar="OUT", help="the checkpoint to write")
     layout = parser.add_mutually_exclusive_group(required=True)
-    layout.add_argument("--expert-parallel-size", type=int, metavar="G", help="ranks that will share the experts: files of OUT")
+    layout.add_argument("--expert-parallel-size", type=int, metavar="G", help="ranks that will share the experts, one file each")
     layout.add_argument(
         "--portable", action="store_const", const=1, dest="expert_parallel_size", help="one file, for any number of ranks"
     )
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write OUT, and say what was written."""
+    """Write OUT, and print what was written."""
     from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
 
     require_json(options.json, [options.source, options.target])
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     size = sum(os.path.getsize(path) for path in done.target)
     print(
         f"{len(done.source)} -> {len(done.target)} files, {done.num_experts} experts, {size / 2**20:,.1f} MiB,"
-        f" optimizer state {'moved' if done.optimizer_state else 'absent'}: {', '.join(done.target)}"
+        f" optimizer state {'kept' if done.optimizer_state else 'absent'}: {', '.join(done.target)}"
     )
     if options.json:
         write_json(options.json, {**vars(done), "bytes": size})

@@ -1,4 +1,4 @@
-"""Print the folder to hand to fairseq's --user-dir.
+"""Print the folder to pass to fairseq's --user-dir.
 
 example:
   fairseq-train DATA --user-dir "$(fairseq-sparsemixer user-dir)" --arch transformer_moe ...

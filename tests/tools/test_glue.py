@@ -136,9 +136,9 @@ def test_wrong_files_are_refused(raw, dict_file, tmp_path):
     with pytest.raises(ConfigurationError, match="--dict .*none.txt does not exist"):
         main(["glue", "RTE", *command, "--dict", str(tmp_path / "none.txt")])
     (tmp_path / "words.txt").write_text("w0 1\nw1\n")
-    with pytest.raises(ConfigurationError, match="--dict .*words.txt is not a dictionary of fairseq"):
+    with pytest.raises(ConfigurationError, match="--dict .*words.txt is not a fairseq dictionary"):
         main(["glue", "RTE", *command, "--dict", str(tmp_path / "words.txt")])
-    with pytest.raises(ConfigurationError, match="--sentencepiece-model .*words.txt is not a model of sentencepiece"):
+    with pytest.raises(ConfigurationError, match="--sentencepiece-model .*words.txt is not a sentencepiece model"):
         main(["glue", "RTE", *command, "--dict", str(dict_file), "--sentencepiece-model", str(tmp_path / "words.txt")])
     (folder / "dev.tsv").unlink()
     with pytest.raises(ConfigurationError, match="dev.tsv is missing"):
@@ -189,7 +189,7 @@ def test_destinations_that_are_no_folder_are_refused(raw, dict_file, tmp_path, c
         main([*command, ""])
     assert "the name of the folder is empty" in capsys.readouterr().err
     (tmp_path / "none.txt").write_text("")
-    with pytest.raises(ConfigurationError, match="--dict .*none.txt has no word"):
+    with pytest.raises(ConfigurationError, match="--dict .*none.txt has no words"):
         main([*command[:4], "--dict", str(tmp_path / "none.txt"), "--dest-dir", str(tmp_path / "bin")])
 
 
