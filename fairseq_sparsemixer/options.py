@@ -8,7 +8,7 @@ from typing import Dict, Iterator, Optional
 from fairseq_sparsemixer.errors import ConfigurationError
 
 # must match the registrations in moe/gates, moe/estimators.py and moe/experts.py
-ROUTERS = "dense, base, dense_st, expert_choice, gshard, hash, noisy_topk, sinkhorn, sparsemixer, sparsemixer_v2, switch"
+ROUTERS = "dense, base, dense_st, expert_choice, gshard, hash, noisy_topk, sinkhorn, sparsemixer, sparsemixer_v2, switch, topk"
 ESTIMATORS = "switch, euler, midpoint, heun3, inf"
 ACTIVATIONS = "relu, gelu, silu, geglu, swiglu"
 
@@ -91,9 +91,43 @@ class MoEOptions:
             "help": "add a learned bias to the router's projection, as microsoft/SparseMixer's example does",
         },
     )
+    router_score: Optional[str] = field(
+        default=None,
+        metadata={
+            "option": "router_score",
+            "help": "topk: a token's scores are the softmax or the sigmoid of its logits: softmax, sigmoid (default: softmax)",
+        },
+    )
+    router_weights: Optional[str] = field(
+        default=None,
+        metadata={
+            "option": "router_weights",
+            "help": "topk: combine weights are the scores, normalised to sum to 1 or raw: normalised, raw (default: normalised)",
+        },
+    )
+    router_scale: Optional[float] = field(
+        default=None,
+        metadata={"option": "router_scale", "help": "topk: multiply the combine weights (default: 1; DeepSeek-V3: 2.5)"},
+    )
+    router_groups: Optional[int] = field(
+        default=None,
+        metadata={
+            "option": "router_groups",
+            "help": "topk: groups of experts; a token's are in the --router-topk-groups best (default: 1; DeepSeek-V3: 8)",
+        },
+    )
+    router_topk_groups: Optional[int] = field(
+        default=None,
+        metadata={
+            "option": "router_topk_groups",
+            "help": "topk: groups a token's experts may be in (default: all; DeepSeek-V3: 4)",
+        },
+    )
     router_option: Optional[str] = field(
         default=None,
-        metadata={"help": "options of a router without a flag of their own, NAME=VALUE[,NAME=VALUE...], passed to its constructor"},
+        metadata={
+            "help": "options of a router without a flag of their own, NAME=VALUE[,NAME=VALUE...], passed to its constructor"
+        },
     )
     num_shared_experts: int = field(
         default=0, metadata={"help": "shared experts per MoE layer: run on every token, in addition to the routed experts"}

@@ -8,7 +8,7 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 
 # importing these modules registers their routers
 from fairseq_sparsemixer.moe.gates import base_layers, dense_st, expert_choice, gshard, hash, noisy_topk  # noqa: F401  isort:skip
-from fairseq_sparsemixer.moe.gates import sinkhorn, sparsemixer, sparsemixer_v2, switch  # noqa: F401  isort:skip
+from fairseq_sparsemixer.moe.gates import sinkhorn, sparsemixer, sparsemixer_v2, switch, topk  # noqa: F401  isort:skip
 
 __all__ = [
     "DENSE",

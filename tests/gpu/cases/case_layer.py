@@ -105,6 +105,7 @@ LAUNCHES = {  # of one layer, forward and backward; a change that needs more say
     "switch": 103,
     "sinkhorn": 106,
     "dense_st": 108,
+    "topk": 119,
     "sparsemixer": 134,
     "gshard": 159,
     "sparsemixer_v2": 174,
