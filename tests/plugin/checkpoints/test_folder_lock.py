@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import runs
+from forks import in_child
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints import folder_lock
@@ -20,14 +21,13 @@ from fairseq_sparsemixer.plugin.checkpoints.folder_lock import NAME, lock_folder
 def another_process(action: Callable[[], None]) -> Iterator[int]:
     """The pid of a forked process that has done `action`, and is killed afterwards."""
     done, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            os.write(tell, b"y")
-            signal.pause()
-        finally:
-            os._exit(1)
+
+    def hold() -> None:
+        action()
+        os.write(tell, b"y")
+        signal.pause()
+
+    pid = in_child(hold)
     os.close(tell)
     assert os.read(done, 1) == b"y"
     try:
@@ -48,13 +48,7 @@ def is_refused(folder: Path) -> bool:
             return
         os._exit(1)
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            attempt()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(in_child(attempt), 0)[1]) == 0
 
 
 def test_a_folder_is_one_process_s_until_it_is_killed(tmp_path):

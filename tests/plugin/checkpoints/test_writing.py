@@ -14,6 +14,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import CheckpointConfig
+from forks import in_child
 
 import fairseq_sparsemixer  # noqa: F401  fairseq writes by it from here on
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -42,17 +43,6 @@ def save_as_fairseq_does(folder: Path, update: int) -> None:
     iterator = SimpleNamespace(epoch=1, end_of_epoch=lambda: False, state_dict=dict)
     cfg = CheckpointConfig(save_dir=str(folder), save_interval_updates=1, keep_interval_updates=2)
     checkpoint_utils.save_checkpoint(cfg, trainer, iterator, None)
-
-
-def in_child(action: Callable[[], None]) -> int:
-    """The pid of a forked process that does `action`."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return pid
 
 
 def die(*args, **kwargs) -> None:
