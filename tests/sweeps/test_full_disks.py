@@ -22,7 +22,7 @@ import runs
 import theirs
 import yaml
 from kills import LAST
-from ranks import collect, start_ranks
+from ranks import Rank, collect, start_ranks
 from sandbox import LONGEST, files_below
 from test_two_writers import SPEC, whole
 
@@ -305,9 +305,13 @@ def trained(corpus: Path, save_dir: Path, place: Path, ranks: int, updates: int,
     place.mkdir()
     meeting = kills.meeting_place()
     arguments = (corpus, save_dir, place, ranks, meeting, None, "--max-update", str(updates), *flags)
-    started = start_ranks(ranks, train_impatiently, *arguments, group=False)
+    return ends_of(start_ranks(ranks, train_impatiently, *arguments, group=False))
+
+
+def ends_of(ranks: List[Rank]) -> List[str]:
+    """What each rank returned, or the end of how it failed."""
     ends = []
-    for rank in started:
+    for rank in ranks:
         try:
             ends += collect([rank], kills.PATIENCE)
         except AssertionError as error:
@@ -336,12 +340,7 @@ def test_a_folder_that_vanishes(kind, count, corpus, tmp_path, capsys):
         time.sleep(draw.uniform(0, 3))
         vanished = save_dir.exists()
         os.rename(save_dir, tmp_path / f"gone{number}") if draw.random() < 0.5 else shutil.rmtree(save_dir, ignore_errors=True)
-        ends = []
-        for rank in started:
-            try:
-                ends += collect([rank], kills.PATIENCE)
-            except AssertionError as error:
-                ends.append(str(error)[-1500:])
+        ends = ends_of(started)
         faults += complaints(ends, tmp_path, tmp_path / "place")
         faults += whole(save_dir) if save_dir.exists() else []
         faults += [f"left {name}" for name in (kills.leftovers(save_dir, []) if save_dir.exists() else [])]
