@@ -33,7 +33,7 @@ COMMANDS: Dict[str, Command] = {
 
 
 def build_parser(arguments_of: Optional[str] = None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of one command (None: of all), whose module alone is imported."""
+    """The parser of all commands, with the arguments of one (None: of all); imports only the modules that it needs."""
     parser = argparse.ArgumentParser(prog="fairseq-sparsemixer", description="Tools for Mixture-of-Experts training in fairseq.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {fairseq_sparsemixer.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
