@@ -1,4 +1,4 @@
-"""What the tests share: the repository's root, the real text where there is some, and a tiny translation task."""
+"""Shared fixtures: the repository's root, real text if available, and tiny fairseq tasks, models and data."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # for subprocesses
 
-for found in sorted(ROOT.parent.glob("*/data/multi30k")):  # real text in a folder beside the repository
+for found in sorted(ROOT.parent.glob("*/data/multi30k")):  # real text in a folder next to the repository
     os.environ.setdefault("SPARSEMIXER_DATA", str(found.parent))
 
-torch.set_num_threads(1)  # tensors here are tiny: more threads cost more than they give
+torch.set_num_threads(1)  # tensors here are tiny, so more threads only add overhead
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with multi30k/ and wikitext2/ that the environment variable SPARSEMIXER_DATA names."""
+    """The folder $SPARSEMIXER_DATA with multi30k/ and wikitext2/; skips the test if it does not exist."""
     path = Path(os.environ.get("SPARSEMIXER_DATA", "nowhere"))
     if not path.is_dir():
         pytest.skip("no real text; set SPARSEMIXER_DATA to a folder with multi30k/ and wikitext2/")
@@ -54,7 +54,7 @@ def translation_task(dictionary):
 
 @pytest.fixture
 def build_translation_model(translation_task):
-    """build(**flags) -> a transformer_moe model of two layers a stack and width 16; flags as attributes, e.g. router="switch"."""
+    """build(**flags) -> a transformer_moe model with two layers per stack and width 16, e.g. build(router="switch")."""
     from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel, tiny
 
     def build(**flags):
@@ -72,7 +72,7 @@ def build_translation_model(translation_task):
 
 @pytest.fixture
 def translation_batch(dictionary):
-    """batch(lengths) -> a sample as fairseq's translation task collates it, sentences of the given lengths, random words."""
+    """batch(lengths) -> a sample as collated by fairseq's translation task: random words, sentences of the given lengths."""
     from fairseq.data.language_pair_dataset import collate
 
     def batch(*lengths: int):
@@ -96,7 +96,7 @@ def language_modeling_task(dictionary):
 
 @pytest.fixture
 def language_modeling_batch(dictionary):
-    """batch(lengths) -> a sample as fairseq's language_modeling task collates it: random words, padded on the right."""
+    """batch(lengths) -> a sample as collated by fairseq's language_modeling task: random words, padded on the right."""
 
     def batch(*lengths: int):
         source = torch.full((len(lengths), max(lengths)), dictionary.pad())
@@ -111,7 +111,7 @@ def language_modeling_batch(dictionary):
 
 @pytest.fixture(scope="session")
 def masked_lm_task(dictionary):
-    """fairseq's masked_lm task without data; the dictionary has one symbol more, <mask>."""
+    """fairseq's masked_lm task without data; its dictionary also has <mask>."""
     from copy import deepcopy
 
     from fairseq.tasks.masked_lm import MaskedLMConfig, MaskedLMTask
@@ -121,7 +121,7 @@ def masked_lm_task(dictionary):
 
 @pytest.fixture
 def masked_lm_batch(masked_lm_task):
-    """batch(lengths) -> a sample as fairseq's masked_lm task collates it: random words, every third one masked."""
+    """batch(lengths) -> a sample as collated by fairseq's masked_lm task: random words, every third one masked."""
 
     def batch(*lengths: int):
         words = masked_lm_task.dictionary
@@ -142,7 +142,7 @@ def masked_lm_batch(masked_lm_task):
 
 @pytest.fixture(scope="session")
 def run_fairseq():
-    """run("train", argument, ...) -> what that command of fairseq returns, run in this process; needs no --user-dir."""
+    """run("train", argument, ...) -> the result of a fairseq command, run in this process; needs no --user-dir."""
     from importlib import import_module
 
     from fairseq import checkpoint_utils, options
@@ -161,7 +161,7 @@ def run_fairseq():
 
     def run(command: str, *arguments):
         main = import_module(f"fairseq_cli.{command}").main
-        checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once in a process
+        checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once per process
         parser, arguments = parsers[command](), [str(argument) for argument in arguments]
         if command == "preprocess":
             return main(parser.parse_args(arguments))
@@ -172,7 +172,7 @@ def run_fairseq():
 
 @pytest.fixture(scope="session")
 def wikitext(shared_data, run_fairseq, tmp_path_factory) -> Path:
-    """WikiText-2 in fairseq's binary form: `train` is its test.txt, `valid` the first fifth of its valid.txt."""
+    """Binarised WikiText-2: `train` is its test.txt, `valid` the first fifth of its valid.txt."""
     folder = tmp_path_factory.mktemp("wikitext")
     for split, source, share in (("train", "test.txt", 1), ("valid", "valid.txt", 5)):
         lines = [line.strip() for line in (shared_data / "wikitext2" / source).read_text(encoding="utf-8").splitlines()]
@@ -187,7 +187,7 @@ def wikitext(shared_data, run_fairseq, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def translation_data(dictionary, tmp_path_factory) -> Path:
-    """A folder in fairseq's binary form: German to English, 48 pairs to train and 8 to validate; the target is the source."""
+    """A folder of binarised German-English data: 48 pairs for training and 8 for validation; targets equal sources."""
     from fairseq.data import indexed_dataset
 
     folder = tmp_path_factory.mktemp("translation")
@@ -213,7 +213,7 @@ def translation_data(dictionary, tmp_path_factory) -> Path:
 def train(run_fairseq, translation_data, tmp_path, caplog):
     """train(flag, ...) -> fairseq-train's log, a list of {name: figure} for each tag ("train_inner", "train", "valid").
 
-    A tiny SparseMixer model on translation_data, unless flags say otherwise; one line of log an update.
+    A tiny SparseMixer model on translation_data, unless overridden by flags; one log line per update.
     """
     import json
     import logging
@@ -243,7 +243,7 @@ def train(run_fairseq, translation_data, tmp_path, caplog):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """Binarised translation data of random words, for runs of fairseq's own commands (see runs.py)."""
+    """Binarised translation data of random words, for runs of fairseq's commands (see runs.py)."""
     import runs
 
     return runs.make_corpus(tmp_path_factory.mktemp("corpus"))

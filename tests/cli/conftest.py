@@ -1,4 +1,4 @@
-"""A tiny checkpoint for the commands that read one."""
+"""A tiny checkpoint for commands that read one."""
 
 from argparse import Namespace
 
@@ -10,7 +10,7 @@ from fairseq_sparsemixer.plugin.models.transformer_moe import tiny
 
 @pytest.fixture
 def trained(tmp_path, build_translation_model, translation_task):
-    """(flags, checkpoint): a checkpoint as fairseq saves it, the dictionaries it was trained with, and a sentence pair."""
+    """(flags, checkpoint): a checkpoint saved by fairseq, next to its dictionaries and a sentence pair."""
     for name in ("a.en", "a.de"):
         (tmp_path / name).write_text("w1 w2 w3\n")
     for language in ("en", "de"):

@@ -1,4 +1,4 @@
-"""`fairseq-sparsemixer completion`, and what every command's --help has."""
+"""`fairseq-sparsemixer completion`, and the --help of every command."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ from fairseq_sparsemixer.cli.completion import SHELLS
 
 @pytest.fixture
 def script(capsys):
-    """script(shell) -> what the command prints."""
+    """script(shell) -> the output of the command."""
 
     def printed(shell):
         assert main(["completion", shell]) == 0
@@ -30,9 +30,9 @@ def test_the_script_names_every_command(shell, script):
 
 @pytest.fixture
 def complete(script, tmp_path):
-    """complete(word, ...) -> what bash offers for the last word, in a folder with the file checkpoint.pt and the folder runs."""
+    """complete(word, ...) -> bash's completions of the last word, in a folder with the file checkpoint.pt and the folder runs."""
     if shutil.which("bash") is None:
-        pytest.skip("no bash here")
+        pytest.skip("bash is not installed")
     (tmp_path / "script").write_text(script("bash"))
     folder = tmp_path / "folder"
     (folder / "runs").mkdir(parents=True)
@@ -60,7 +60,7 @@ def complete(script, tmp_path):
     (["inspect", "checkpoint.pt", "--json", "check"], ["checkpoint.pt"]),
     (["completion", "b"], ["bash"]),
 ])  # fmt: skip
-def test_bash_completes(words, expected, complete):
+def test_bash_completes_commands_flags_and_paths(words, expected, complete):
     assert sorted(complete(*words)) == sorted(expected)
 
 

@@ -1,4 +1,4 @@
-"""`fairseq-sparsemixer fidelity`: what it prints and writes, and what it refuses."""
+"""`fairseq-sparsemixer fidelity`: its output and files, and the flags it refuses."""
 
 import json
 
@@ -11,7 +11,7 @@ SMALL = ["fidelity", "--tokens", "3", "--num-experts", "4", "--model-dim", "4"]
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No timing: it says nothing on a shared machine."""
+    """Skip timing, which is not meaningful on a shared machine."""
     monkeypatch.setattr("fairseq_sparsemixer.tools.fidelity.study.relative_times", lambda methods, num_experts, seed: {})
 
 
@@ -21,7 +21,7 @@ def without_time(path):
 
 
 @pytest.mark.slow
-def test_prints_the_table_and_the_conclusions_and_writes_both_files(quick, tmp_path, capsys):
+def test_the_command_prints_table_and_conclusions_and_writes_both_files(quick, tmp_path, capsys):
     assert main([*SMALL, "--draws", "300", "--json", str(tmp_path / "f.json"), "--png", str(tmp_path / "f.png")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "midpoint*" in printed and "300 draws" in printed and "- The choice term is" in printed
@@ -33,7 +33,7 @@ def test_prints_the_table_and_the_conclusions_and_writes_both_files(quick, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.png"]
 
 
-def test_the_same_seed_writes_the_same_figures_but_for_the_times(tmp_path, capsys):
+def test_the_same_seed_gives_the_same_figures_except_times(tmp_path, capsys):
     for name in ("a.json", "b.json"):
         main([*SMALL, "--draws", "100", "--seed", "7", "--json", str(tmp_path / name)])
     assert without_time(tmp_path / "a.json") == without_time(tmp_path / "b.json")
@@ -46,7 +46,7 @@ def test_expectations_show_midpoint_exact_on_a_quadratic(quick, tmp_path, capsys
     assert rows["midpoint*"]["unbiased"] and not rows["midpoint"]["unbiased"]
 
 
-def test_what_masking_does_is_said(quick, capsys):
+def test_the_effect_of_masking_is_reported(quick, capsys):
     main([*SMALL, "--jitter-eps", "0.1", "--expectation", "--estimators", "midpoint"])
     assert "Masking at jitter 0.1 leaves" in " ".join(capsys.readouterr().out.split())
     main([*SMALL, "--jitter-eps", "inf", "--expectation", "--estimators", "midpoint"])
@@ -77,7 +77,7 @@ def test_what_masking_does_is_said(quick, capsys):
         (["--checkpoint", "m.pt", "--text", "no.en", "--target", "no.de"], "--text no.en cannot be read"),
     ],
 )
-def test_bad_flags_end_with_one_sentence(flags, message):
+def test_bad_flags_give_a_one_line_error(flags, message):
     with pytest.raises(SystemExit, match="fairseq-sparsemixer: ") as stopped:
         main(["fidelity", *flags])
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
@@ -104,14 +104,14 @@ def test_a_layer_of_a_checkpoint_is_measured_on_text(quick, trained, tmp_path, c
     assert figures["exact"]["autograd_difference"] < 1e-10
 
 
-def test_missing_dictionaries_are_asked_for(quick, trained, tmp_path):
+def test_missing_dictionaries_are_reported_with_the_remedy(quick, trained, tmp_path):
     flags, _ = trained
     with pytest.raises(SystemExit, match="needs the dictionaries it was trained with .*; give their folder with --data-bin"):
         main(["fidelity", *flags, "--data-bin", str(tmp_path / "elsewhere")])
 
 
 @pytest.mark.parametrize("content, message", [(None, "does not exist"), (b"no checkpoint", "is not a checkpoint")])
-def test_a_checkpoint_that_cannot_be_loaded_ends_with_one_sentence(trained, content, message):
+def test_an_unreadable_checkpoint_gives_a_one_line_error(trained, content, message):
     flags, checkpoint = trained
     checkpoint.unlink()
     if content is not None:
@@ -120,6 +120,6 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_with_one_sentence(trained, cont
         main(["fidelity", *flags])
 
 
-def test_a_file_that_cannot_be_written_ends_with_one_sentence(quick, tmp_path):
+def test_an_unwritable_file_gives_a_one_line_error(quick, tmp_path):
     with pytest.raises(SystemExit, match="--json .* cannot be written"):
         main([*SMALL, "--expectation", "--json", str(tmp_path / "missing" / "f.json")])

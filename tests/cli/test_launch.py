@@ -1,4 +1,4 @@
-"""`launch`: the flags each rank gets, and what happens when one fails."""
+"""`fairseq-sparsemixer launch`: the flags of each rank, and what happens if a rank fails."""
 
 import os
 import signal
@@ -16,20 +16,20 @@ from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.cli.launch import rank_command
 
 
-def test_each_rank_gets_fairseq_its_flags():
+def test_each_rank_gets_its_fairseq_flags():
     assert rank_command(["fairseq-train", "data", "--fp16"], rank=1, world_size=2, meeting="file:///tmp/m/ranks") == (
         "fairseq-train data --fp16 --cpu --distributed-world-size 2 --distributed-rank 1 --distributed-init-method"
         " file:///tmp/m/ranks --distributed-backend gloo --distributed-no-spawn --device-id 0 --ddp-backend legacy_ddp"
     ).split(" ")
 
 
-def test_hydra_gets_overrides():
+def test_hydra_programs_get_overrides():
     command = rank_command(["/bin/fairseq-hydra-train", "task.data=x"], rank=0, world_size=4, meeting="file:///tmp/m/ranks")
     assert command[2:4] == ["common.cpu=True", "distributed_training.distributed_world_size=4"]
     assert "distributed_training.ddp_backend=legacy_ddp" in command
 
 
-def test_what_the_user_sets_stays():
+def test_flags_set_by_the_user_are_kept():
     command = rank_command(
         ["fairseq-train", "--cpu", "--ddp-backend", "no_c10d"], rank=0, world_size=2, meeting="file:///tmp/m/ranks"
     )
@@ -43,17 +43,17 @@ def test_one_rank_needs_no_process_group():
 def launch(tmp_path, program: str, *flags: str) -> int:
     script = tmp_path / "program.py"
     script.write_text(f"import os, signal, sys, time\nrank = int(sys.argv[sys.argv.index('--distributed-rank') + 1])\n{program}")
-    with patch.object(tempfile, "tempdir", str(tmp_path)):  # a killed launcher leaves its folder
+    with patch.object(tempfile, "tempdir", str(tmp_path)):  # a killed launcher leaves its temporary folder
         return main(["launch", "--nproc", "2", *flags, "--", sys.executable, str(script)])
 
 
 @pytest.mark.distributed
-def test_success_is_status_zero(tmp_path):
+def test_success_exits_with_zero(tmp_path):
     assert launch(tmp_path, "sys.exit(0)") == 0
 
 
 @pytest.mark.distributed
-def test_a_failed_rank_gives_its_status_and_ends_the_others(tmp_path, capsys):
+def test_a_failed_ranks_status_is_returned_and_the_others_are_stopped(tmp_path, capsys):
     assert launch(tmp_path, "sys.exit(3) if rank else time.sleep(1000)", "--grace", "0.2") == 3
     assert "rank 1 ended with exit status 3" in capsys.readouterr().err
 
@@ -66,7 +66,7 @@ def test_a_killed_rank_is_reported_with_its_signal(tmp_path, capsys):
 
 
 def sleeping_ranks(tmp_path: Path, first: str = "pass"):
-    """A launcher whose two ranks sleep, and their process ids; `first` is what the ranks do before."""
+    """A launcher with two sleeping ranks, and their process ids; the ranks first run the code `first`."""
     program = f"{first}\nopen({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(os.getpid()))\ntime.sleep(1000)"
     (launcher,) = start_ranks(1, launch, tmp_path, program, group=False)
     paths = [tmp_path / "0", tmp_path / "1"]
@@ -76,7 +76,7 @@ def sleeping_ranks(tmp_path: Path, first: str = "pass"):
 
 
 def await_end(processes: List[int]) -> None:
-    """Wait until no process has these ids; they are not our children, and may stay defunct where nobody reaps orphans."""
+    """Wait until these processes have ended. They are not our children, and stay zombies if nothing reaps orphans."""
     for process in processes:
         while not ended(process):
             time.sleep(0.01)
@@ -90,7 +90,7 @@ def ended(process: int) -> bool:
 
 
 @pytest.mark.distributed
-def test_sigterm_ends_all_ranks(tmp_path):
+def test_sigterm_stops_all_ranks(tmp_path):
     launcher, processes = sleeping_ranks(tmp_path)
     launcher.kill(signal.SIGTERM)
     assert launcher.result() == 128 + signal.SIGINT
@@ -98,8 +98,8 @@ def test_sigterm_ends_all_ranks(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
-def test_killing_the_launcher_ends_all_ranks(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children when their parent dies")
+def test_killing_the_launcher_kills_all_ranks(tmp_path):
     launcher, processes = sleeping_ranks(tmp_path)
     os.kill(processes[1], signal.SIGSTOP)
     launcher.kill(signal.SIGKILL)
@@ -108,7 +108,7 @@ def test_killing_the_launcher_ends_all_ranks(tmp_path):
 
 
 @pytest.mark.distributed
-def test_sigterm_ends_ranks_that_are_stopped_or_deaf_to_it(tmp_path):
+def test_sigterm_also_ends_ranks_that_are_stopped_or_ignore_it(tmp_path):
     launcher, processes = sleeping_ranks(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
     os.kill(processes[1], signal.SIGSTOP)
     launcher.kill(signal.SIGTERM)
@@ -127,26 +127,26 @@ inodes = [os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd
 for name in ('tcp', 'tcp6'):
     for line in list(open(f'/proc/net/{name}'))[1:] if os.path.exists(f'/proc/net/{name}') else []:
         words = line.split()
-        if words[3] == '0A' and f'socket:[{words[9]}]' in inodes:  # one of this process that listens
+        if words[3] == '0A' and f'socket:[{words[9]}]' in inodes:  # a listening socket of this process
             open(sys.argv[1] + f'/{rank}', 'a').write(words[1].split(':')[0] + '\\n')
 dist.barrier()
 """
 
 
 @pytest.mark.distributed
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets there")
-def test_nothing_listens_to_the_network(tmp_path):
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="/proc/net/tcp exists only on Linux")
+def test_ranks_listen_on_the_loopback_interface_only(tmp_path):
     script, found = tmp_path / "talk.py", tmp_path / "found"
     found.mkdir()
     script.write_text("import os\nimport sys\nrank = int(sys.argv[sys.argv.index('--distributed-rank') + 1])" + TALK)
     assert main(["launch", "--nproc", "2", "--", sys.executable, str(script), str(found)]) == 0
     for rank in ("0", "1"):
-        addresses = (found / rank).read_text().split()  # gloo's: empty would mean that the test looks in the wrong place
+        addresses = (found / rank).read_text().split()  # gloo's sockets; if empty, the test looked in the wrong place
         assert addresses and set(addresses) == {"0100007F"}, addresses  # 127.0.0.1
 
 
 @pytest.mark.distributed
-def test_the_meeting_place_is_private_and_removed(tmp_path):
+def test_the_rendezvous_folder_is_private_and_removed(tmp_path):
     program = (
         "from stat import S_IMODE\nfolder = os.path.dirname(sys.argv[sys.argv.index('--distributed-init-method') + 1][7:])\n"
         "sys.exit(S_IMODE(os.stat(folder).st_mode) != 0o700)"
@@ -156,7 +156,7 @@ def test_the_meeting_place_is_private_and_removed(tmp_path):
 
 
 @pytest.mark.distributed
-def test_others_may_end_by_themselves_within_the_grace(tmp_path):
+def test_other_ranks_may_finish_within_the_grace_period(tmp_path):
     done = tmp_path / "done"
     program = f"rank and sys.exit(1)\ntime.sleep(0.5)\nopen({str(done)!r}, 'w').close()"
     assert launch(tmp_path, program) == 1
@@ -174,6 +174,6 @@ def test_others_may_end_by_themselves_within_the_grace(tmp_path):
         (["--nproc", "2", "--grace", "-1", "--", "true"], "--grace -1.0 must be a number of seconds between 0 and"),
     ],
 )
-def test_mistakes_get_one_sentence(arguments, sentence):
+def test_bad_arguments_give_a_one_line_error(arguments, sentence):
     with pytest.raises(SystemExit, match=sentence):
         main(["launch", *arguments])

@@ -1,4 +1,4 @@
-"""`fairseq-sparsemixer plot`, and the reading of runs behind it."""
+"""`fairseq-sparsemixer plot`, and the reading of run logs."""
 
 import json
 import math
@@ -15,7 +15,7 @@ LAYERS = ["encoder.layers.0", "decoder.layers.0"]
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """The logs of a run of 20 updates with 2 x 2 experts, as fairseq writes them: other text, repeated lines, a cut last one."""
+    """fairseq's logs of a run of 20 updates with 2 x 2 experts, with other text, repeated lines and a truncated last line."""
     lines = ["{'_name': None}", "TransformerMoEModel("]
     for updates, loss, speed in ((10, 3.0, 100), (10, 3.0, 100), (20, 2.5, 300)):
         lines.append(json.dumps({"epoch": 1, "loss": "9", "wps": str(speed), "wpb": "600", "num_updates": str(updates)}))
@@ -38,7 +38,7 @@ def test_a_run_is_read_from_its_logs(run_dir):
     assert run.load.total() == [[0.5, 0.5], [20 / 30, 10 / 30]]
 
 
-def test_load_entropy_is_one_for_even_loads_and_averages_layers(run_dir):
+def test_load_entropy_is_one_if_balanced_and_is_averaged_over_layers(run_dir):
     uneven = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(2)
     assert read_run(run_dir).load.entropy() == pytest.approx((1 + uneven) / 2)
 
@@ -59,7 +59,7 @@ def test_the_command_writes_plots_and_figures(run_dir, tmp_path, capsys):
     assert "a_run" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_log_is_refused_with_the_flags_that_write_one(tmp_path):
+def test_a_folder_without_a_log_is_refused_with_the_flags_that_write_it(tmp_path):
     with pytest.raises(ConfigurationError, match="has no train.log; train with --log-format json --log-file"):
         read_run(tmp_path)
     (tmp_path / "train.log").write_text("nothing of use\n")
@@ -68,7 +68,7 @@ def test_a_folder_without_a_log_is_refused_with_the_flags_that_write_one(tmp_pat
 
 
 def log(run_dir, **changes):
-    """The folder of a run whose second line of log has other values."""
+    """The run's folder, with the given values in the second line of its log."""
     line = {"loss": "9", "wps": "100", "wpb": "600", "num_updates": "10", **changes}
     (run_dir / "train.log").write_text("a line of text\n" + json.dumps(line) + "\n")
     return run_dir
@@ -76,13 +76,13 @@ def log(run_dir, **changes):
 
 @pytest.mark.parametrize("name", ["loss", "wps", "wpb", "num_updates"])
 @pytest.mark.parametrize("value", [None, "x", "", [], {}, True, [[]], 1e308, 10**400, "-1e300"])
-def test_a_value_that_fairseq_does_not_write_is_named_with_file_line_and_name(run_dir, name, value):
+def test_an_invalid_log_value_is_reported_with_file_line_and_name(run_dir, name, value):
     with pytest.raises(ConfigurationError, match=f"train.log:2: {name} .* is not a number.*; correct the line"):
         read_run(log(run_dir, **{name: value}))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "nan", "inf"])
-def test_a_number_of_updates_is_a_whole_one(run_dir, value):
+def test_a_number_of_updates_must_be_a_nonnegative_integer(run_dir, value):
     with pytest.raises(ConfigurationError, match="num_updates .* is not a number of updates"):
         read_run(log(run_dir, num_updates=value))
 
@@ -94,7 +94,7 @@ def test_a_number_of_updates_is_a_whole_one(run_dir, value):
     {"layers": None}, {"layers": ["a"]}, {"layers": [1, 2]}, {"layers": "ab"},
     {"num_updates": None}, {"num_updates": "x"}, {"num_updates": -1}, {"num_updates": []},
 ])  # fmt: skip
-def test_an_odd_line_of_a_load_file_is_named(run_dir, changes):
+def test_an_invalid_line_of_a_load_file_is_reported(run_dir, changes):
     lines = [{"num_updates": 10, "layers": LAYERS, "load": [[5, 5], [9, 1]]}]
     lines.append({"num_updates": 20, "layers": LAYERS, "load": [[5, 5], [9, 1]], **changes})
     (run_dir / "load.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -102,13 +102,13 @@ def test_an_odd_line_of_a_load_file_is_named(run_dir, changes):
         read_run(run_dir)
 
 
-def test_deep_and_broken_lines_are_passed_over(run_dir):
+def test_deeply_nested_and_broken_lines_are_skipped(run_dir):
     with (run_dir / "train.log").open("a") as file:
         file.write("\n" + '{"a": ' * 9999 + "\n{" + '"n": ' + "9" * 9999 + "}\n\x00\n")
     assert read_run(run_dir).updates == 20
 
 
-def test_a_training_that_diverged_is_plotted_without_its_gaps_and_is_null_in_json(run_dir, tmp_path):
+def test_a_diverged_run_is_plotted_with_gaps_and_is_null_in_json(run_dir, tmp_path):
     lines = [json.dumps({"valid_loss": loss, "valid_num_updates": str(n)}) for n, loss in enumerate(("3", "nan", "inf"), 1)]
     (run_dir / "train.log").write_text("\n".join(lines) + "\n")
     assert main(["plot", str(run_dir), "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]) == 0
@@ -123,7 +123,7 @@ def test_a_training_that_diverged_is_plotted_without_its_gaps_and_is_null_in_jso
 
 
 def kept(folder, *flags):
-    """That plot refuses, and leaves the plots of before as they are and nothing new."""
+    """Check that plot fails and changes no file; its error message."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises((ConfigurationError, SystemExit)) as error:
         main(["plot", *map(str, flags)])
@@ -131,7 +131,7 @@ def kept(folder, *flags):
     return str(error.value)
 
 
-def test_nothing_is_written_before_all_is_read_and_can_be_written(run_dir, tmp_path, capsys):
+def test_nothing_is_written_unless_all_inputs_and_outputs_are_valid(run_dir, tmp_path, capsys):
     out = tmp_path / "plots"
     out.mkdir()
     (out / "valid_loss.png").write_text("of an earlier run")
@@ -152,13 +152,13 @@ def test_nothing_is_written_before_all_is_read_and_can_be_written(run_dir, tmp_p
 
 
 @pytest.mark.parametrize("name", ["$x_{", "a$b$\\frac", "_hidden", "[bold]", "%s{}"])
-def test_a_runs_name_is_shown_as_it_is(run_dir, tmp_path, capsys, name):
+def test_a_runs_name_is_printed_verbatim(run_dir, tmp_path, capsys, name):
     run_dir.rename(tmp_path / name)
     assert main(["plot", str(tmp_path / name), "--out", str(tmp_path)]) == 0
     assert name in capsys.readouterr().out
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_path_that_is_not_a_run_is_refused(tmp_path):
     os.mkfifo(tmp_path / "train.log")
     for path in (tmp_path, tmp_path / ("x" * 300), tmp_path / "a\0b", tmp_path / "missing"):
         with pytest.raises(ConfigurationError, match="has no train.log"):

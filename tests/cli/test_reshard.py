@@ -1,4 +1,4 @@
-"""`fairseq-sparsemixer reshard`: any layout to any other, bit by bit, optimizer state included."""
+"""`fairseq-sparsemixer reshard`: conversion between any layouts, bit for bit, optimizer state included."""
 
 import json
 import os
@@ -20,7 +20,7 @@ E, M = 8, 3
 
 
 def made_up(dtype: torch.dtype = torch.float32) -> Dict[str, Any]:
-    """A portable checkpoint: two layers with experts, other weights, an averaged copy, Adam's state for all."""
+    """A random portable checkpoint: two layers with experts, other weights, an EMA copy, Adam's state for all."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int):
@@ -50,7 +50,7 @@ def made_up(dtype: torch.dtype = torch.float32) -> Dict[str, Any]:
 
 
 def assert_identical(one: Any, other: Any) -> None:
-    """Every tensor bit by bit, everything else equal."""
+    """Check that tensors are identical bit for bit and everything else is equal."""
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert list(one) == list(other)
@@ -64,7 +64,7 @@ def assert_identical(one: Any, other: Any) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_a_way_through_any_layouts_and_back_changes_no_bit(tmp_path_factory, sizes: List[int], dtype: torch.dtype):
+def test_conversion_through_any_layouts_and_back_changes_no_bit(tmp_path_factory, sizes: List[int], dtype: torch.dtype):
     folder = tmp_path_factory.mktemp("layouts")
     torch.save(made_up(dtype), folder / "0.pt")
     for step, size in enumerate([*sizes, 1]):
@@ -72,7 +72,7 @@ def test_a_way_through_any_layouts_and_back_changes_no_bit(tmp_path_factory, siz
     assert_identical(read_checkpoint(str(folder / "0.pt")), read_checkpoint(str(folder / f"{len(sizes) + 1}.pt")))
 
 
-def test_each_file_has_its_rows_of_experts_and_all_of_the_rest(tmp_path):
+def test_each_file_has_its_own_experts_and_all_other_weights(tmp_path):
     whole = made_up()
     torch.save(whole, tmp_path / "whole.pt")
     reshard(str(tmp_path / "whole.pt"), str(tmp_path / "parts.pt"), 4)
@@ -88,7 +88,7 @@ def test_each_file_has_its_rows_of_experts_and_all_of_the_rest(tmp_path):
         assert part["expert_parallel"]["size"] == 4 and part["expert_parallel"]["index"] == index
 
 
-def test_a_file_by_rank_is_no_larger_than_what_it_holds(tmp_path):
+def test_a_rank_file_is_no_larger_than_its_content(tmp_path):
     whole = made_up()
     whole["model"] = {"layer.experts.weight_in": torch.randn(E, 100, 100)}
     for key in ("extra_state", "last_optimizer_state"):
@@ -100,7 +100,7 @@ def test_a_file_by_rank_is_no_larger_than_what_it_holds(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_converts_what_training_wrote_for_generation(corpus, tmp_path, capsys):
+def test_a_trained_checkpoint_generates_the_same_after_conversion(corpus, tmp_path, capsys):
     runs.train(corpus, tmp_path / "run", updates=1)
     trained = tmp_path / "run" / "checkpoint_last.pt"
     assert main(["reshard", str(trained), str(tmp_path / "two.pt"), "--expert-parallel-size", "2"]) == 0
@@ -123,14 +123,14 @@ def test_the_command_converts_what_training_wrote_for_generation(corpus, tmp_pat
         (2, {"expert_parallel": {"size": 2}}, "is one of 2 files; name the checkpoint without its -rank-N"),
     ],
 )
-def test_what_cannot_be_converted_gets_one_sentence(tmp_path, size, change, sentence):
+def test_an_impossible_conversion_gives_a_one_line_error(tmp_path, size, change, sentence):
     torch.save({**made_up(), **change}, tmp_path / "in.pt")
     with pytest.raises(SystemExit, match=sentence) as error:
         main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--expert-parallel-size", str(size)])
     assert error.value.code and not list(Path(tmp_path).glob("out*"))
 
 
-def test_a_missing_and_an_overwritten_file_are_named(tmp_path):
+def test_a_missing_input_and_an_overwritten_input_are_named(tmp_path):
     with pytest.raises(SystemExit, match="gone.pt does not exist, nor does .*gone-rank-0.pt"):
         main(["reshard", str(tmp_path / "gone.pt"), str(tmp_path / "out.pt"), "--portable"])
     torch.save(made_up(), tmp_path / "in.pt")
@@ -138,7 +138,7 @@ def test_a_missing_and_an_overwritten_file_are_named(tmp_path):
         main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "in.pt"), "--portable"])
 
 
-def test_an_out_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
+def test_an_unwritable_output_is_named_and_leaves_no_files(tmp_path):
     source, pipe = tmp_path / "in.pt", tmp_path / "pipe.pt"
     torch.save(made_up(), source)
     os.mkfifo(pipe)
@@ -162,7 +162,7 @@ def test_an_out_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path):
     assert (tmp_path / "file").read_text() == "the user's" and pipe.is_fifo()
 
 
-def test_a_pipe_among_the_parts_is_refused_and_not_waited_for(tmp_path):
+def test_a_pipe_among_the_inputs_is_refused_without_blocking(tmp_path):
     torch.save(made_up(), tmp_path / "in.pt")
     reshard(str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), 2)
     (tmp_path / "two-rank-1.pt").unlink()
@@ -173,7 +173,7 @@ def test_a_pipe_among_the_parts_is_refused_and_not_waited_for(tmp_path):
             main(["reshard", str(tmp_path / name), str(tmp_path / "out.pt"), "--portable"])
 
 
-def test_a_set_is_not_touched_before_all_of_the_new_one_is_on_the_disk(tmp_path):
+def test_old_files_are_kept_until_all_new_ones_are_on_disk(tmp_path):
     torch.save(made_up(), tmp_path / "in.pt")
     reshard(str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -190,8 +190,8 @@ def test_a_set_is_not_touched_before_all_of_the_new_one_is_on_the_disk(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot keep room for a file")
-def test_a_disk_without_room_for_what_is_put_together_is_said_before_it_is_written_to(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has no posix_fallocate")
+def test_missing_disk_space_is_reported_before_writing(tmp_path):
     torch.save(made_up(), tmp_path / "in.pt")
     reshard(str(tmp_path / "in.pt"), str(tmp_path / "two.pt"), 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -199,11 +199,11 @@ def test_a_disk_without_room_for_what_is_put_together_is_said_before_it_is_writt
         with pytest.raises(SystemExit, match="out.pt cannot be written .No space left on device; .* MiB are free there"):
             main(["reshard", str(tmp_path / "two.pt"), str(tmp_path / "out.pt"), "--portable"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with patch("os.posix_fallocate", side_effect=OSError(95, "Operation not supported")):  # a file system that has no such thing
+    with patch("os.posix_fallocate", side_effect=OSError(95, "Operation not supported")):  # a file system without it
         assert main(["reshard", str(tmp_path / "two.pt"), str(tmp_path / "out.pt"), "--portable"]) == 0
 
 
-def test_figures_take_no_file_s_place_and_are_refused_before_any_work(tmp_path):
+def test_the_json_report_must_not_overwrite_a_file_of_the_command(tmp_path):
     torch.save(made_up(), tmp_path / "in.pt")
     for figures, sentence in (
         ("in.pt", "--json .*in.pt would overwrite a file of this command"),
@@ -225,7 +225,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_a_checkpoint_with_odd_entries_gets_one_sentence(kind, tmp_path):
+def test_a_checkpoint_with_invalid_entries_gives_a_one_line_error(kind, tmp_path):
     torch.save({**made_up(), **ODD[kind]}, tmp_path / "in.pt")
     with pytest.raises(SystemExit, match="in.pt is .*; use another file") as error:
         main(["reshard", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--expert-parallel-size", "2"])

@@ -1,4 +1,4 @@
-"""`--user-dir` from a bare clone and from the installed package, in each of fairseq's programs, run from another folder."""
+"""`--user-dir` from a clone and from the installed package, in each fairseq program, run from another folder."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ MODEL = (
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory):
-    """A copy of the repository's code, where nothing puts it on Python's path."""
+    """A copy of the repository's code that is not on Python's path."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("fairseq_sparsemixer", "criterions"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -37,7 +37,7 @@ def elsewhere(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(elsewhere):
-    """run(program, *arguments, input="", path=None) -> what it printed. path: a folder for Python to find packages in."""
+    """run(program, *arguments, input="", path=None) -> its output. path: a folder to put on Python's path."""
 
     def run(program, *arguments, input="", path=None):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -53,7 +53,7 @@ def run(elsewhere):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """The same eight pairs of sentences as training and validation data, as fairseq-preprocess leaves them."""
+    """The same eight sentence pairs as training and validation data, binarised by fairseq-preprocess."""
     from fairseq import options
     from fairseq_cli.preprocess import main as preprocess
 
@@ -68,7 +68,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(clone, data, elsewhere, run):
-    """What fairseq-train writes, given a relative --user-dir."""
+    """The checkpoint of a fairseq-train run with a relative --user-dir."""
     user_dir = os.path.relpath(clone / "fairseq_sparsemixer", elsewhere)
     flags = "--task translation --arch transformer_moe_tiny --cpu --max-update 1 --max-tokens 64 --optimizer adam"
     model = [word for option in MODEL for word in ("--" + option.split("=")[0].replace("_", "-"), option.split("=")[1])]

@@ -1,4 +1,4 @@
-"""The auxiliary losses in a criterion: what is added to the loss, what is logged, and how both scale."""
+"""Auxiliary losses in a criterion: their contribution to the loss, their logging, and how both scale."""
 
 import math
 import re
@@ -24,13 +24,11 @@ def build(task, **flags):
 
 @pytest.fixture
 def model(build_translation_model):
-    """Switch without noise: the same routing whenever the same batch comes."""
+    """Switch without noise, so the same batch always gets the same routing."""
     return build_translation_model(router="switch", jitter_eps=0.0)
 
 
-def test_the_loss_is_fairseqs_plus_the_weighted_losses_of_the_layers_times_sample_size(
-    model, translation_task, translation_batch
-):
+def test_the_loss_is_fairseqs_plus_weighted_auxiliary_losses_times_sample_size(model, translation_task, translation_batch):
     sample = translation_batch(3, 6)
     criterion = build(translation_task, moe_balance_loss_weight=0.3, moe_z_loss_weight=0.2)
     loss, sample_size, log = criterion(model, sample)
@@ -39,11 +37,11 @@ def test_the_loss_is_fairseqs_plus_the_weighted_losses_of_the_layers_times_sampl
     expected = sum(0.3 * layer.routing.aux_losses["balance"] + 0.2 * layer.routing.aux_losses["router_z"] for layer in layers)
     assert sample_size == plain_size
     torch.testing.assert_close(loss, plain + sample_size * expected)
-    assert {name: log[name] for name in plain_log} == plain_log  # what is logged compares with a dense model's
+    assert {name: log[name] for name in plain_log} == plain_log  # logged losses are comparable with a dense model's
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_validation_reports_fairseqs_loss_alone(model, translation_task, translation_batch, training):
+def test_validation_reports_fairseqs_loss_only(model, translation_task, translation_batch, training):
     model.train(training)
     sample = translation_batch(3, 6)
     _, _, log = build(translation_task)(model, sample)
@@ -59,7 +57,7 @@ def test_a_dense_model_gets_fairseqs_criterion_unchanged(build_translation_model
 
 
 def gradient(model, criterion, batches):
-    """What fairseq's trainer makes of batches accumulated into one update."""
+    """The gradient of batches accumulated into one update, as in fairseq's trainer."""
     model.zero_grad()
     total = 0
     for sample in batches:
@@ -69,8 +67,8 @@ def gradient(model, criterion, batches):
     return {name: parameter.grad / total for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_two_accumulated_halves_average_the_auxiliary_losses_of_both(model, translation_task, translation_batch):
-    """The same half twice: balance, defined on each half, is then that of the whole batch, and so must its gradient be."""
+def test_accumulating_two_equal_halves_gives_the_whole_batchs_gradient(model, translation_task, translation_batch):
+    """The halves are identical, so the balance loss of each half, and its gradient, equals that of the whole batch."""
     criterion = build(translation_task, moe_balance_loss_weight=1.0, moe_z_loss_weight=0.1)
     sample = translation_batch(4, 4)
     once, twice = gradient(model, criterion, [sample]), gradient(model, criterion, [sample, sample])
@@ -78,8 +76,8 @@ def test_two_accumulated_halves_average_the_auxiliary_losses_of_both(model, tran
         torch.testing.assert_close(once[name], twice[name], rtol=1e-4, atol=1e-6)
 
 
-def test_halves_weigh_by_their_sample_size(model, translation_task, translation_batch):
-    """fairseq's loss cancels; what is left is the mean of the halves' balance losses, weighted by tokens."""
+def test_accumulated_auxiliary_losses_are_weighted_by_sample_size(model, translation_task, translation_batch):
+    """fairseq's loss cancels; the mean of the halves' balance losses remains, weighted by tokens."""
     halves = [translation_batch(2), translation_batch(8, 8)]
     with_aux = gradient(model, build(translation_task, moe_balance_loss_weight=1.0), halves)
     without = gradient(model, build(translation_task, moe_balance_loss_weight=0.0), halves)
@@ -94,7 +92,7 @@ def test_halves_weigh_by_their_sample_size(model, translation_task, translation_
             torch.testing.assert_close(with_aux[name] - without[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_gradients_with_checkpointed_activations_are_the_same(build_translation_model, translation_task, translation_batch):
+def test_activation_checkpointing_gives_the_same_gradients(build_translation_model, translation_task, translation_batch):
     plain = build_translation_model(dropout=0.1)
     checkpointed = build_translation_model(dropout=0.1, checkpoint_activations=True)
     checkpointed.load_state_dict(plain.state_dict())
@@ -107,7 +105,7 @@ def test_gradients_with_checkpointed_activations_are_the_same(build_translation_
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_layer_that_layerdrop_skips_adds_nothing(build_translation_model, translation_task, translation_batch):
+def test_a_layer_skipped_by_layerdrop_adds_no_auxiliary_loss(build_translation_model, translation_task, translation_batch):
     model = build_translation_model(encoder_layerdrop=0.999)
     criterion, sample = build(translation_task, moe_balance_loss_weight=1.0), translation_batch(3, 6)
     criterion(model.eval(), sample)  # all layers run
@@ -117,10 +115,10 @@ def test_a_layer_that_layerdrop_skips_adds_nothing(build_translation_model, tran
     assert log["moe/tokens"].tolist() == [0, sample["ntokens"]] and log["moe/aux/balance"][0] == 0
 
 
-def test_the_log_has_the_same_entries_when_layerdrop_skips_every_layer(
+def test_the_log_has_the_same_entries_if_layerdrop_skips_every_layer(
     build_translation_model, translation_task, translation_batch
 ):
-    """Ranks add their logs up entry by entry, and would wait for each other in vain."""
+    """Ranks sum their logs entry by entry, and would deadlock if an entry were missing."""
     model = build_translation_model(encoder_layerdrop=0.999, decoder_layerdrop=0.999)
     criterion, sample = build(translation_task), translation_batch(3, 6)
     _, _, full = criterion(model.eval(), sample)
@@ -132,7 +130,7 @@ def test_the_log_has_the_same_entries_when_layerdrop_skips_every_layer(
     assert loss.isfinite()
 
 
-def test_a_loss_of_weight_zero_may_overflow(model, translation_task, translation_batch):
+def test_an_auxiliary_loss_with_weight_zero_may_overflow(model, translation_task, translation_batch):
     criterion, sample = build(translation_task, moe_z_loss_weight=0.0, moe_balance_loss_weight=1.0), translation_batch(3, 6)
     for layer in model.modules():
         if hasattr(layer, "projection"):
@@ -142,10 +140,10 @@ def test_a_loss_of_weight_zero_may_overflow(model, translation_task, translation
     loss.backward()
     assert all(parameter.grad.isfinite().all() for name, parameter in model.named_parameters() if "experts" in name)
     criterion = build(translation_task, moe_z_loss_weight=0.1, moe_balance_loss_weight=1.0)
-    assert criterion(model, sample)[0].isinf()  # and does not pass unseen where it counts
+    assert criterion(model, sample)[0].isinf()  # with a weight, the overflow is visible
 
 
-def test_layers_are_named_after_the_transformer_layers_around_them(model):
+def test_moe_layers_are_named_after_their_transformer_layers(model):
     assert [name for name, _ in named_moe_layers(model)] == ["encoder.layers.0", "decoder.layers.0"]
     assert [name for name, _ in named_moe_layers(nn.Sequential(model))] == ["0.encoder.layers.0", "0.decoder.layers.0"]
 
@@ -157,12 +155,12 @@ def test_layers_are_named_after_the_transformer_layers_around_them(model):
     (dict(moe_z_loss_weight=math.inf), "--moe-z-loss-weight inf must be at least 0 and finite"),
     (dict(moe_load_interval=0), "--moe-load-interval 0 must be at least 1"),
 ])  # fmt: skip
-def test_weights_that_make_no_sense_are_named(translation_task, flags, message):
+def test_invalid_weights_are_named(translation_task, flags, message):
     with pytest.raises(ConfigurationError, match=message):
         build(translation_task, **flags)
 
 
-def test_the_criterion_keeps_the_name_that_fairseqs_checkpoints_compare(translation_task):
+def test_the_criterions_class_name_is_kept_because_fairseq_compares_it_on_resume(translation_task):
     assert type(build(translation_task)).__name__ == "MoECrossEntropyCriterion"
 
 
@@ -171,13 +169,13 @@ def test_the_criterion_keeps_the_name_that_fairseqs_checkpoints_compare(translat
     ("adaptive_loss", AdaptiveLoss, "use --criterion moe_adaptive_loss$"),
     ("composite_loss", CompositeLoss, "use --criterion electra or .*moe_cross_entropy or "),
 ])  # fmt: skip
-def test_a_criterion_without_auxiliary_losses_is_warned_of_and_the_right_one_named(caplog, name, cls, remedy):
+def test_a_criterion_without_auxiliary_losses_warns_and_names_the_right_one(caplog, name, cls, remedy):
     warn_of_plain_criterion(cls.__new__(cls), name)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert re.search(f"--criterion {name} leaves out the routers' load-balancing losses.*{remedy}", record.message)
 
 
-def test_a_criterion_with_auxiliary_losses_is_not_warned_of(translation_task, caplog):
+def test_a_criterion_with_auxiliary_losses_gives_no_warning(translation_task, caplog):
     warn_of_plain_criterion(build(translation_task), "moe_cross_entropy")
     assert not caplog.records

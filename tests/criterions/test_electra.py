@@ -1,4 +1,4 @@
-"""ELECTRA's losses and metrics against their formulas; a real text."""
+"""ELECTRA's losses and metrics against their formulas, and training on a synthetic language."""
 
 import math
 from argparse import Namespace
@@ -28,7 +28,7 @@ def model(masked_lm_task):
     return ElectraMoEModel.build_model(args, masked_lm_task).eval()
 
 
-def test_the_loss_is_that_of_the_paper(model, masked_lm_task, masked_lm_batch):
+def test_the_loss_equals_the_papers(model, masked_lm_task, masked_lm_batch):
     sample = masked_lm_batch(9, 4)
     source, target, pad = sample["net_input"]["src_tokens"], sample["target"], masked_lm_task.dictionary.pad()
     torch.manual_seed(5)
@@ -51,10 +51,10 @@ def test_the_loss_is_that_of_the_paper(model, masked_lm_task, masked_lm_batch):
     assert loss.item() == pytest.approx(mlm / 0.15 + 50 * rtd + 13 * 0.5 * balance, rel=1e-5)
 
 
-def test_losses_of_two_batches_add_up(model, masked_lm_task, masked_lm_batch):
-    """Whatever the share of masked tokens in each: what ranks and accumulated batches rely on."""
+def test_losses_of_two_batches_sum(model, masked_lm_task, masked_lm_batch):
+    """Regardless of their shares of masked tokens: ranks and gradient accumulation rely on it."""
     criterion, samples = criterion_of(masked_lm_task, moe_balance_loss_weight=0.0), [masked_lm_batch(9, 4), masked_lm_batch(2)]
-    model.generator.lm_head.bias.data[7] = 1000.0  # always sampled: no randomness left
+    model.generator.lm_head.bias.data[7] = 1000.0  # always sampled, so nothing is random
     parts = [criterion(model, sample) for sample in samples]
     whole = {
         "net_input": {"src_tokens": stack([sample["net_input"]["src_tokens"] for sample in samples])},
@@ -71,14 +71,14 @@ def stack(batches):
 
 
 def test_every_parameter_gets_a_gradient(model, masked_lm_task, masked_lm_batch):
-    """Which torch's DistributedDataParallel asks for, also where nothing is masked."""
+    """torch's DistributedDataParallel requires it, even if no token is masked."""
     for sample in (masked_lm_batch(9, 4), masked_lm_batch(1)):
         model.zero_grad()
         criterion_of(masked_lm_task)(model, sample)[0].backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_batch_without_masked_tokens_trains_the_discriminator_alone(model, masked_lm_task, masked_lm_batch):
+def test_a_batch_without_masked_tokens_trains_only_the_discriminator(model, masked_lm_task, masked_lm_batch):
     sample = masked_lm_batch(1)  # the first token is not masked
     loss, _, log = criterion_of(masked_lm_task)(model, sample)
     loss.backward()
@@ -110,7 +110,7 @@ def test_a_negative_weight_is_refused(masked_lm_task):
 
 
 def alternating(task, sentences, length=12):
-    """A language of ten words: each even word is one of five, and each odd word one of the others; 15 % of the words masked."""
+    """A language of ten words, five for even positions and five for odd ones; 15 % of the words are masked."""
     tokens = task.dictionary.nspecial + torch.randint(5, (sentences, length)) + 5 * (torch.arange(length) % 2)
     masked = torch.rand(tokens.shape) < 0.15
     target = tokens.masked_fill(~masked, task.dictionary.pad())
@@ -129,16 +129,16 @@ def learn(model, parameters, task, steps=150):
 
 
 @pytest.mark.slow
-def test_the_generator_learns_what_a_masked_word_may_be(model, masked_lm_task):
+def test_the_generator_learns_which_words_a_position_allows(model, masked_lm_task):
     learn(model, model.generator.parameters(), masked_lm_task)
     log = criterion_of(masked_lm_task)(model, alternating(masked_lm_task, 100)[1])[2]
     bits = log["mlm_loss"].item() / log["masked"] / math.log(2)
-    assert math.log2(5) - 0.05 < bits < math.log2(5) + 0.3  # five words are possible, of twenty
+    assert math.log2(5) - 0.05 < bits < math.log2(5) + 0.3  # five of twenty words are possible
 
 
 @pytest.mark.slow
-def test_the_discriminator_learns_which_words_do_not_belong(model, masked_lm_task):
-    learn(model, model.encoder.parameters(), masked_lm_task)  # the generator stays untrained, and uses all words
+def test_the_discriminator_learns_to_detect_wrong_words(model, masked_lm_task):
+    learn(model, model.encoder.parameters(), masked_lm_task)  # the untrained generator samples all words
     tokens, _ = alternating(masked_lm_task, 100)
     tokens[:, 5] += 10
     scores, _ = model(tokens)

@@ -1,4 +1,4 @@
-"""The tokens of each expert, as lines of JSON."""
+"""--moe-load-file: tokens per expert as JSON lines."""
 
 import json
 
@@ -10,7 +10,7 @@ from torch import distributed as dist
 from fairseq_sparsemixer.errors import ConfigurationError
 
 
-def test_a_line_holds_the_sum_over_its_interval(tmp_path):
+def test_a_line_has_the_sums_over_its_interval(tmp_path):
     log = LoadLog(str(tmp_path / "deep" / "load.jsonl"), interval=2)
     for update in range(5):
         log.watch(["encoder.layers.0"], update)
@@ -30,7 +30,7 @@ def test_validation_is_not_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
-def test_of_several_ranks_the_first_one_writes(tmp_path, monkeypatch, rank, lines):
+def test_only_the_first_of_several_ranks_writes(tmp_path, monkeypatch, rank, lines):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     log = LoadLog(str(tmp_path / "load.jsonl"), interval=1)
@@ -39,7 +39,7 @@ def test_of_several_ranks_the_first_one_writes(tmp_path, monkeypatch, rank, line
     assert len((tmp_path / "load.jsonl").read_text().splitlines()) == lines
 
 
-def test_a_run_that_goes_on_appends(tmp_path):
+def test_a_resumed_run_appends(tmp_path):
     for update in (0, 1):
         log = LoadLog(str(tmp_path / "load.jsonl"), interval=1)
         log.watch(["l"], update)
@@ -47,12 +47,12 @@ def test_a_run_that_goes_on_appends(tmp_path):
     assert len((tmp_path / "load.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_file_that_cannot_be_written_is_named_before_training(tmp_path):
+def test_an_unwritable_file_is_reported_before_training(tmp_path):
     with pytest.raises(ConfigurationError, match="--moe-load-file .* cannot be written .*; give another path"):
         LoadLog(str(tmp_path), interval=1)
 
 
-def test_a_disk_that_fills_up_costs_a_line_and_a_warning(tmp_path, caplog):
+def test_a_full_disk_loses_a_line_and_gives_a_warning(tmp_path, caplog):
     path = tmp_path / "load.jsonl"
     log = LoadLog(str(path), interval=1)
 
@@ -63,11 +63,11 @@ def test_a_disk_that_fills_up_costs_a_line_and_a_warning(tmp_path, caplog):
     add(0)
     whole = path.read_text()
     path.unlink()
-    path.mkdir()  # an error that also root meets
+    path.mkdir()  # an error even for root
     add(1)
     assert caplog.messages == [f"--moe-load-file {path} lacks update 2 (Is a directory); make room there"]
     path.rmdir()
-    path.write_text(whole + whole[:10])  # as a full disk leaves it
+    path.write_text(whole + whole[:10])  # as left by a full disk
     add(2)
     lines = [json.loads(line)["num_updates"] for line in path.read_text().splitlines() if line.endswith("}")]
     assert lines == [1, 3]

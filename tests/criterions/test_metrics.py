@@ -1,4 +1,4 @@
-"""The routers' figures against counts by hand, and the sums they are made of over shards of a batch."""
+"""Router metrics against counts by hand, and their aggregation over shards of a batch."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from fairseq_sparsemixer.moe.gates import Routing
 
 
 def routing(experts, num_experts=5, dropped=None, balance=1.0):
-    """The first choice of each token is experts[token], with certainty one half against the next expert's."""
+    """Token t goes to experts[t] with probability one half; the next expert has the other half."""
     index = torch.tensor(experts).unsqueeze(1)
     probabilities = torch.zeros(len(experts), num_experts).scatter(1, index, 0.5)
     probabilities = probabilities.scatter_add(1, (index + 1) % num_experts, torch.full(index.shape, 0.5))
@@ -32,28 +32,29 @@ def log_of(routings, sample_size):
     return {**routing_log([SimpleNamespace(routing=r) for r in routings], sample_size), "sample_size": sample_size}
 
 
-def test_figures_are_means_over_layers_and_losses_are_sums():
+def test_metrics_are_means_over_layers_and_losses_are_sums():
     found = figures([log_of([routing([0, 0, 0, 1]), routing([0, 1, 2, 3], balance=3.0)], 4)])
     assert found["moe_gate_loss"] == pytest.approx(4)
     assert found["moe_z_loss"] == pytest.approx(4)
     assert found["entropy_gating"] == pytest.approx(math.log(2), abs=1e-3)
-    assert found["expert1_balance_top"] == pytest.approx((75 + 25) / 2)  # one expert of five is the most used fifth
+    assert found["expert1_balance_top"] == pytest.approx((75 + 25) / 2)  # the top fifth of five experts is one expert
     assert found["expert1_balance_bottom"] == 0
     assert found["unused_expert1_count"] == pytest.approx((3 + 1) / 2)
     assert found["overflow_expert1"] == 0
-    assert found["moe_argmax_share"] == 1
+    assert found["moe_argmax_share"] == found["moe_experts_per_token"] == 1
     assert found["moe_load_max"] == pytest.approx((3 / 0.8 + 1 / 0.8) / 2, abs=0.01)
     assert found["moe_load_min"] == 0
 
 
-def test_dropped_tokens_are_overflow_and_no_load():
+def test_dropped_tokens_count_as_overflow_and_not_as_load():
     found = figures([log_of([routing([0, 0, 1, 1], dropped=[True, False, False, False])], 4)])
     assert found["overflow_expert1"] == 25
+    assert found["moe_experts_per_token"] == 0.75
     assert found["expert1_balance_top"] == pytest.approx(200 / 3, abs=0.01)
 
 
-def test_shards_of_a_batch_give_the_figures_of_the_whole():
-    """Accumulated batches, or ranks: all but the balance loss, which is each shard's own, weighted by its size."""
+def test_shards_of_a_batch_give_the_metrics_of_the_whole():
+    """Shards are accumulated batches or ranks. Only the balance loss differs: it is each shard's own, weighted by size."""
     experts = [0, 3, 3, 1, 4, 4, 4, 0, 2]
     whole = figures([log_of([routing(experts, balance=2.0)], 9)])
     shards = figures([log_of([routing(experts[:2], balance=2.0)], 2), log_of([routing(experts[2:], balance=2.0)], 7)])
@@ -62,29 +63,29 @@ def test_shards_of_a_batch_give_the_figures_of_the_whole():
     assert uneven["moe_gate_loss"] == pytest.approx((1 * 3 + 4 * 6) / 9)
 
 
-def test_what_is_not_real_is_not_counted():
+def test_padding_is_not_counted():
     padded = replace(routing([0, 1, 1]), padding_mask=torch.tensor([False, False, True]))
     assert figures([log_of([padded], 2)]) == figures([log_of([routing([0, 1])], 2)])
 
 
-def test_the_second_choice_has_figures_of_its_own():
+def test_the_second_choice_has_its_own_metrics():
     first = replace(routing([0, 1, 2, 3]), expert_index=torch.tensor([[0, 4], [1, 4], [2, 4], [3, 4]]))
     found = figures([log_of([first], 4)])
     assert (found["expert1_balance_top"], found["expert2_balance_top"]) == (25, 100)
     assert (found["unused_expert1_count"], found["unused_expert2_count"]) == (1, 4)
 
 
-def test_an_empty_batch_logs_zeros_and_no_nan():
+def test_an_empty_batch_logs_zeros_not_nan():
     empty = replace(routing([0]), padding_mask=torch.tensor([True]))
     found = figures([log_of([empty], 0)])
     assert all(math.isfinite(value) for value in found.values())
 
 
-def test_no_experts_no_figures():
+def test_a_dense_model_has_no_metrics():
     assert sum_routing_logs([{"loss": 1.0, "sample_size": 3}]) == {}
 
 
-def test_the_least_used_experts_have_their_own_figures():
+def test_the_least_used_experts_have_their_own_metrics():
     found = figures([log_of([routing([0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 4])], 12)])  # loads 4, 3, 2, 1, 2
     assert found["expert1_balance_top"] == pytest.approx(100 * 4 / 12, abs=0.01)
     assert found["expert1_balance_bottom"] == pytest.approx(100 * 1 / 12, abs=0.01)

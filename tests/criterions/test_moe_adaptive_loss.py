@@ -1,4 +1,4 @@
-"""The loss of an adaptive softmax with the routers' auxiliary losses."""
+"""The adaptive-softmax loss with the routers' auxiliary losses."""
 
 from argparse import Namespace
 
@@ -28,13 +28,11 @@ def criterion_of(task, **flags):
     return MoEAdaptiveLoss.build_criterion(cfg, task)
 
 
-def test_the_loss_of_wiki103_is_the_negative_log_likelihood_plus_the_auxiliary_loss(
-    language_modeling_task, language_modeling_batch
-):
+def test_the_loss_is_the_negative_log_likelihood_plus_the_auxiliary_loss(language_modeling_task, language_modeling_batch):
     cutoffs = dict(adaptive_input_cutoff="8,16", adaptive_softmax_cutoff="8,16", adaptive_softmax_dropout=0.0)
     model = build(language_modeling_task, transformer_lm_moe.wiki103, **cutoffs).eval()
     sample = language_modeling_batch(9, 4)
-    for second_of_cluster in (9, 17):  # fairseq's adaptive_loss takes the second word of a rare cluster for padding
+    for second_of_cluster in (9, 17):  # fairseq's adaptive_loss treats the second word of a rare cluster as padding
         sample["target"][sample["target"] == second_of_cluster] += 1
     loss, sample_size, log = criterion_of(language_modeling_task, moe_balance_loss_weight=0.5)(model, sample)
     log_probabilities = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
@@ -50,7 +48,7 @@ def test_the_loss_of_wiki103_is_the_negative_log_likelihood_plus_the_auxiliary_l
     assert all(layer.experts.weight_in.grad.abs().sum() > 0 for _, layer in named_moe_layers(model))
 
 
-def test_the_adaptive_loss_says_what_it_needs(language_modeling_task, language_modeling_batch):
+def test_missing_requirements_of_the_adaptive_loss_are_named(language_modeling_task, language_modeling_batch):
     with pytest.raises(ConfigurationError, match="--criterion moe_cross_entropy"):
         criterion_of(language_modeling_task)(build(language_modeling_task, transformer_lm_moe.tiny), language_modeling_batch(3))
     with pytest.raises(ConfigurationError, match="--ddp-backend legacy_ddp"):

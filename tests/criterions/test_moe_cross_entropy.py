@@ -1,4 +1,4 @@
-"""`moe_cross_entropy`: fairseq's cross_entropy and the flags of the auxiliary losses."""
+"""`moe_cross_entropy`: fairseq's cross_entropy with the flags of the auxiliary losses."""
 
 from dataclasses import fields
 
@@ -7,12 +7,12 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropy
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 
 
-def test_it_is_registered_with_the_flags_of_both():
+def test_it_is_registered_with_fairseqs_flags_and_ours():
     criterion = CRITERION_REGISTRY["moe_cross_entropy"]
     assert issubclass(criterion, AuxiliaryLosses) and issubclass(criterion, CrossEntropyCriterion)
     flags = {field.name for field in fields(CRITERION_DATACLASS_REGISTRY["moe_cross_entropy"])}
     assert flags == {field.name for config in (AuxiliaryLossConfig, CrossEntropyCriterionConfig) for field in fields(config)}
 
 
-def test_every_flag_of_ours_has_a_help_text():
+def test_each_of_our_flags_has_a_help_text():
     assert all(field.metadata.get("help") for field in fields(AuxiliaryLossConfig) if not field.name.startswith("_"))

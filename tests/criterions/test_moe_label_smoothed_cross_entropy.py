@@ -1,4 +1,4 @@
-"""`moe_label_smoothed_cross_entropy`: fairseq's label_smoothed_cross_entropy and the flags of the auxiliary losses."""
+"""`moe_label_smoothed_cross_entropy`: fairseq's label_smoothed_cross_entropy with the flags of the auxiliary losses."""
 
 from dataclasses import fields
 
@@ -10,7 +10,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, AuxiliaryLosses
 
 
-def test_it_is_registered_with_the_flags_of_both():
+def test_it_is_registered_with_fairseqs_flags_and_ours():
     criterion = CRITERION_REGISTRY["moe_label_smoothed_cross_entropy"]
     assert issubclass(criterion, AuxiliaryLosses) and issubclass(criterion, LabelSmoothedCrossEntropyCriterion)
     flags = {field.name for field in fields(CRITERION_DATACLASS_REGISTRY["moe_label_smoothed_cross_entropy"])}
@@ -19,5 +19,5 @@ def test_it_is_registered_with_the_flags_of_both():
     }
 
 
-def test_every_flag_of_ours_has_a_help_text():
+def test_each_of_our_flags_has_a_help_text():
     assert all(field.metadata.get("help") for field in fields(AuxiliaryLossConfig) if not field.name.startswith("_"))

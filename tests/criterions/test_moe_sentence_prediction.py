@@ -1,4 +1,4 @@
-"""The loss of fine-tuning with the routers' auxiliary losses, and how its metrics travel."""
+"""The fine-tuning loss with the routers' auxiliary losses, and how its metrics are aggregated."""
 
 from argparse import Namespace
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_the_loss_is_the_cross_entropy_of_the_labels_plus_the_auxiliary_losses(m
 
 
 @pytest.mark.parametrize("flag", ["report_mcc", "report_acc_and_f1", "report_pearson_and_spearman"])
-def test_scores_that_need_every_prediction_are_gathered_not_summed(dictionary, flag):
+def test_scores_that_need_all_predictions_are_gathered_not_summed(dictionary, flag):
     if not hasattr(MoESentencePredictionConfig, flag):
         pytest.skip(f"the installed fairseq has no {flag}")
     assert criterion_of(dictionary).logging_outputs_can_be_summed()
