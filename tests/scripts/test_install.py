@@ -120,30 +120,26 @@ def test_new_constraints_also_apply_to_torch(machine):
     assert machine.packages() == ALL[1:] and len(machine.made) == 1
 
 
-def test_an_interrupted_installation_resumes_after_the_finished_stages(machine, monkeypatch):
-    def cut_short(what, *arguments):
-        if arguments[-1] == ALL[3]:
+def interrupt_at(package):
+    """Start an installation and interrupt it when pip is called for a package."""
+
+    def interrupted(what, *arguments):
+        if arguments[-1] == package:
             raise KeyboardInterrupt
 
-    whole = install.pip
-    monkeypatch.setattr(install, "pip", cut_short)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(install, "pip", interrupted)
         install.install()
-    monkeypatch.setattr(install, "pip", whole)
+
+
+def test_an_interrupted_installation_resumes_after_the_finished_stages(machine):
+    interrupt_at(ALL[3])
     install.install()
     assert machine.packages() == ALL[2:] and len(machine.made) == 1  # torch is not downloaded again
 
 
 def test_setting_an_index_after_an_interruption_keeps_the_environment(machine, monkeypatch):
-    def cut_short(what, *arguments):
-        if arguments[-1] == "torch":
-            raise KeyboardInterrupt
-
-    whole = install.pip
-    monkeypatch.setattr(install, "pip", cut_short)
-    with pytest.raises(KeyboardInterrupt):
-        install.install()
-    monkeypatch.setattr(install, "pip", whole)
+    interrupt_at("torch")
     monkeypatch.setenv("TORCH_INDEX", "https://example.org/cpu")
     install.install()
     assert len(machine.made) == 1
