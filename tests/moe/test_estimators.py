@@ -1,4 +1,4 @@
-"""The estimators against the calculus they stand for: polynomials in one variable, derivatives by hand, float64."""
+"""The estimators, compared with exact calculus: polynomials in one variable, explicit derivatives, float64."""
 
 import copy
 import dataclasses
@@ -10,12 +10,12 @@ import torch
 from fairseq_sparsemixer.moe.estimators import ESTIMATORS, get_estimator
 
 GAIN = {"switch": 1, "euler": 2, "midpoint": 2, "heun3": 1, "inf": 2}
-# the degree up to which a quadrature of g(a) - g(0) by g' is exact
+# the degree up to which the quadrature of g(a) - g(0) by g' is exact
 EXACT_DEGREE = {"euler": 1, "midpoint": 2, "heun3": 3, "inf": 8}
 
 
 def polynomial(degree):
-    """(coefficients of g, g, g'): random, of the given degree."""
+    """(coefficients, g, g') of a random polynomial g of the given degree."""
     coefficients = torch.randn(degree + 1, dtype=torch.float64)
 
     def g(x):
@@ -28,12 +28,12 @@ def polynomial(degree):
 
 
 def softmax_jacobian(pi):
-    """[i, j]: the derivative of pi_i by logit j."""
+    """[i, j]: the derivative of pi_i with respect to logit j."""
     return torch.diag(pi) - pi.unsqueeze(1) * pi.unsqueeze(0)
 
 
 def expected_gradient(estimator, logits, outputs, g):
-    """The router's gradient in expectation over expert and node, by enumeration, through the estimator's backward."""
+    """The expected router gradient over experts and nodes, by enumeration, with the estimator's backward."""
     pi = logits.softmax(0)
     total = torch.zeros_like(logits)
     for expert in range(len(logits)):
@@ -45,7 +45,7 @@ def expected_gradient(estimator, logits, outputs, g):
 
 
 @pytest.mark.parametrize("name", sorted(EXACT_DEGREE))
-def test_the_expectation_is_the_exact_gradient_of_polynomials_up_to_its_order(name):
+def test_the_expectation_is_exact_for_polynomials_up_to_the_estimators_order(name):
     estimator = ESTIMATORS[name]
     g, derivative = polynomial(EXACT_DEGREE[name])
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -58,16 +58,16 @@ def test_the_expectation_is_the_exact_gradient_of_polynomials_up_to_its_order(na
     torch.testing.assert_close(expected_gradient(estimator, logits, outputs, g), exact, rtol=1e-10, atol=1e-12)
 
 
-def test_midpoint_in_expectation_is_the_mid_point_rule_plus_the_scale_term():
+def test_midpoints_expectation_is_the_midpoint_rule_plus_the_scale_term():
     logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
     outputs = 3 * torch.randn(6, dtype=torch.float64)
     pi = logits.detach().softmax(0)
-    a = pi * outputs  # g = sin, g' = cos: no polynomial
+    a = pi * outputs  # g = sin, g' = cos: not a polynomial
     reference = (a * torch.cos(a / 2) + pi * outputs * torch.cos(a)) @ softmax_jacobian(pi)
     torch.testing.assert_close(expected_gradient(ESTIMATORS["midpoint"], logits, outputs, torch.sin), reference)
 
 
-def test_switch_in_expectation_is_the_scale_term_alone():
+def test_switchs_expectation_is_the_scale_term_only():
     logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
     outputs = torch.randn(6, dtype=torch.float64)
     pi = logits.detach().softmax(0)
@@ -76,7 +76,7 @@ def test_switch_in_expectation_is_the_scale_term_alone():
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_the_coin_gives_the_nodes_their_probabilities(name):
+def test_nodes_are_drawn_with_their_probabilities(name):
     estimator = dataclasses.replace(ESTIMATORS[name], first_order_argmax=False)
     count = 40000
     coin = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -87,7 +87,7 @@ def test_the_coin_gives_the_nodes_their_probabilities(name):
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_the_backward_sends_the_gain_straight_to_the_probability(name):
+def test_the_backward_passes_the_gain_to_the_probability(name):
     coin = torch.rand(50, dtype=torch.float64)
     probability = torch.rand(50, dtype=torch.float64, requires_grad=True)
     is_argmax = torch.arange(50) % 3 == 0
@@ -106,7 +106,7 @@ def test_the_argmax_expert_is_never_scaled_down(name):
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_an_estimator_survives_pickling_and_copying(name):
+def test_an_estimator_can_be_pickled_and_copied(name):
     estimator = ESTIMATORS[name]
     assert pickle.loads(pickle.dumps(estimator)) == estimator == copy.deepcopy(estimator)
 
@@ -116,6 +116,6 @@ def test_the_nodes_are_exact_in_float64():
     assert ESTIMATORS["heun3"].node(coin).item() == 1 / 3
 
 
-def test_an_unknown_estimator_names_the_known_ones():
+def test_an_unknown_estimator_lists_the_known_ones():
     with pytest.raises(ValueError, match="gradient_estimator=simpson is unknown; choose from switch, euler, midpoint"):
         get_estimator("simpson")

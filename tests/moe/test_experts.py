@@ -1,4 +1,4 @@
-"""The stacked experts against one torch.nn.functional.linear after the other."""
+"""The stacked experts, compared with separate torch.nn.functional.linear calls."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from fairseq_sparsemixer.moe.experts import Experts
 
 
 def one_by_one(experts, rows, counts, activation):
-    """Each expert on its own rows."""
+    """Run each expert on its own rows."""
     outputs, start = [], 0
     for expert, count in enumerate(counts):
         x = rows[start : start + count]
@@ -51,7 +51,7 @@ def test_output_and_gradients_equal_those_of_separate_networks(name, activation)
 
 @settings(max_examples=25, deadline=None)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5))
-def test_any_counts_work_and_idle_experts_get_a_zero_gradient(counts):
+def test_any_counts_work_and_experts_without_rows_get_a_zero_gradient(counts):
     experts = Experts(len(counts), 3, 4).double()
     rows = torch.randn(sum(counts), 3, dtype=torch.float64)
     out = experts(rows, counts)
@@ -63,7 +63,7 @@ def test_any_counts_work_and_idle_experts_get_a_zero_gradient(counts):
                 assert not parameter.grad[expert].any()
 
 
-def test_frozen_experts_and_frozen_rows_still_pass_gradients_to_the_other():
+def test_gradients_pass_if_either_experts_or_rows_are_frozen():
     experts = Experts(2, 3, 4).requires_grad_(False)
     rows = torch.randn(5, 3, requires_grad=True)
     experts(rows, [2, 3]).sum().backward()
@@ -73,7 +73,7 @@ def test_frozen_experts_and_frozen_rows_still_pass_gradients_to_the_other():
     assert experts.weight_in.grad.abs().sum() > 0
 
 
-def test_autocast_computes_as_it_does_for_linear_layers():
+def test_autocast_behaves_as_for_linear_layers():
     experts = Experts(2, 8, 16)
     rows = torch.randn(6, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,23 +85,23 @@ def test_autocast_computes_as_it_does_for_linear_layers():
     assert experts.weight_in.grad.dtype == torch.float32
 
 
-def test_dropout_acts_on_the_hidden_layer_in_training_only():
+def test_dropout_applies_to_the_hidden_layer_in_training_only():
     experts = Experts(2, 4, 8, dropout=1.0)
     rows = torch.randn(5, 4)
     assert torch.equal(experts(rows, [2, 3]), torch.cat([experts.bias_out[0].expand(2, 4), experts.bias_out[1].expand(3, 4)]))
     torch.testing.assert_close(experts.eval()(rows, [2, 3]), one_by_one(experts, rows, [2, 3], F.relu))
 
 
-def test_a_share_of_the_experts_loads_its_rows_of_a_full_checkpoint():
+def test_sharded_experts_load_their_rows_of_a_full_checkpoint():
     whole, share = Experts(4, 3, 5), Experts(4, 3, 5)
     share.shard(2, 2)
     share.load_state_dict(whole.state_dict())
     rows = torch.randn(6, 3)
     torch.testing.assert_close(share(rows, [1, 5]), whole(rows, [0, 0, 1, 5]))
-    share.load_state_dict(share.state_dict())  # and its own
+    share.load_state_dict(share.state_dict())  # and its own state
 
 
-def test_every_expert_starts_within_the_bound_of_a_linear_layer():
+def test_every_expert_is_initialised_within_a_linear_layers_bound():
     experts = Experts(50, 16, 64)
     assert experts.weight_in.abs().max() <= 1 / 4 and experts.weight_in.abs().max() > 0.24
     assert experts.weight_out.abs().max() <= 1 / 8 and experts.bias_out.abs().max() <= 1 / 8
@@ -113,13 +113,13 @@ def test_an_unknown_activation_lists_the_known_ones():
         Experts(2, 3, 4, activation="tanhh")
 
 
-def test_any_function_is_an_activation():
+def test_any_function_can_be_an_activation():
     rows = torch.randn(3, 4)
     experts = Experts(1, 4, 8, activation=torch.tanh)
     torch.testing.assert_close(experts(rows, [3]), one_by_one(experts, rows, [3], torch.tanh))
 
 
-def test_every_weight_and_bias_starts_uniform_within_the_fan_in():
+def test_weights_and_biases_are_initialised_uniformly_by_fan_in():
     experts = Experts(num_experts=8, model_dim=64, hidden_dim=256)
     for parameters, fan_in in (((experts.weight_in, experts.bias_in), 64), ((experts.weight_out, experts.bias_out), 256)):
         bound = 1 / math.sqrt(fan_in)

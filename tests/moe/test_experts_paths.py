@@ -1,4 +1,4 @@
-"""Every way of running the experts, and of dispatching to them, gives the numbers of the others."""
+"""All implementations of the experts, and of dispatching to them, give the same results."""
 
 import copy
 import math
@@ -29,13 +29,13 @@ def make_weights(experts, model_dim, hidden_dim, gated=False, dtype=torch.float3
 
 
 def run(path, rows, weights, counts, activation, upstream):
-    """Output and all gradients of one path."""
+    """Output and all gradients of one implementation."""
     out = path(rows, weights, counts, activation)
     return [out, *torch.autograd.grad(out, [rows, *weights], upstream)]
 
 
 @pytest.mark.parametrize("name", ALL_ACTIVATIONS)
-def test_the_gradients_are_those_of_finite_differences(name):
+def test_gradients_match_finite_differences(name):
     rows = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     weights = make_weights(3, 2, 3, name in GATED_ACTIVATIONS, torch.float64)
     activation = ALL_ACTIVATIONS[name]
@@ -58,7 +58,7 @@ def test_onednn_agrees_with_linear(name, monkeypatch):
 @settings(max_examples=20, deadline=None)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=4), tail=st.integers(0, 3),
        name=st.sampled_from(list(ALL_ACTIVATIONS)))  # fmt: skip
-def test_the_grouped_product_agrees_with_the_loop_and_gives_rows_behind_zeros(counts, tail, name):
+def test_the_grouped_product_agrees_with_the_loop_and_zeroes_the_remaining_rows(counts, tail, name):
     weights = make_weights(len(counts), 8, 16, name in GATED_ACTIVATIONS)
     used = sum(counts)
     rows, upstream = torch.randn(used + tail, 8, requires_grad=True), torch.randn(used + tail, 8)
@@ -71,7 +71,7 @@ def test_the_grouped_product_agrees_with_the_loop_and_gives_rows_behind_zeros(co
 
 @needs_grouped_mm
 @pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
-def test_a_layer_with_counts_on_the_device_equals_one_with_counts_on_the_host(router, monkeypatch):
+def test_counts_on_the_device_give_the_same_result_as_counts_on_the_host(router, monkeypatch):
     on_host = build_moe_layer(router, 8, 16, 4)
     on_device = copy.deepcopy(on_host)
     monkeypatch.setattr(on_device.experts, "takes_device_counts", lambda rows: True)
@@ -88,8 +88,8 @@ def test_a_layer_with_counts_on_the_device_equals_one_with_counts_on_the_host(ro
 
 @needs_grouped_mm
 @pytest.mark.parametrize("router", ["switch", "sparsemixer", "sparsemixer_v2"])
-def test_the_device_path_never_waits_for_the_host(router):
-    """Tensors without data cannot be read: any look at a count would raise."""
+def test_the_device_path_never_synchronises_with_the_host(router):
+    """Runs on tensors without data, so reading a count would raise."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         layer, tokens = build_moe_layer(router, 8, 16, 4), torch.randn(10, 8)
         routing = layer.gate(tokens, torch.zeros(10, dtype=torch.bool))
@@ -106,7 +106,7 @@ def test_gate_and_experts_compile_without_a_graph_break(router, training, monkey
     layer = build_moe_layer(router, 8, 16, 4).train(training).bfloat16()
     monkeypatch.setattr(layer.experts, "takes_device_counts", lambda rows: True)
     x, padding, ids = torch.randn(10, 8).bfloat16().requires_grad_(), torch.rand(10) < 0.3, torch.arange(10)
-    torch._dynamo.reset()  # its limit of recompilations counts over the whole process
+    torch._dynamo.reset()  # its recompilation limit counts over the whole process
     outputs, gradients = [], []
     for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
         torch.manual_seed(1)  # the same noise
@@ -118,8 +118,8 @@ def test_gate_and_experts_compile_without_a_graph_break(router, training, monkey
     torch.testing.assert_close(*gradients)
 
 
-def test_the_loop_dropout_keeps_the_expected_output_and_its_gradient_follows_the_mask():
-    for activation in (F.relu, torch.tanh):  # one that is kept, one that is recomputed
+def test_the_loops_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
+    for activation in (F.relu, torch.tanh):  # relu's result is kept, tanh is recomputed
         rows = torch.ones(4000, 2, dtype=torch.float64, requires_grad=True)
         weights = Weights(*(torch.full(shape, 0.5, dtype=torch.float64, requires_grad=True) for shape in
                             ((1, 2, 3), (1, 3), (1, 3, 2), (1, 2))))  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_loop_dropout_keeps_the_expected_output_and_its_gradient_follows_the
         dropped = feed_forward_by_expert(rows, weights, [4000], activation, dropout=0.25)
         torch.testing.assert_close(dropped.mean(), kept.mean(), rtol=0.03, atol=0)
         hidden = activation(torch.tensor(1.5, dtype=torch.float64)).item()
-        survivors = ((dropped[:, 0] - 0.5) / (0.5 * hidden / 0.75)).round()  # of 3 hidden units, in each row
+        survivors = ((dropped[:, 0] - 0.5) / (0.5 * hidden / 0.75)).round()  # surviving hidden units of 3, per row
         assert set(survivors.tolist()) == {0, 1, 2, 3}
         (grad,) = torch.autograd.grad(dropped[:, 0].sum(), weights.bias_out, retain_graph=True)
         assert grad[0, 0] == 4000
@@ -136,7 +136,7 @@ def test_the_loop_dropout_keeps_the_expected_output_and_its_gradient_follows_the
         torch.testing.assert_close(grad[:, 0], survivors.detach() * 0.5 * 0.5 * slope / 0.75)
 
 
-def test_without_gradients_the_same_output_is_computed():
+def test_the_output_without_gradients_is_the_same():
     experts = Experts(3, 8, 16, "gelu")
     rows = torch.randn(6, 8)
     with torch.no_grad():
@@ -144,23 +144,23 @@ def test_without_gradients_the_same_output_is_computed():
     torch.testing.assert_close(plain, experts(rows, [1, 0, 5]))
 
 
-def test_an_activation_with_parameters_and_a_dropout_out_of_range_are_refused():
+def test_activations_with_parameters_and_invalid_dropout_are_refused():
     with pytest.raises(ValueError, match="has parameters, which experts do not train"):
         Experts(2, 3, 4, activation=torch.nn.PReLU())
     with pytest.raises(ValueError, match=r"dropout=1.5 must lie in \[0, 1\]"):
         Experts(2, 3, 4, dropout=1.5)
 
 
-def test_products_of_any_number_of_rows_have_few_sizes_and_waste_little():
+def test_rounded_row_counts_have_few_sizes_and_little_waste():
     sizes = {count: groups_of([count, 10**6], rounded=True)[0].rows.stop for count in range(1, 4097)}
     assert len(set(sizes.values())) <= 31 + 16 * 7 + 1
     assert all(count <= size <= count * 17 / 16 for count, size in sizes.items())
 
 
-def test_rows_computed_for_a_round_number_touch_neither_their_own_expert_nor_gradients():
+def test_surplus_rows_affect_neither_outputs_nor_gradients():
     experts = Experts(2, 8, 16)
     rows = torch.randn(80, 8)
-    rows[65:] = float("nan")  # all of the second expert's, three of which fill up the first one's product
+    rows[65:] = float("nan")  # the second expert's rows; three of them are surplus rows of the first expert's product
     out = experts(rows, [65, 15])
     out[:65].sum().backward()
     assert out[:65].isfinite().all()
@@ -171,8 +171,8 @@ def test_rows_computed_for_a_round_number_touch_neither_their_own_expert_nor_gra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ALL_ACTIVATIONS)
 @pytest.mark.parametrize("parameter", ["weight_in", "bias_in", "weight_out", "bias_out"])
-def test_what_is_no_number_in_an_expert_is_none_in_its_output_and_in_no_others(parameter, name, dtype, training):
-    """oneDNN's relu on top of a product makes a NaN 0."""
+def test_a_nan_in_an_expert_appears_in_its_output_and_no_others(parameter, name, dtype, training):
+    """oneDNN's relu, fused with a product, would turn a NaN into 0."""
     experts = Experts(3, 8, 16, name, dropout=0.5 if training else 0.0).to(dtype).train(training)
     getattr(experts, parameter).data[1] = torch.nan
     out = experts(torch.randn(80, 8, dtype=dtype), [5, 70, 5])
@@ -186,14 +186,14 @@ def test_what_is_no_number_in_an_expert_is_none_in_its_output_and_in_no_others(p
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", sorted(set(GATES) - {"expert_choice"}))
 @pytest.mark.parametrize("part", ["experts", "shared_experts", "gate"])
-def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, training):
+def test_a_nan_in_a_layer_appears_in_every_output(router, part, training):
     layer = build_moe_layer(router, 8, 16, 4, num_shared_experts=1).train(training)
     if (router, part) == ("hash", "gate"):
-        pytest.skip("this gate goes by the ids of the tokens, not by its parameters")
+        pytest.skip("this gate uses token ids, not its parameters")
     for parameter in getattr(layer, part).parameters():
         parameter.data.fill_(torch.nan)
     out = layer(torch.randn(12, 8), torch.arange(12) >= 10)
-    if router == "gshard" and training:  # what is over the capacity keeps the residual alone, unless shared experts run
+    if router == "gshard" and training:  # dropped tokens run no routed expert
         assert out[:10].isnan().any()
     else:
         assert out[:10].isnan().all()
@@ -211,14 +211,14 @@ def test_what_is_no_number_in_a_layer_shows_in_every_output(router, part, traini
     ("cuda", torch.float32, (64, 256), (9, 0), False),
     ("cpu", torch.bfloat16, (64, 256), (8, 0), False),
 ])  # fmt: skip
-def test_where_the_grouped_product_runs(device, dtype, sizes, capability, takes, monkeypatch):
+def test_the_grouped_product_is_used_only_on_supported_devices(device, dtype, sizes, capability, takes, monkeypatch):
     monkeypatch.setattr(F, "grouped_mm", None, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert can_group(torch.device(device), dtype, *sizes) is takes
 
 
 def hopper_product(a, b, offs):
-    """The grouped product as a GPU leaves it: NaN in the rows behind the last group."""
+    """The grouped product as on a GPU: NaN, for uninitialised memory, in the rows after the last group."""
     out = torch._grouped_mm(a, b, offs=offs)
     if a.dim() == 2 and b.dim() == 3:
         out[int(offs[-1]) :] = math.nan
@@ -226,7 +226,7 @@ def hopper_product(a, b, offs):
 
 
 def blackwell_product(a, b, offs):
-    """The same, and NaN in the weight gradient of a group without rows."""
+    """The same, with NaN also in the weight gradient of a group without rows."""
     out = hopper_product(a, b, offs)
     if b.dim() == 2:
         out[offs.diff(prepend=offs.new_zeros(1)) == 0] = math.nan
@@ -236,7 +236,7 @@ def blackwell_product(a, b, offs):
 @needs_grouped_mm
 @pytest.mark.parametrize("product, cleans", [(hopper_product, False), (blackwell_product, True)])
 @pytest.mark.parametrize("name", ALL_ACTIVATIONS)
-def test_what_a_gpu_leaves_unwritten_reaches_nothing(product, cleans, name, monkeypatch):
+def test_uninitialised_gpu_memory_affects_no_result(product, cleans, name, monkeypatch):
     counts, tail = [3, 0, 2], 4
     weights = make_weights(3, 8, 16, name in GATED_ACTIVATIONS)
     rows, upstream = torch.randn(5 + tail, 8, requires_grad=True), torch.randn(5 + tail, 8)

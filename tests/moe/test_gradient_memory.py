@@ -1,4 +1,4 @@
-"""Gradients of experts reuse their memory, and never that of a tensor still in use."""
+"""Expert gradients reuse their memory, but never that of a tensor still in use."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ def every_size_is_kept(monkeypatch):
     monkeypatch.setattr(gradient_memory, "WORTH_KEEPING", 0)
 
 
-def test_memory_is_handed_out_again_only_when_nobody_uses_it():
+def test_memory_is_reused_only_if_no_tensor_uses_it():
     memory, parameter = GradBufferPool(), torch.zeros(3, 4)
     first = memory.like("in", parameter)
     address = first.data_ptr()
@@ -30,7 +30,7 @@ def test_memory_is_handed_out_again_only_when_nobody_uses_it():
     assert memory.like("in", torch.zeros(5, 4)).shape == (5, 4)
 
 
-def test_a_gradient_survives_the_next_backward_pass_where_it_is_kept():
+def test_a_gradient_kept_by_the_caller_survives_the_next_backward():
     experts = Experts(2, 3, 4)
     rows = torch.randn(4, 3)
     experts(rows, [4, 0]).sum().backward()
@@ -41,7 +41,7 @@ def test_a_gradient_survives_the_next_backward_pass_where_it_is_kept():
     assert torch.equal(kept, expected) and not torch.equal(experts.weight_in.grad, expected)
 
 
-def test_gradients_accumulate_and_reused_memory_holds_nothing_of_the_last_step():
+def test_gradients_accumulate_and_reused_memory_is_cleared():
     experts = Experts(3, 3, 4).double()
     rows = torch.randn(4, 3, dtype=torch.float64)
     experts(rows, [2, 0, 2]).sum().backward()
@@ -54,7 +54,7 @@ def test_gradients_accumulate_and_reused_memory_holds_nothing_of_the_last_step()
     assert experts.weight_in.grad[1].any() and not experts.weight_in.grad[[0, 2]].any()
 
 
-def test_copies_and_pickles_start_without_memory():
+def test_copies_and_pickles_do_not_share_memory():
     experts = Experts(2, 3, 4)
     experts(torch.randn(4, 3), [2, 2]).sum().backward()
     for twin in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):

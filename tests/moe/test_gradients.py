@@ -1,4 +1,4 @@
-"""The gradients of spread experts: sums, norm, overflow."""
+"""Gradients of sharded experts: sums, norm, overflow."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def spread_model(group_size: int):
 
 
 def reduce_with_one_missing():
-    """Four ranks, two replicas; an expert tensor has the gradient rank + 1, another none."""
+    """On four ranks with two replicas: one expert tensor has the gradient rank + 1, another has none."""
     model, ranks = spread_model(2)
     experts = model[1].experts
     experts.weight_in.grad = torch.full_like(experts.weight_in, dist.get_rank() + 1.0)
@@ -28,7 +28,7 @@ def reduce_with_one_missing():
 
 
 @pytest.mark.distributed
-def test_replicas_are_summed_and_divided_by_all_ranks_and_a_missing_gradient_is_zero():
+def test_gradients_are_summed_over_replicas_and_divided_by_all_ranks():
     results = run_ranks(4, reduce_with_one_missing)
     assert [found for found, _ in results] == [[(1 + 3) / 4], [(2 + 4) / 4], [(1 + 3) / 4], [(2 + 4) / 4]]
     assert [missing for _, missing in results] == [0.0] * 4
@@ -43,10 +43,10 @@ def norm_of_ones():
 
 
 @pytest.mark.distributed
-def test_each_expert_counts_once_in_the_norm():
+def test_each_expert_counts_once_in_the_gradient_norm():
     whole = nn.Sequential(nn.Linear(4, 4), build_moe_layer("switch", 4, 6, 4))
     count = sum(parameter.numel() for parameter in whole.parameters())
-    for norm in run_ranks(4, norm_of_ones):  # two groups: replicas add nothing
+    for norm in run_ranks(4, norm_of_ones):  # two groups, so every expert has a replica that must not count
         assert round(norm, 3) == count
 
 
@@ -61,7 +61,7 @@ def overflow_on_one_rank(bad: float):
 
 
 @pytest.mark.distributed
-def test_an_overflow_in_one_ranks_expert_is_seen_by_all():
+def test_all_ranks_see_an_overflow_in_one_ranks_expert():
     assert run_ranks(2, overflow_on_one_rank, float("inf")) == [False, False]
     assert run_ranks(2, overflow_on_one_rank, float("nan")) == [False, False]
     assert run_ranks(2, overflow_on_one_rank, 1.0) == [True, True]

@@ -1,4 +1,4 @@
-"""The layer: gate, dispatch, experts and combine together, against a loop over tokens."""
+"""The layer as a whole (gate, dispatch, experts, combine), compared with a loop over tokens."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ ROUTERS = ["sparsemixer", "switch"]
 
 
 def token_by_token(layer, tokens):
-    """What the last routing of the layer makes of tokens [S, M], one after the other."""
+    """The layer's output for tokens [S, M] by its last routing, computed token by token."""
     routing, experts = layer.routing, layer.experts
     outputs = []
     for s, token in enumerate(tokens):
@@ -38,11 +38,11 @@ def token_by_token(layer, tokens):
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(0, 9), experts=st.integers(1, 5), seed=st.integers(0, 99), router=st.sampled_from(ROUTERS),
        mask=st.sampled_from(["none", "some", "all"]), training=st.booleans())  # fmt: skip
-def test_the_output_is_the_chosen_expert_of_each_token_times_its_weight(tokens, experts, seed, router, mask, training):
+def test_the_output_is_each_tokens_chosen_expert_times_its_weight(tokens, experts, seed, router, mask, training):
     torch.manual_seed(seed)
     layer = build_moe_layer(router, 4, 6, experts).double().train(training)
     if router == "sparsemixer":
-        torch.nn.init.normal_(layer.gate.omega)  # it starts at one, where its absence would not show
+        torch.nn.init.normal_(layer.gate.omega)  # it starts at one, where leaving it out would not be noticed
     x = torch.randn(tokens, 4, dtype=torch.float64)
     padding = {"none": None, "some": torch.rand(tokens) < 0.4, "all": torch.ones(tokens, dtype=torch.bool)}[mask]
     out = layer(x, padding)
@@ -52,7 +52,7 @@ def test_the_output_is_the_chosen_expert_of_each_token_times_its_weight(tokens, 
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_an_empty_batch_passes_and_its_gradient_is_zero(router):
+def test_an_empty_batch_works_and_has_zero_gradient(router):
     layer = build_moe_layer(router, 4, 6, 3)
     x = torch.zeros(0, 2, 4, requires_grad=True)
     out = layer(x)
@@ -61,7 +61,7 @@ def test_an_empty_batch_passes_and_its_gradient_is_zero(router):
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in layer.parameters())
 
 
-def test_for_an_idle_layer_every_token_is_padding():
+def test_an_idle_layer_treats_every_token_as_padding():
     layer = build_moe_layer("switch", 4, 6, 3, num_shared_experts=1)
     layer.idle = True
     assert not layer(torch.randn(5, 4)).any() and not layer(torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5).any()
@@ -69,7 +69,7 @@ def test_for_an_idle_layer_every_token_is_padding():
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_all_tokens_may_go_to_one_expert(router):
+def test_all_tokens_can_go_to_one_expert(router):
     layer = build_moe_layer(router, 4, 6, 3).eval()
     with torch.no_grad():
         layer.gate.projection.weight.copy_(torch.tensor([[0.0], [5.0], [0.0]]).expand(3, 4))
@@ -80,7 +80,7 @@ def test_all_tokens_may_go_to_one_expert(router):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_changes_no_output_no_loss_and_no_gradient(router):
-    """The same noise for the tokens that are not padding: routing the padded batch equals routing these alone."""
+    """With the same noise for non-padding tokens, a padded batch gives the same result as these tokens alone."""
     padded = build_moe_layer(router, 4, 6, 3).double()
     alone = copy.deepcopy(padded)
     x = torch.randn(5, 6, 4, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_padding_changes_no_output_no_loss_and_no_gradient(router):
 
 
 @pytest.mark.parametrize("router", sorted(name for name, gate in GATES.items() if gate.causal))
-def test_at_inference_a_token_does_not_depend_on_its_batch(router):
+def test_at_inference_a_tokens_output_does_not_depend_on_its_batch(router):
     layer = build_moe_layer(router, 8, 16, 4).eval()
     x = torch.randn(64, 8)
     batch = layer(x)
@@ -113,7 +113,7 @@ def test_at_inference_a_token_does_not_depend_on_its_batch(router):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_layers_keep_their_precision_and_route_in_float32(router, dtype):
+def test_half_precision_layers_keep_their_dtype_and_route_in_float32(router, dtype):
     layer = build_moe_layer(router, 8, 16, 4).to(dtype)
     x = torch.randn(20, 8).to(dtype).requires_grad_()
     out = layer(x)
@@ -136,7 +136,7 @@ def test_autocast_routes_in_float32(router):
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_a_layer_is_copied_and_saved_after_a_forward(router):
+def test_a_layer_can_be_copied_and_saved_after_a_forward(router):
     layer = build_moe_layer(router, 4, 6, 3)
     layer(torch.randn(5, 4))
     buffer = io.BytesIO()
@@ -151,14 +151,14 @@ def test_a_layer_is_copied_and_saved_after_a_forward(router):
         torch.testing.assert_close(twin.eval()(x), layer.eval()(x))
 
 
-def test_it_stands_in_for_fairscales_layer():
+def test_the_layer_is_a_fairscale_moelayer():
     layer = build_moe_layer("switch", 4, 6, 3)
     assert isinstance(layer, MOELayer) and layer.l_aux is None and layer.num_local_experts == 3
     layer(torch.randn(5, 4))
     assert layer.l_aux is layer.routing.aux_losses["balance"]
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_mismatched_shapes_are_named():
     layer = build_moe_layer("switch", 4, 6, 3)
     with pytest.raises(ValueError, match="x has width 5, but the layer was built for model_dim=4"):
         layer(torch.zeros(2, 5))
@@ -166,7 +166,7 @@ def test_shapes_that_do_not_fit_are_named():
         layer(torch.zeros(2, 3, 4), torch.zeros(3, 2, dtype=torch.bool))
 
 
-def test_the_core_works_where_fairseq_is_not_installed():
+def test_the_core_works_without_fairseq():
     program = """
 import sys
 sys.modules["fairseq"] = None  # as if it were not installed

@@ -1,4 +1,4 @@
-"""oneDNN multiplies only where it gives what F.linear gives: a product that is missing, fails or is wrong is not used."""
+"""oneDNN is used only if its product agrees with F.linear; a missing, failing or wrong one is not used."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from fairseq_sparsemixer.moe.experts import Experts
 
 @pytest.fixture(autouse=True)
 def unchecked():
-    """As in a new process."""
+    """Clear the cached check, as in a new process."""
     onednn.onednn_is_right.cache_clear()
     yield
     onednn.onednn_is_right.cache_clear()
@@ -31,10 +31,10 @@ def fails(*arguments):
 FAULTY = {
     "missing": SimpleNamespace(),
     "raises": SimpleNamespace(_linear_pointwise=fails),
-    "asks for other arguments": SimpleNamespace(_linear_pointwise=lambda rows, weight: rows),
+    "takes other arguments": SimpleNamespace(_linear_pointwise=lambda rows, weight: rows),
     "is inexact": SimpleNamespace(_linear_pointwise=lambda *layer: right(*layer) * 1.001),
     "forgets the bias": SimpleNamespace(_linear_pointwise=lambda rows, weight, bias, *options: right(rows, weight, None)),
-    "mistakes a transposed weight": SimpleNamespace(
+    "misreads a transposed weight": SimpleNamespace(
         _linear_pointwise=lambda rows, weight, *more: right(rows, weight.t().reshape(weight.shape), *more)
     ),
     "gives NaN": SimpleNamespace(_linear_pointwise=lambda *layer: right(*layer) * torch.nan),
@@ -43,7 +43,7 @@ FAULTY = {
 
 
 def expected(experts, rows, counts):
-    """The output of relu experts by the formula, in float64, with autograd through the parameters and rows."""
+    """The output of relu experts by the formula in float64, differentiable in parameters and rows."""
     outputs = []
     for expert, own in enumerate(rows.double().split(counts)):
         w_in, b_in = experts.weight_in[expert].double(), experts.bias_in[expert].double()
@@ -53,7 +53,7 @@ def expected(experts, rows, counts):
 
 
 @pytest.mark.parametrize("fault", FAULTY)
-def test_experts_compute_the_same_when_the_product(fault, monkeypatch):
+def test_experts_do_not_use_a_faulty_product(fault, monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", FAULTY[fault])
     experts, rows, counts = Experts(3, 8, 16), torch.randn(80, 8, requires_grad=True), [40, 0, 40]
     for parameter in experts.parameters():
@@ -71,7 +71,7 @@ def test_experts_compute_the_same_when_the_product(fault, monkeypatch):
     assert not onednn.takes_onednn(rows)
 
 
-def test_a_right_product_is_used_and_checked_once(monkeypatch):
+def test_a_correct_product_is_used_and_checked_once(monkeypatch):
     calls = []
 
     def counted(*layer):
@@ -87,12 +87,12 @@ def test_a_right_product_is_used_and_checked_once(monkeypatch):
 
 
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float64), ("cpu", torch.bfloat16), ("meta", torch.float32)])
-def test_other_numbers_and_devices_take_linear_unchecked(device, dtype, monkeypatch):
+def test_other_dtypes_and_devices_use_linear_without_a_check(device, dtype, monkeypatch):
     monkeypatch.setattr(onednn, "onednn_is_right", fails)
     assert not onednn.takes_onednn(torch.empty(3, 2, device=device, dtype=dtype))
 
 
-def test_the_check_depends_on_no_mode_of_the_caller_and_draws_no_random_number(monkeypatch):
+def test_the_check_ignores_the_callers_modes_and_keeps_the_random_state(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=right))
     state = torch.random.get_rng_state()
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The sizes of expert groups."""
+"""Expert groups: sizes, copies, timing of collectives."""
 
 import copy
 import time
@@ -13,13 +13,13 @@ from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, exper
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_default_is_the_largest_divisor_of_ranks_and_experts(world_size, num_experts):
+def test_the_default_size_is_the_greatest_common_divisor_of_ranks_and_experts(world_size, num_experts):
     size = expert_parallel_size(None, world_size, num_experts)
     assert size == max(n for n in range(1, 65) if world_size % n == 0 and num_experts % n == 0)
 
 
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
-def test_a_request_must_divide_both(requested, world_size, num_experts):
+def test_a_requested_size_must_divide_ranks_and_experts(requested, world_size, num_experts):
     if world_size % requested == 0 and num_experts % requested == 0:
         assert expert_parallel_size(requested, world_size, num_experts) == requested
     else:
@@ -35,20 +35,20 @@ def test_a_request_must_divide_both(requested, world_size, num_experts):
         ((0, 2, 4), "expert_parallel_size=0 must be at least 1"),
     ],
 )
-def test_the_remedy_is_named(arguments, sentence):
+def test_an_invalid_size_is_refused_with_the_remedy(arguments, sentence):
     with pytest.raises(ValueError) as error:
         expert_parallel_size(*arguments)
     assert str(error.value) == sentence
 
 
-def test_a_copied_model_talks_to_the_same_ranks():
+def test_a_copied_model_keeps_its_expert_group():
     ranks = ExpertGroup(size=2, index=1, group=object(), replicas=object(), world_size=4, first_group=False)
     assert copy.deepcopy(ranks) is ranks
     assert ranks.num_replicas == 2
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_a_copied_gate_balances_over_the_same_ranks(router):
+def test_a_copied_gate_keeps_its_balance_group(router):
     gate, group = build_gate(router, 4, 2), Uncopyable()
     gate.balance_group = group
     copied = copy.deepcopy(gate)
@@ -58,13 +58,13 @@ def test_a_copied_gate_balances_over_the_same_ranks(router):
 
 
 class Uncopyable:
-    """As torch's process groups are."""
+    """Cannot be copied, like torch's process groups."""
 
     def __deepcopy__(self, memo):
         raise TypeError("cannot pickle ProcessGroup")
 
 
-def test_a_clock_starts_again_when_read():
+def test_reading_the_timer_resets_it():
     import torch
 
     timer = CollectiveTimer()

@@ -1,4 +1,4 @@
-"""Experts that are always on."""
+"""Shared experts, which run on every token."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from fairseq_sparsemixer import build_moe_layer
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
-def test_shared_experts_are_added_unweighted_to_every_real_token(activation):
+def test_shared_experts_are_added_unweighted_to_every_non_padding_token(activation):
     layer = build_moe_layer("switch", 6, 8, 4, activation=activation, num_shared_experts=3).double().eval()
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
@@ -16,7 +16,7 @@ def test_shared_experts_are_added_unweighted_to_every_real_token(activation):
     routed = layer(x, padding)
     weights = {name: p[0] for name, p in shared.named_parameters()}
 
-    def one(columns):  # one of the three, taken out of the joint network; the output bias once
+    def one(columns):  # one of the three, extracted from the joint network; the output bias counts once
         gate_and_linear = (x @ weights["weight_in"] + weights["bias_in"]).chunk(2 if shared.gated else 1, -1)
         hidden = [part[..., columns] for part in gate_and_linear]
         act = torch.nn.functional.silu if shared.gated else torch.relu

@@ -1,4 +1,4 @@
-"""Both ways of sending tokens to experts on other ranks, against experts that are all here."""
+"""Both dispatchers for experts on other ranks, compared with local experts."""
 
 from functools import partial
 from typing import List, NamedTuple
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.distributed
 
 M, H = 8, 16
 DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split}
-if hasattr(F, "grouped_mm"):  # as on a GPU, where counts stay on the device
+if hasattr(F, "grouped_mm"):  # as on a GPU, with counts on the device
     DISPATCHERS.update({f"{name}, grouped": partial(send, counts_on_device=True) for name, send in list(DISPATCHERS.items())})
 
 
 class Case(NamedTuple):
-    """tokens: of each rank. only_expert: where all go; None: at random."""
+    """tokens: number per rank. only_expert: the expert of all tokens; None: random experts."""
 
     name: str
     tokens: List[int]
@@ -44,7 +44,7 @@ CASES = [
     Case("all padding on one rank", [5, 9], padding=1.0),
     Case("some padding, some dropped", [40, 25], k=2, num_experts=8, dropped=0.3, padding=0.2),
     Case("everything dropped", [3, 4], dropped=1.0),
-    Case("one expert a rank", [7, 5], num_experts=2, k=2),
+    Case("one expert per rank", [7, 5], num_experts=2, k=2),
     *[
         Case(f"random {n}", torch.randint(0, 12, (2,), generator=torch.Generator().manual_seed(n)).tolist(), 2 + 2 * (n % 4),
              k=1 + n % 2, dropped=0.1 * (n % 3), padding=0.2 * (n % 2))
@@ -54,7 +54,7 @@ CASES = [
 
 
 def make(case: Case, rank: int):
-    """Tokens and a routing for one rank, both wanting gradients."""
+    """Tokens and a routing for one rank, both requiring gradients."""
     torch.manual_seed(10 + rank)
     count = case.tokens[rank]
     shape = count, case.k
@@ -106,7 +106,7 @@ def outcomes():
 
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_outputs_and_gradients_are_those_of_local_experts(case, dispatcher, outcomes):
+def test_outputs_and_gradients_equal_those_of_local_experts(case, dispatcher, outcomes):
     expert_grads = []
     for rank in (0, 1):
         expected = compute(dispatch_locally, case, experts_of(case), rank)
@@ -119,7 +119,7 @@ def test_outputs_and_gradients_are_those_of_local_experts(case, dispatcher, outc
 
 
 def count_rows(case: Case):
-    """Rows this rank sends each way, by the sizes that all_to_all_single is called with."""
+    """The rows that this rank passes to all_to_all_single, and its number of real tokens."""
     ranks, sent = form_expert_group(2), []
     original = dist.all_to_all_single
 
@@ -136,6 +136,6 @@ def count_rows(case: Case):
     return sent[0], int((~routing.padding_mask).sum())
 
 
-def test_padding_does_not_travel():
+def test_padding_is_not_sent():
     for sent, real in run_ranks(2, count_rows, Case("padding", [30, 10], padding=0.5)):
         assert sent == real < 30

@@ -1,4 +1,4 @@
-"""Outputs of experts back to their tokens."""
+"""Combining expert outputs per token."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def routing(k, weight, scale, padding_mask=None):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
-def test_each_token_gets_the_weighted_sum_of_its_rows_and_every_factor_its_gradient(k, scaled):
+def test_each_token_gets_the_weighted_sum_of_its_rows_with_exact_gradients(k, scaled):
     mask = torch.arange(TOKENS) == 2
     scale = torch.randn(WIDTH, dtype=torch.float64, requires_grad=True) if scaled else None
     weight = torch.randn(TOKENS, k, dtype=torch.float64, requires_grad=True)
@@ -42,7 +42,7 @@ def test_each_token_gets_the_weighted_sum_of_its_rows_and_every_factor_its_gradi
         torch.testing.assert_close(own, reference)
 
 
-def test_half_precision_rows_leave_float32_gradients_to_weights_and_scale():
+def test_half_precision_rows_give_float32_gradients_of_weights_and_scale():
     weight = torch.rand(TOKENS, 1, requires_grad=True)
     scale = torch.ones(WIDTH, requires_grad=True)
     decision = routing(1, weight, scale)
@@ -62,7 +62,7 @@ def test_the_routers_gradient_is_summed_in_float32(dtype):
     torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-4, atol=1e-2)
 
 
-def test_a_large_gradient_in_half_precision_does_not_overflow_the_routers():
+def test_large_half_precision_gradients_do_not_overflow_in_the_router():
     rows, upstream = torch.full((2, 64), 100.0, dtype=torch.float16), torch.full((2, 64), 1740.0, dtype=torch.float16)
     weight = torch.rand(2, 1, requires_grad=True)
     routing = Routing(torch.zeros(2, 1, dtype=torch.int64), weight, probabilities=torch.ones(2, 1))

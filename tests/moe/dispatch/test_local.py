@@ -1,4 +1,4 @@
-"""Dispatch on one process against a loop over tokens."""
+"""Dispatch in one process, compared with a loop over tokens."""
 
 import torch
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ def affine_experts(scales):
 
 @settings(max_examples=40, deadline=None)
 @given(tokens=st.integers(0, 7), experts=st.integers(1, 4), k=st.integers(1, 3), seed=st.integers(0, 99))
-def test_a_token_gets_the_weighted_sum_of_its_experts_and_nothing_where_it_is_not_routed(tokens, experts, k, seed):
+def test_a_token_gets_the_weighted_sum_of_its_routed_experts(tokens, experts, k, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -40,7 +40,7 @@ def test_a_token_gets_the_weighted_sum_of_its_experts_and_nothing_where_it_is_no
     torch.testing.assert_close(dispatch_locally(x, routing, grouped), expected)
 
 
-def test_gradients_reach_tokens_and_weights():
+def test_gradients_of_tokens_and_weights_are_exact():
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[0, 2], [1, 1], [2, 0], [0, 1]])

@@ -1,4 +1,4 @@
-"""Token-expert pairs in the order of their experts, against lists in plain Python."""
+"""Sorting token-expert pairs by expert, compared with plain Python lists."""
 
 import torch
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ def make_routing(expert_index, num_experts, padding=None, dropped=None):
 @settings(max_examples=50, deadline=None)
 @given(tokens=st.integers(0, 8), experts=st.integers(1, 5), k=st.integers(1, 3), seed=st.integers(0, 99),
        padding=st.booleans(), dropping=st.booleans())  # fmt: skip
-def test_routed_pairs_are_grouped_by_expert_in_their_order(tokens, experts, k, seed, padding, dropping):
+def test_routed_pairs_are_grouped_by_expert_in_stable_order(tokens, experts, k, seed, padding, dropping):
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(experts, (tokens, k), generator=generator)
     mask = torch.rand(tokens, generator=generator) < 0.4 if padding else None
@@ -37,14 +37,14 @@ def test_routed_pairs_are_grouped_by_expert_in_their_order(tokens, experts, k, s
     assert counts == [len(group) for group in by_expert]
 
 
-def test_all_tokens_to_one_expert_and_all_padding():
+def test_sorting_with_all_tokens_on_one_expert_and_with_only_padding():
     index = torch.full((5, 1), 2)
     assert sort_pairs(make_routing(index, 4)).counts == [0, 0, 5, 0]
     pairs, counts = sort_pairs(make_routing(index, 4, padding=torch.ones(5, dtype=torch.bool)))
     assert counts == [0, 0, 0, 0] and pairs.numel() == 0
 
 
-def test_gather_gives_each_pair_its_token_and_spread_adds_a_tokens_pairs():
+def test_gather_gives_each_pair_its_token_and_scatter_sums_a_tokens_pairs():
     tokens = torch.randn(4, 3)
     pairs = torch.tensor([7, 0, 2, 5, 1])  # of 4 tokens with k = 2; pairs 3, 4, 6 are not routed
     rows = gather(tokens, pairs, 2)
@@ -53,7 +53,7 @@ def test_gather_gives_each_pair_its_token_and_spread_adds_a_tokens_pairs():
     torch.testing.assert_close(back, tokens * torch.tensor([[2.0], [1.0], [1.0], [1.0]]))
 
 
-def test_gather_and_spread_have_the_gradients_of_finite_differences():
+def test_gather_and_scatter_gradients_match_finite_differences():
     tokens = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     pairs = torch.tensor([5, 0, 1, 3])

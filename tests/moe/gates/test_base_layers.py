@@ -1,4 +1,4 @@
-"""BASE layers: the assignment against every balanced assignment there is, the weights against sigmoid."""
+"""BASE layers: the assignment compared with all balanced assignments, the weights with the sigmoid."""
 
 import itertools
 import math
@@ -18,9 +18,7 @@ from fairseq_sparsemixer.moe.gates.base_layers import (
     find_assignment,
 )
 
-needs_libbase = pytest.mark.skipif(
-    not base_layers.works("fairseq.libbase"), reason="fairseq.libbase is missing, or does not load"
-)
+needs_libbase = pytest.mark.skipif(not base_layers.works("fairseq.libbase"), reason="fairseq.libbase is missing or does not load")
 needs_scipy = pytest.mark.skipif(not base_layers.works("scipy.optimize"), reason="scipy is missing")
 SOLVERS = [
     pytest.param(assign_by_auction, marks=needs_libbase),
@@ -30,7 +28,7 @@ SOLVERS = [
 
 
 def best_total(scores):
-    """The largest sum of scores [N][E] among all assignments of ceil(N / E) tokens at most to each expert."""
+    """The largest sum of scores [N][E] over all assignments with at most ceil(N / E) tokens per expert."""
     num_tokens, num_experts = len(scores), len(scores[0])
     most = math.ceil(num_tokens / num_experts)
     return max(
@@ -42,14 +40,16 @@ def best_total(scores):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("tokens, num_experts", [(6, 3), (8, 2), (7, 3), (1, 4), (5, 1)])
-def test_assignment_is_balanced_and_the_best_of_all(solver, tokens, num_experts):
+def test_the_assignment_is_balanced_and_optimal(solver, tokens, num_experts):
     logits = torch.randn(tokens + 2, num_experts)
     padding = torch.zeros(tokens + 2, dtype=torch.bool)
     padding[[0, -1]] = True
     expert = balanced_assignment(logits, padding, solver).squeeze(1)[~padding]
     assert torch.bincount(expert, minlength=num_experts).max().item() <= math.ceil(tokens / num_experts)
     total = logits[~padding].gather(1, expert.unsqueeze(1)).sum().item()
-    slack = 1e-5 if solver is assign_by_scipy else tokens * (logits.max() - logits.min()).item() / 50  # the size of its bids
+    slack = (
+        1e-5 if solver is assign_by_scipy else tokens * (logits.max() - logits.min()).item() / 50
+    )  # the size of the auction's bids
     assert total == pytest.approx(best_total(logits[~padding].double().tolist()), abs=slack)
 
 
@@ -78,32 +78,32 @@ EXTREME = {
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", EXTREME)
-def test_extreme_logits_come_to_an_end_balanced_and_near_the_best(solver, name):
+def test_extreme_logits_give_a_balanced_and_nearly_optimal_assignment(solver, name):
     logits = EXTREME[name](torch.randn(61, 4))
     expert = balanced_assignment(logits, None, solver).squeeze(1)
     assert torch.bincount(expert, minlength=4).max().item() <= 16
     scores = torch.nan_to_num(logits).double()
     best = scores.gather(1, assign_by_scipy(scores).unsqueeze(1)).sum() if base_layers.works("scipy.optimize") else -math.inf
-    slack = 0.04 * 61 * (scores.max() - scores.min())  # twice what the auction promises
+    slack = 0.04 * 61 * (scores.max() - scores.min())  # twice the auction's guarantee
     assert scores.gather(1, expert.unsqueeze(1)).sum() >= best - slack - 1e-9 * scores.abs().sum()
 
 
 @needs_libbase
 @pytest.mark.parametrize("scale, shift", [(1, 0), (100, -50), (1e-3, 0.1), (1, 900)])
-def test_ordinary_logits_reach_the_auction_as_they_are(scale, shift):
+def test_ordinary_logits_reach_the_auction_unchanged(scale, shift):
     logits = torch.randn(64, 8) * scale + shift
     assert torch.equal(base_layers.within_reach(logits), logits)
 
 
 @needs_scipy
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-def test_many_experts_with_few_tokens_give_each_its_own(tokens):
+def test_with_more_experts_than_tokens_each_token_gets_its_own_expert(tokens):
     expert = balanced_assignment(torch.randn(tokens, 1024), None, find_assignment()).squeeze(1)
     assert len(set(expert.tolist())) == tokens
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_collapsed_router_and_undefined_logits_still_balance(solver):
+def test_a_collapsed_router_with_nan_logits_is_still_balanced(solver):
     same = torch.zeros(12, 4)
     same[:, 1] = 5
     same[3, 2] = math.nan
@@ -134,19 +134,19 @@ def test_gate_balances_in_training_only():
     ({"fairseq.libbase"}, assign_by_auction),
     ({"scipy.optimize"}, assign_by_scipy),
 ])  # fmt: skip
-def test_whichever_solver_is_there_is_used(monkeypatch, there, solver):
+def test_the_available_solver_is_used(monkeypatch, there, solver):
     monkeypatch.setattr(base_layers, "works", there.__contains__)
     assert find_assignment() is solver
 
 
-def test_without_any_solver_one_sentence_tells_what_to_install(monkeypatch):
+def test_without_a_solver_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(base_layers, "works", lambda module: False)
     with pytest.raises(ValueError, match="router=base needs a linear assignment solver: install scipy"):
         find_assignment()
 
 
 @pytest.mark.parametrize("error", ["ImportError('undefined symbol: _ZNK3c1010TensorImpl')", "OSError('no such library')"])
-def test_a_module_that_does_not_load_counts_as_absent(tmp_path, monkeypatch, error):
+def test_a_module_that_does_not_load_counts_as_missing(tmp_path, monkeypatch, error):
     (tmp_path / "broken_extension.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
     assert not base_layers.works("broken_extension") and not base_layers.works("no_such_module") and base_layers.works("json")
@@ -155,4 +155,4 @@ def test_a_module_that_does_not_load_counts_as_absent(tmp_path, monkeypatch, err
 
 def test_the_experts_embeddings_start_orthogonal():
     weight = build_gate("base", 16, 4).projection.weight
-    torch.testing.assert_close(weight @ weight.t(), 0.01 * torch.eye(4))  # as fairseq's BaseLayer: gain 0.1
+    torch.testing.assert_close(weight @ weight.t(), 0.01 * torch.eye(4))  # gain 0.1, as in fairseq's BaseLayer

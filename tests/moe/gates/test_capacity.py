@@ -1,4 +1,4 @@
-"""Capacity: who is served and who is dropped, against a queue kept by hand."""
+"""Capacity: which tokens are kept and dropped, compared with an explicit queue."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ from fairseq_sparsemixer.moe.gates.capacity import expert_capacity, limit_capaci
 
 
 def served_by_hand(expert_index, padding, capacity, num_experts):
-    """{(token, choice)} that find room: the first choices of all tokens by position, then the second ones."""
+    """{(token, choice)} within capacity: the first choices of all tokens by position, then the second choices."""
     room, served = [capacity] * num_experts, set()
     for choice in range(len(expert_index[0]) if expert_index else 0):
         for token, experts in enumerate(expert_index):
@@ -50,10 +50,10 @@ def test_choices_beyond_capacity_are_dropped_in_gshards_order(data):
     sums = limited.statistics()
     assert sums["load"].sum().item() == len(served) and sums["load"].sum(0).max().item() <= capacity
     assert sums["dropped"].sum().item() == k * padding.count(False) - len(served)
-    assert routing.dropped is None  # the routing given is left as it was
+    assert routing.dropped is None  # the input routing is unchanged
 
 
-def test_rounding_makes_no_room():
+def test_float_rounding_does_not_raise_the_capacity():
     assert 1.1 * 50 > 55 and expert_capacity(50, 1, 1.1).item() == 55
     assert expert_capacity(0, 4, 1.0).item() == 0
     assert expert_capacity(torch.tensor(7), 4, 1.0, top_k=2).item() == 4
@@ -69,7 +69,7 @@ def test_infinity_drops_nothing_and_other_factors_must_be_positive():
 def test_padding_takes_no_capacity_and_inference_drops_nothing():
     gate = build_gate("switch", 4, 2, capacity_factor=1.0, jitter_eps=0)
     logits = torch.tensor([[1.0, 0]]).repeat(8, 1)
-    padding = torch.arange(8) < 4  # in front: were they counted, no place would be left
+    padding = torch.arange(8) < 4  # in front, so they would fill the capacity if they counted
     assert gate.route(logits, padding).dropped.squeeze(1).tolist() == [False] * 6 + [True] * 2
     assert gate.eval().route(logits, padding).dropped is None
 
@@ -89,7 +89,7 @@ def test_dropped_tokens_send_no_gradient_to_the_router():
     seed=st.integers(0, 99),
     share=st.floats(0, 1),
 )
-def test_no_more_is_routed_than_the_host_was_told(tokens, experts, factor, seed, share):
+def test_the_number_of_routed_pairs_is_within_max_routed(tokens, experts, factor, seed, share):
     torch.manual_seed(seed)
     padding = torch.rand(tokens) < share
     for name, options in (("switch", {}), ("expert_choice", {}), ("sparsemixer", {})):

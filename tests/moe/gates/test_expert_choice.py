@@ -1,4 +1,4 @@
-"""Expert choice against arXiv 2202.09368: each expert's top tokens, picked by hand."""
+"""Expert choice, compared with each expert's top tokens by the formulas of arXiv 2202.09368."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_each_expert_takes_its_most_probable_tokens(tokens, num_experts, factor,
     assert sums["dropped"].item() == sum(expected[s].sum().item() == 0 for s in real)
 
 
-def test_layer_output_is_the_sum_over_the_experts_that_picked_a_token():
+def test_the_layers_output_is_the_sum_over_the_experts_that_chose_a_token():
     layer = build_moe_layer("expert_choice", 6, 8, 3, capacity_factor=1.0).double()
     x = torch.randn(9, 6, dtype=torch.float64)
     y = layer(x)
@@ -46,12 +46,12 @@ def test_layer_output_is_the_sum_over_the_experts_that_picked_a_token():
     assert layer.gate.experts_per_token == 1.0
 
 
-def test_weights_have_the_softmax_gradient():
+def test_the_weights_gradient_is_that_of_the_softmax():
     logits = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: expert_choice_routing(x, None, 1.5).combine_weight, logits)
 
 
-def test_it_is_declared_unfit_for_decoders():
+def test_the_gate_is_not_causal_because_later_tokens_change_the_weights():
     gate = build_gate("expert_choice", 6, 2, capacity_factor=1.0)
     assert not gate.causal
     logits = torch.tensor([[1.0, 0.0], [0.9, 0.0]])

@@ -1,4 +1,4 @@
-"""fairscale's own MOELayer, holding any of our gates, is the reference for our layer: outputs and gradients."""
+"""Outputs and gradients of our layer equal those of fairscale's MOELayer with the same gate, for every gate."""
 
 import copy
 
@@ -14,7 +14,7 @@ from fairseq_sparsemixer.moe.layer import MOELayer as FairscaleMOELayer
 
 @pytest.fixture(scope="module")
 def process_group(tmp_path_factory):
-    """A gloo group of this process alone."""
+    """A gloo group with only this process."""
     file = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     yield dist.group.WORLD
@@ -22,7 +22,7 @@ def process_group(tmp_path_factory):
 
 
 class OneExpert(nn.Module):
-    """Expert e of our stacked experts, as fairscale wants it: a module of its own."""
+    """Expert e of our stacked experts as a separate module, as required by fairscale."""
 
     def __init__(self, experts, index):
         super().__init__()
@@ -36,7 +36,7 @@ class OneExpert(nn.Module):
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.75])
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_fairscales_layer_with_our_gate_is_our_layer(process_group, router, capacity_factor):
+def test_fairscales_layer_with_our_gate_equals_our_layer(process_group, router, capacity_factor):
     options = {}
     if capacity_factor is not None:
         if "capacity_factor" not in gate_options(router):
@@ -51,7 +51,7 @@ def test_fairscales_layer_with_our_gate_is_our_layer(process_group, router, capa
     upstream = torch.randn(4, 6, 8)
     inputs, outputs = [x.clone().requires_grad_() for _ in range(2)], []
     for layer, run, leaf in ((ours, ours, inputs[0]), (theirs, reference, inputs[1])):
-        torch.manual_seed(7)  # the same noise in both
+        torch.manual_seed(7)  # the same noise for both
         output = run(leaf)
         if run is reference and hasattr(theirs.gate, "omega"):
             output = output * theirs.gate.omega
@@ -68,7 +68,7 @@ def test_fairscales_layer_with_our_gate_is_our_layer(process_group, router, capa
             torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_smaller_capacity_leaves_out_the_last_of_the_queue():
+def test_a_smaller_capacity_drops_the_last_tokens():
     layer = build_moe_layer("switch", 8, 16, 2, jitter_eps=0)
     routing = layer.gate.route(torch.tensor([[1.0, 0]] * 5 + [[0, 1.0]]))
     _, combine, mask = routing.to_fairscale(capacity=3)
@@ -77,7 +77,7 @@ def test_a_smaller_capacity_leaves_out_the_last_of_the_queue():
     assert torch.equal(combine > 0, mask)
 
 
-def test_padding_and_no_token_at_all_have_a_place_in_the_triple():
+def test_padding_and_empty_batches_convert_to_fairscales_triple():
     gate = build_moe_layer("switch", 8, 16, 2).gate
     _, combine, mask = gate.route(torch.randn(3, 2), torch.tensor([True, True, True])).to_fairscale()
     assert combine.shape == (3, 2, 1) and not mask.any()

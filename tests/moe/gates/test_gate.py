@@ -1,4 +1,4 @@
-"""The base of every gate: the projection, and the checks of its options."""
+"""The base class of all gates: the projection, and the checks of options."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_jitte
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_logits_are_computed_in_float32_whatever_the_tokens(dtype, autocast):
+def test_logits_are_computed_in_float32_for_any_token_dtype(dtype, autocast):
     gate = Gate(16, 4).to(dtype)
     tokens = torch.randn(9, 16).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -24,7 +24,7 @@ def test_float64_stays_float64():
     torch.testing.assert_close(gate.logits(tokens), tokens @ gate.projection.weight.t())
 
 
-def test_a_bias_of_the_router_starts_at_zero_and_is_added_to_the_logits_in_float32():
+def test_the_router_bias_starts_at_zero_and_is_added_in_float32():
     gate = Gate(16, 4, router_bias=True).to(torch.bfloat16)
     tokens = torch.randn(9, 16).to(torch.bfloat16)
     assert gate.projection.bias.tolist() == [0] * 4
@@ -38,12 +38,12 @@ def test_a_bias_of_the_router_starts_at_zero_and_is_added_to_the_logits_in_float
 
 
 @pytest.mark.parametrize("num_experts", [0, -1])
-def test_there_must_be_an_expert(num_experts):
+def test_at_least_one_expert_is_required(num_experts):
     with pytest.raises(ValueError, match=f"num_experts={num_experts} must be at least 1"):
         Gate(16, num_experts)
 
 
-def test_jitter_must_lie_within_its_bounds():
+def test_jitter_out_of_range_is_refused():
     assert (require_jitter(0), require_jitter(float("inf")), require_jitter(1, most=1)) == (0, float("inf"), 1)
     for wrong in (-0.1, float("nan")):
         with pytest.raises(ValueError, match=f"jitter_eps={wrong} must be at least 0"):
@@ -53,13 +53,13 @@ def test_jitter_must_lie_within_its_bounds():
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_top_k_must_not_exceed_the_experts(top_k):
+def test_top_k_must_not_exceed_the_number_of_experts(top_k):
     assert require_top_k(4, 4) == 4
     with pytest.raises(ValueError, match=f"top_k={top_k} must lie between 1 and num_experts=4"):
         require_top_k(top_k, 4)
 
 
-def test_padding_gets_no_weight_and_sends_no_gradient():
+def test_padding_has_no_weight_and_no_gradient():
     weight = torch.rand(3, 2, requires_grad=True)
     hidden = hide_padding(weight, torch.tensor([False, True, False]))
     hidden.sum().backward()

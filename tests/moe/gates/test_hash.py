@@ -6,7 +6,7 @@ from fairseq_sparsemixer import build_gate, build_moe_layer
 from fairseq_sparsemixer.moe.gates.hash import hash_ids
 
 
-def test_ids_hash_by_knuths_multiplication_whatever_the_machine():
+def test_ids_are_hashed_by_knuths_multiplication_on_any_machine():
     ids = [0, 1, 2, 3, 17, 50257, 2**31 - 1]
     expected = [((i * 2654435761) % 2**32 // 2**12) * 8 // 2**20 for i in ids]
     assert hash_ids(torch.tensor(ids), 8).tolist() == expected
@@ -18,7 +18,7 @@ def test_consecutive_ids_spread_evenly():
         assert counts.max().item() <= 1.01 * 64000 / num_experts
 
 
-def test_same_token_same_expert_whatever_its_vector():
+def test_a_tokens_expert_depends_only_on_its_id():
     layer = build_moe_layer("hash", 6, 8, 4)
     ids = torch.randint(1000, (2, 7))
     layer(torch.randn(2, 7, 6), token_ids=ids)
@@ -33,7 +33,7 @@ def test_without_ids_the_hash_is_a_fixed_random_projection():
     gate = build_gate("hash", 6, 4)
     tokens = torch.randn(30, 6)
     expert_index = gate(tokens).expert_index
-    assert torch.equal(expert_index, gate(3 * tokens).expert_index)  # locality-sensitive: the direction alone matters
+    assert torch.equal(expert_index, gate(3 * tokens).expert_index)  # locality-sensitive: only the direction matters
     assert expert_index.squeeze(1).tolist() == (tokens @ gate.projection.weight.t()).argmax(-1).tolist()
 
 

@@ -1,4 +1,4 @@
-"""The auxiliary losses against loops over tokens in plain Python."""
+"""The auxiliary losses, compared with plain Python loops over tokens."""
 
 import math
 
@@ -23,7 +23,7 @@ def balance_by_loops(probabilities, expert_index, padding, num_experts):
 
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(0, 7), experts=st.integers(1, 5), k=st.integers(1, 2), seed=st.integers(0, 99))
-def test_balance_is_the_formula_over_the_tokens_that_are_not_padding(tokens, experts, k, seed):
+def test_the_balance_loss_is_the_formula_over_non_padding_tokens(tokens, experts, k, seed):
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.rand(tokens, experts, dtype=torch.float64, generator=generator).softmax(-1)
     expert_index = torch.randint(experts, (tokens, k), generator=generator)
@@ -33,14 +33,14 @@ def test_balance_is_the_formula_over_the_tokens_that_are_not_padding(tokens, exp
     assert loss.item() == pytest.approx(expected)
 
 
-def test_balance_is_one_when_balanced_and_the_number_of_experts_when_collapsed():
+def test_the_balance_loss_is_one_if_balanced_and_the_number_of_experts_if_collapsed():
     even = torch.full((8, 4), 0.25)
     assert balance_loss(even, torch.arange(8).remainder(4).unsqueeze(1)).item() == pytest.approx(1)
     collapsed = torch.zeros(8, 4).index_fill(1, torch.tensor([2]), 1.0)
     assert balance_loss(collapsed, torch.full((8, 1), 2)).item() == pytest.approx(4)
 
 
-def test_the_gradient_of_balance_flows_through_the_mean_probability_alone():
+def test_the_balance_gradient_flows_only_through_the_mean_probability():
     probabilities = torch.rand(5, 3, dtype=torch.float64).softmax(-1).requires_grad_()
     expert_index = torch.tensor([[0], [0], [1], [2], [0]])
     padding = torch.tensor([False, False, False, True, False])
@@ -50,7 +50,7 @@ def test_the_gradient_of_balance_flows_through_the_mean_probability_alone():
     torch.testing.assert_close(probabilities.grad, expected)
 
 
-def test_z_loss_is_the_mean_squared_log_partition():
+def test_the_z_loss_is_the_mean_squared_log_partition():
     logits = torch.randn(6, 4, dtype=torch.float64)
     padding = torch.tensor([False, True, False, False, True, False])
     expected = [math.log(sum(math.exp(v) for v in row)) ** 2 for row, pad in zip(logits.tolist(), padding.tolist()) if not pad]
@@ -58,7 +58,7 @@ def test_z_loss_is_the_mean_squared_log_partition():
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_without_tokens_every_loss_is_zero_and_so_is_its_gradient(tokens):
+def test_without_tokens_every_loss_and_its_gradient_are_zero(tokens):
     logits = torch.randn(tokens, 4, requires_grad=True)
     padding = torch.ones(tokens, dtype=torch.bool)
     index = torch.zeros(tokens, 1, dtype=torch.int64)
@@ -68,7 +68,7 @@ def test_without_tokens_every_loss_is_zero_and_so_is_its_gradient(tokens):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_what_stands_at_padding_never_matters():
+def test_the_values_at_padding_never_matter():
     values = torch.tensor([[1.0], [float("nan")], [3.0], [float("inf")]])
     assert masked_mean(values, torch.tensor([False, True, False, True])).item() == 2
 

@@ -1,4 +1,4 @@
-"""Noisy top-k gating against the equations of arXiv 1701.06538, in float64, token by token."""
+"""Noisy top-k gating, compared with the equations of arXiv 1701.06538 in float64, token by token."""
 
 import math
 
@@ -21,7 +21,7 @@ def cv2(values):
 
 
 def reference(logits, normal, std, k):
-    """Eqs. 3 to 11 by hand: (chosen experts, weights, importance loss, load loss)."""
+    """Eqs. 3 to 11: (chosen experts, weights, importance loss, load loss)."""
     num_experts = len(logits[0])
     chosen, weights, importance, load = [], [], [0.0] * num_experts, [0.0] * num_experts
     for clean, z, sigma in zip(logits, normal, std):
@@ -39,7 +39,7 @@ def reference(logits, normal, std, k):
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_routing_and_losses_are_the_papers(k):
+def test_routing_and_losses_equal_the_papers(k):
     logits, normal = torch.randn(2, 15, 5, dtype=torch.float64)
     std = torch.rand(15, 5, dtype=torch.float64) + 0.3
     padding = torch.arange(15) % 5 == 2
@@ -52,7 +52,7 @@ def test_routing_and_losses_are_the_papers(k):
     assert routing.aux_losses["load"].item() == pytest.approx(load)
 
 
-def test_gradients_reach_both_projections_and_are_exact():
+def test_gradients_of_both_projections_are_exact():
     logits, normal = torch.randn(2, 6, 4, dtype=torch.float64)
     raw = torch.randn(6, 4, dtype=torch.float64)
 
@@ -63,7 +63,7 @@ def test_gradients_reach_both_projections_and_are_exact():
     assert torch.autograd.gradcheck(outputs, (logits.requires_grad_(), raw.requires_grad_()))
 
 
-def test_every_expert_kept_has_even_load_and_a_full_softmax():
+def test_with_all_experts_chosen_the_load_is_even_and_weights_are_the_full_softmax():
     logits = torch.randn(6, 3, dtype=torch.float64)
     routing = noisy_topk_routing(logits, None, 3)
     assert routing.aux_losses["load"].item() == 0
@@ -71,13 +71,13 @@ def test_every_expert_kept_has_even_load_and_a_full_softmax():
     torch.testing.assert_close(weights, logits.softmax(-1))
 
 
-def test_noise_is_normal_and_learned_and_absent_at_inference():
+def test_noise_is_normal_learned_and_absent_at_inference():
     gate = build_gate("noisy_topk", 6, 4, top_k=2)
     std = torch.ones(4000, 4)
     assert kstest(gate.draw_noise(std).normal.flatten().tolist(), "norm").pvalue > 1e-3
     tokens = torch.randn(50, 6)
     routing = gate(tokens)
-    assert len(routing.expert_index.unique()) == 4  # both projections start at zero: noise alone decides
+    assert len(routing.expert_index.unique()) == 4  # both projections start at zero, so only noise decides
     (routing.combine_weight * torch.randn(50, 2)).sum().backward()
     assert gate.noise_projection.weight.grad.abs().sum() > 0 and gate.projection.weight.grad.abs().sum() > 0
     torch.nn.init.normal_(gate.projection.weight)
@@ -87,7 +87,7 @@ def test_noise_is_normal_and_learned_and_absent_at_inference():
     assert torch.equal(routing.combine_weight, gate.route(gate.logits(tokens)).combine_weight)
 
 
-def test_load_without_noise_is_the_count():
+def test_the_load_without_noise_is_the_token_count():
     logits = torch.randn(40, 4, dtype=torch.float64)
     routing = noisy_topk_routing(logits, None, 2)
     counts = torch.bincount(routing.expert_index.flatten(), minlength=4).tolist()

@@ -1,4 +1,4 @@
-"""Routers by name."""
+"""The registry of routers."""
 
 import pytest
 
@@ -12,12 +12,12 @@ def test_an_unknown_router_lists_the_known_ones():
         build_gate("swich", model_dim=4, num_experts=2)
 
 
-def test_an_option_the_router_does_not_take_lists_those_it_takes():
+def test_an_unknown_option_lists_those_of_the_router():
     with pytest.raises(ValueError, match="router switch takes no option top_k; it takes jitter_eps"):
         build_gate("switch", model_dim=4, num_experts=2, top_k=2)
 
 
-def test_options_are_the_parameters_of_the_gates_constructor():
+def test_a_routers_options_are_its_constructors_parameters():
     assert gate_options("sparsemixer") == [
         "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate",
         "router_bias",
@@ -32,7 +32,7 @@ def test_every_router_builds_under_its_name(name):
 
 
 @pytest.mark.parametrize("name", ["switch", "dense"])
-def test_a_name_is_given_once(name):
+def test_a_name_can_be_registered_only_once(name):
     with pytest.raises(ValueError, match=f"a router named {name} is already registered"):
         register_gate(name)(Gate)
     assert GATES["switch"] is not Gate

@@ -1,4 +1,4 @@
-"""The statistics of a Routing against loops over tokens in plain Python."""
+"""The statistics of a Routing, compared with plain Python loops over tokens."""
 
 import math
 from dataclasses import replace
@@ -50,7 +50,7 @@ sizes = dict(tokens=st.integers(0, 9), experts=st.integers(1, 5), k=st.integers(
 
 @settings(max_examples=40, deadline=None)
 @given(**sizes, padding=st.booleans(), dropping=st.booleans())
-def test_statistics_are_sums_over_the_tokens_that_are_not_padding(tokens, experts, k, seed, padding, dropping):
+def test_statistics_are_sums_over_non_padding_tokens(tokens, experts, k, seed, padding, dropping):
     routing = random_routing(tokens, experts, k, seed, padding, dropping)
     found = {name: value.tolist() for name, value in routing.statistics().items()}
     expected = statistics_by_loops(routing)
@@ -60,7 +60,7 @@ def test_statistics_are_sums_over_the_tokens_that_are_not_padding(tokens, expert
 
 @settings(max_examples=20, deadline=None)
 @given(**sizes)
-def test_statistics_of_parts_add_up_to_those_of_the_whole(tokens, experts, k, seed):
+def test_statistics_of_parts_sum_to_those_of_the_whole(tokens, experts, k, seed):
     whole = random_routing(tokens, experts, k, seed)
     half = tokens // 2
     fields = ("expert_index", "combine_weight", "probabilities", "padding_mask", "dropped")
@@ -70,12 +70,12 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(tokens, experts, k, se
         torch.testing.assert_close(sums[0][name] + sums[1][name], value)
 
 
-def test_a_certain_gate_has_no_entropy():
+def test_a_deterministic_gate_has_zero_entropy():
     routing = Routing(torch.tensor([[1]]), torch.ones(1, 1), probabilities=torch.tensor([[0.0, 1.0, 0.0]]))
     assert routing.statistics()["entropy"].item() == 0
 
 
-def test_columns_behind_the_choice_are_not_counted():
+def test_columns_beyond_the_choices_are_not_counted():
     routing = replace(random_routing(6, 4, 3, seed=0, padding=False, dropping=False), num_chosen=1)
     assert routing.statistics()["load"].shape == (1, 4)
     assert routing.statistics()["load"].sum() == 6
@@ -83,7 +83,7 @@ def test_columns_behind_the_choice_are_not_counted():
 
 @settings(max_examples=20, deadline=None)
 @given(**sizes, padding=st.booleans(), dropping=st.booleans())
-def test_unrouted_are_the_pairs_of_padding_and_the_dropped_ones(tokens, experts, k, seed, padding, dropping):
+def test_unrouted_pairs_are_padding_and_dropped_pairs(tokens, experts, k, seed, padding, dropping):
     routing = random_routing(tokens, experts, k, seed, padding, dropping)
     expected = torch.zeros(tokens, k, dtype=torch.bool)
     if padding:

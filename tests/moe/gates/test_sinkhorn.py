@@ -1,4 +1,4 @@
-"""Sinkhorn routing against the fixed point it is meant to reach, in float64."""
+"""Sinkhorn routing, compared with its fixed point in float64."""
 
 import math
 
@@ -10,7 +10,7 @@ from fairseq_sparsemixer.moe.gates.sinkhorn import sinkhorn, sinkhorn_routing
 
 
 def scaled_by_hand(logits, rounds):
-    """exp(logits) scaled by rows, then columns, so many times: rows to 1 / S, columns to 1 / E."""
+    """exp(logits) with rows scaled to sum 1 / S, then columns to 1 / E, repeated."""
     matrix = [[math.exp(value) for value in row] for row in logits]
     size, width = len(matrix), len(matrix[0])
     for _ in range(rounds):
@@ -21,13 +21,13 @@ def scaled_by_hand(logits, rounds):
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_scaling_is_the_doubly_normalised_matrix(scale):
+def test_scaling_gives_the_doubly_normalised_matrix(scale):
     logits = scale * torch.randn(16, 4, dtype=torch.float64)
     expected = torch.tensor(scaled_by_hand(logits.tolist(), 2000), dtype=torch.float64)
     torch.testing.assert_close(sinkhorn(logits), expected, atol=2e-4, rtol=2e-2)
 
 
-def test_training_selects_by_the_scaled_matrix_and_inference_by_the_logits():
+def test_training_selects_by_the_scaled_matrix_and_inference_by_logits():
     logits = torch.randn(40, 4, dtype=torch.float64)
     logits[:, 0] += 2
     scaled = torch.tensor(scaled_by_hand(logits.tolist(), 500))
@@ -40,7 +40,7 @@ def test_training_selects_by_the_scaled_matrix_and_inference_by_the_logits():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_weight_is_sigmoid_for_one_expert_and_softmax_for_more(k):
+def test_the_weight_is_the_sigmoid_for_one_expert_and_the_softmax_for_more(k):
     logits = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
     routing = sinkhorn_routing(logits, None, k, balanced=True)
     for row, experts, weights in zip(logits.tolist(), routing.expert_index.tolist(), routing.combine_weight.tolist()):
@@ -51,7 +51,7 @@ def test_weight_is_sigmoid_for_one_expert_and_softmax_for_more(k):
     assert torch.autograd.gradcheck(lambda x: sinkhorn_routing(x, None, k, True).combine_weight, logits)
 
 
-def test_padding_does_not_disturb_the_others_and_large_logits_stay_finite():
+def test_padding_does_not_affect_other_tokens_and_large_logits_stay_finite():
     logits = torch.randn(12, 4, dtype=torch.float64)
     padding = torch.arange(12) % 3 == 0
     alone = sinkhorn(logits[~padding])

@@ -1,4 +1,4 @@
-"""SparseMixer's gate against references in float64, written from arXiv 2310.00811 and never calling the gate."""
+"""SparseMixer's gate, compared with float64 references written from arXiv 2310.00811 that do not call the gate."""
 
 import math
 
@@ -16,7 +16,7 @@ GAIN = {"midpoint": 2, "euler": 2, "switch": 1, "heun3": 1, "inf": 2}
 
 
 def surviving(row, jitter):
-    """Which experts of one token's logits stay in."""
+    """The experts that the mask keeps, for one token's logits."""
     top = max(row)
     kept = []
     for theta in row:
@@ -32,7 +32,7 @@ def masked_softmax(row, jitter):
 
 
 def node(name, coin):
-    """s, for an expert that is not the arg-max."""
+    """The estimator's node s for an expert that is not the arg-max."""
     if name == "midpoint":
         return 1.0 if coin >= 0.5 else 0.5
     if name == "heun3":
@@ -43,7 +43,7 @@ def node(name, coin):
 
 
 class Reference:
-    """Forward and router gradient of one batch, from logits [S, E], noise, and the upstream gradient of each weight."""
+    """Forward and router gradient of a batch, from logits [S, E], noise, and the upstream gradient of each weight."""
 
     def __init__(self, logits, gumbel, coin, upstream, jitter, name):
         self.index, self.weight, self.gradient = [], [], np.zeros_like(logits)
@@ -53,12 +53,12 @@ class Reference:
             chosen = scores.index(max(scores))
             self.index.append(chosen)
             self.weight.append(pi[chosen] * (1.0 if chosen == row.index(max(row)) else node(name, coin[s].item())))
-            for j in range(len(row)):  # gain * d pi_chosen / d theta_j, whatever the node
+            for j in range(len(row)):  # gain * d pi_chosen / d theta_j, for any node
                 self.gradient[s, j] = GAIN[name] * upstream[s].item() * pi[chosen] * ((chosen == j) - pi[j])
 
 
 def gate_with_noise(logits, jitter=0.1, name="midpoint", model_dim=6):
-    """A gate in float64 whose noise is known: (gate, noise)."""
+    """(float64 gate, the noise it will use)."""
     gate = build_gate("sparsemixer", model_dim, logits.size(1), jitter_eps=jitter, gradient_estimator=name).double()
     noise = draw_sampling_noise(logits)
     gate.draw_noise = lambda logits: noise
@@ -67,7 +67,7 @@ def gate_with_noise(logits, jitter=0.1, name="midpoint", model_dim=6):
 
 @pytest.mark.parametrize("name", sorted(GAIN))
 @pytest.mark.parametrize("jitter", [0.1, 0.6])
-def test_weights_and_gradients_are_those_of_the_paper(name, jitter):
+def test_weights_and_gradients_equal_the_papers(name, jitter):
     logits = (2 * torch.randn(200, 5, dtype=torch.float64)).requires_grad_()
     gate, noise = gate_with_noise(logits, jitter, name)
     routing = gate.route(logits)
@@ -79,7 +79,7 @@ def test_weights_and_gradients_are_those_of_the_paper(name, jitter):
     np.testing.assert_allclose(logits.grad.numpy(), reference.gradient, rtol=1e-9, atol=1e-12)
 
 
-def test_the_gradient_reaches_tokens_and_projection_by_the_chain_rule():
+def test_gradients_of_tokens_and_projection_follow_by_the_chain_rule():
     tokens = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
     gate, _ = gate_with_noise(torch.zeros(40, 5, dtype=torch.float64))
     weight = gate.projection.weight.detach()
@@ -92,7 +92,7 @@ def test_the_gradient_reaches_tokens_and_projection_by_the_chain_rule():
     torch.testing.assert_close(gate.projection.weight.grad, by_logits.t() @ tokens.detach())
 
 
-def test_experts_are_drawn_as_often_as_the_masked_softmax_says():
+def test_experts_are_drawn_with_masked_softmax_probabilities():
     rows = torch.tensor([[1.0, 0.9, 0.85, -3.0], [-1.0, -1.1, -1.15, -1.2], [0.0, 0.0, 0.0, 0.0], [2.0, 1.7, 1.65, 1.9]])
     draws = 20000
     gate = build_gate("sparsemixer", 6, 4)
@@ -104,7 +104,7 @@ def test_experts_are_drawn_as_often_as_the_masked_softmax_says():
         assert chisquare(counts[pi > 0], draws * pi[pi > 0]).pvalue > 1e-3
 
 
-def test_half_of_the_draws_beside_the_argmax_are_halved_and_none_of_the_argmax():
+def test_half_of_the_draws_are_halved_except_those_of_the_argmax():
     row = torch.tensor([[1.0, 0.9, 0.95]])
     gate = build_gate("sparsemixer", 6, 3)
     routing = gate.route(row.repeat(20000, 1))
@@ -117,7 +117,7 @@ def test_half_of_the_draws_beside_the_argmax_are_halved_and_none_of_the_argmax()
     assert chisquare([halved.sum(), (~halved).sum()]).pvalue > 1e-3
 
 
-def test_the_argmax_is_halved_as_often_as_others_where_the_estimator_is_asked_for_it():
+def test_with_estimator_at_argmax_the_argmax_is_halved_as_often_as_others():
     gate = build_gate("sparsemixer", 6, 3, estimator_at_argmax=True)
     routing = gate.route(torch.tensor([[1.0, 0.9, 0.95]]).repeat(20000, 1))
     pi = torch.tensor(masked_softmax([1.0, 0.9, 0.95], 0.1))
@@ -129,7 +129,7 @@ def test_the_argmax_is_halved_as_often_as_others_where_the_estimator_is_asked_fo
 
 
 @pytest.mark.parametrize("jitter, left", [(0.0, [1, 0, 0]), (float("inf"), [1, 1, 1])])
-def test_no_jitter_leaves_the_argmax_alone_and_infinite_jitter_every_expert(jitter, left):
+def test_zero_jitter_keeps_only_the_argmax_and_infinite_jitter_keeps_all(jitter, left):
     routing = build_gate("sparsemixer", 6, 3, jitter_eps=jitter).route(torch.tensor([[2.0, -1.0, -70.0]]))
     assert (routing.probabilities > 0).int().tolist() == [left]
 
@@ -144,7 +144,7 @@ logits_row = st.lists(st.floats(-50, 50, width=32).filter(lambda v: v == 0 or ab
 @example(row=[0.0, -1.0], jitter=0.1)
 @example(row=[3.0, 3.0, 1.0], jitter=0.0)
 @example(row=[-2.0, -2.0], jitter=0.1)
-def test_the_mask_is_the_papers_for_logits_of_any_sign(row, jitter):
+def test_the_mask_equals_the_papers_for_logits_of_any_sign(row, jitter):
     masked = mask_unlikely(torch.tensor([row], dtype=torch.float64), jitter)
     assert (masked > -math.inf).tolist() == [surviving(row, jitter)]
     assert masked.max().item() == max(row)
@@ -156,7 +156,7 @@ def test_a_masked_expert_gets_no_gradient():
     assert logits.grad[0, 2] == 0 and logits.grad[0, :2].abs().sum() > 0
 
 
-def test_inference_takes_the_argmax_at_its_masked_probability_times_omega():
+def test_inference_uses_the_argmax_with_its_masked_probability_times_omega():
     logits = torch.randn(30, 5, dtype=torch.float64)
     gate = build_gate("sparsemixer", 6, 5).double().eval()
     routing = gate.route(logits)
@@ -166,7 +166,7 @@ def test_inference_takes_the_argmax_at_its_masked_probability_times_omega():
     assert routing.output_scale is gate.omega and torch.equal(gate.omega, torch.ones_like(gate.omega))
 
 
-def test_routing_in_training_leaves_the_logits_as_they_were():
+def test_routing_in_training_does_not_change_the_logits():
     logits = torch.randn(10, 4)
     before = logits.clone()
     build_gate("sparsemixer", 6, 4).route(logits)
@@ -185,7 +185,7 @@ def test_half_precision_tokens_are_routed_in_float32(dtype):
     torch.testing.assert_close(routing.probabilities, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_balance_loss_is_that_of_the_draws_and_the_masked_softmax():
+def test_the_balance_loss_uses_the_draws_and_the_masked_softmax():
     logits = torch.randn(30, 4, dtype=torch.float64)
     padding = torch.arange(30) % 5 == 0
     gate, noise = gate_with_noise(logits)
@@ -198,7 +198,7 @@ def test_the_balance_loss_is_that_of_the_draws_and_the_masked_softmax():
     assert routing.aux_losses["balance"].item() == pytest.approx(4 * sum(f * p for f, p in zip(shares, means)))
 
 
-def test_noise_is_finite_and_the_coin_below_one():
+def test_noise_is_finite_and_the_coin_is_below_one():
     noise = draw_sampling_noise(torch.zeros(2000, 50))
     assert isinstance(noise, SamplingNoise)
     assert noise.gumbel.isfinite().all() and (noise.coin >= 0).all() and (noise.coin < 1).all()

@@ -1,4 +1,4 @@
-"""SparseMixer-v2 against GRIN's formulas (arXiv 2409.12136), token by token in float64."""
+"""SparseMixer-v2, compared with GRIN's formulas (arXiv 2409.12136), token by token in float64."""
 
 import math
 
@@ -20,13 +20,15 @@ def draw_by_hand(theta, taken, eps, gumbel, coin):
     pi = {e: math.exp(theta[e]) / total for e in within}
     chosen = max(within, key=lambda e: theta[e] + (gumbel[e] if gumbel else 0))
     node = 1.0 if not gumbel or theta[chosen] == top or coin < 0.25 else 1 / 3
-    slope = [pi[chosen] * ((chosen == j) - pi[j]) if j in pi else 0.0 for j in range(len(theta))]  # of pi, not of pi * node
+    slope = [
+        pi[chosen] * ((chosen == j) - pi[j]) if j in pi else 0.0 for j in range(len(theta))
+    ]  # derivative of pi, not of pi * node
     return chosen, pi[chosen] * node, slope
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("sampled", [True, False])
-def test_draws_multipliers_and_gradient_are_those_of_the_paper(k, sampled):
+def test_draws_multipliers_and_gradient_equal_the_papers(k, sampled):
     tokens, num_experts, eps = 40, 4, 0.3
     logits = (torch.randn(tokens, num_experts, dtype=torch.float64) + 3).requires_grad_()
     noise = [
@@ -51,12 +53,12 @@ def test_draws_multipliers_and_gradient_are_those_of_the_paper(k, sampled):
     assert not sampled or nodes == {True, False}
 
 
-def test_every_expert_may_be_drawn_and_each_once():
+def test_any_expert_can_be_drawn_and_none_twice():
     routing = build_gate("sparsemixer_v2", 6, 4, top_k=4).route(torch.randn(50, 4))
     assert (routing.expert_index.sort(1).values == torch.arange(4)).all()
 
 
-def test_the_balance_loss_is_that_of_all_draws_and_the_softmax_without_mask():
+def test_the_balance_loss_uses_all_draws_and_the_softmax_without_mask():
     logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, -3.0, 1.0]], dtype=torch.float64)
     routing = build_gate("sparsemixer_v2", 6, 3, top_k=2).double().eval().route(logits)  # chooses 0, 1 and 2, 0
     pi = [[math.exp(theta) / sum(map(math.exp, row)) for theta in row] for row in logits.tolist()]
@@ -65,21 +67,21 @@ def test_the_balance_loss_is_that_of_all_draws_and_the_softmax_without_mask():
     torch.testing.assert_close(routing.probabilities, torch.tensor(pi, dtype=torch.float64))
 
 
-def test_noise_is_fresh_for_each_draw_and_absent_at_inference():
+def test_each_draw_has_fresh_noise_and_inference_has_none():
     gate = build_gate("sparsemixer_v2", 6, 4, top_k=3)
     noise = gate.draw_noise(torch.zeros(20, 4))
     assert len(noise) == 3 and not torch.equal(noise[0].gumbel, noise[1].gumbel)
     assert gate.eval().draw_noise(torch.zeros(20, 4)) is None
 
 
-def test_the_argmax_of_each_draw_is_a_third_as_often_as_others_where_the_estimator_is_asked_for_it():
+def test_with_estimator_at_argmax_each_draws_argmax_also_uses_the_estimators_nodes():
     gate = build_gate("sparsemixer_v2", 6, 2, estimator_at_argmax=True)
-    routing = gate.route(torch.tensor([[1.0, -9.0]]).repeat(20000, 1))  # masked: each draw has one expert left
+    routing = gate.route(torch.tensor([[1.0, -9.0]]).repeat(20000, 1))  # the mask leaves one expert for each draw
     for weight in routing.combine_weight.t():  # pi is 1
         assert set(weight.tolist()) == {1.0, torch.tensor(1 / 3).item()}
         assert weight.eq(1).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
-def test_defaults_are_grins_two_experts_and_heuns_third_order():
+def test_defaults_are_grins_two_experts_and_heuns_third_order_method():
     gate = build_gate("sparsemixer_v2", 6, 4)
     assert (gate.top_k, gate.estimator.name) == (2, "heun3") and not hasattr(gate, "omega")

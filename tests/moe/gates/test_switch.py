@@ -1,4 +1,4 @@
-"""Switch's gate against the formulas of arXiv 2101.03961, in float64 and never calling the gate."""
+"""Switch's gate, compared with the formulas of arXiv 2101.03961 in float64, without calling the gate."""
 
 import math
 
@@ -16,7 +16,7 @@ def softmax(row):
 
 
 @pytest.mark.parametrize("with_jitter", [False, True])
-def test_weight_and_gradient_are_those_of_the_argmax_probability(with_jitter):
+def test_weight_and_gradient_equal_those_of_the_argmax_probability(with_jitter):
     logits = torch.randn(60, 5, dtype=torch.float64, requires_grad=True)
     jitter = torch.rand(60, 5, dtype=torch.float64) * 0.2 + 0.9 if with_jitter else None
     routing = switch_routing(logits, jitter=jitter)
@@ -40,7 +40,7 @@ def test_jitter_multiplies_logits_by_uniform_noise_in_training_only():
     assert build_gate("switch", 6, 4, jitter_eps=0).draw_noise(torch.zeros(2, 4)) is None
 
 
-def test_inference_takes_the_argmax_at_its_full_softmax():
+def test_inference_uses_the_argmax_with_its_full_softmax_probability():
     logits = torch.randn(20, 5, dtype=torch.float64)
     routing = build_gate("switch", 6, 5).eval().route(logits)
     for s, row in enumerate(logits.tolist()):
@@ -49,7 +49,7 @@ def test_inference_takes_the_argmax_at_its_full_softmax():
     assert routing.output_scale is None
 
 
-def test_auxiliary_losses_are_those_of_the_tokens_that_are_not_padding():
+def test_auxiliary_losses_use_only_non_padding_tokens():
     logits = torch.randn(12, 3, dtype=torch.float64)
     padding = torch.arange(12) % 4 == 1
     losses = switch_routing(logits, padding).aux_losses
