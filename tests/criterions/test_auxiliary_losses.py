@@ -1,15 +1,21 @@
 """Auxiliary losses in a criterion: their contribution to the loss, their logging, and how both scale."""
 
+import json
 import math
 import re
+from dataclasses import fields
 
 import pytest
 import torch
-from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
+from fairseq.criterions.adaptive_loss import AdaptiveLoss, AdaptiveLossConfig
 from fairseq.criterions.composite_loss import CompositeLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.masked_lm import MaskedLmConfig, MaskedLmLoss
+from fairseq.criterions.sentence_prediction import SentencePredictionConfig, SentencePredictionCriterion
+from fairseq.logging import metrics
 from fairseq_sparsemixer.criterions import MoECrossEntropyCriterion
-from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
+from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, warn_of_plain_criterion
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from torch import nn
 
@@ -179,3 +185,32 @@ def test_a_criterion_without_auxiliary_losses_warns_and_names_the_right_one(capl
 def test_a_criterion_with_auxiliary_losses_gives_no_warning(translation_task, caplog):
     warn_of_plain_criterion(build(translation_task), "moe_cross_entropy")
     assert not caplog.records
+
+
+def test_the_load_file_counts_the_tokens_of_each_expert_over_all_choices(
+    build_translation_model, translation_task, translation_batch, tmp_path
+):
+    model = build_translation_model(router="noisy_topk")  # two choices per token
+    criterion = build(translation_task, moe_load_file=str(tmp_path / "load.jsonl"), moe_load_interval=1)
+    _, _, log = criterion(model, translation_batch(3, 6))
+    with metrics.aggregate(new_root=True):
+        type(criterion).reduce_metrics([log])
+    (line,) = (tmp_path / "load.jsonl").read_text().splitlines()
+    expected = []
+    for _, layer in named_moe_layers(model):
+        routing = layer.routing
+        real = torch.ones(len(routing.expert_index)).bool() if routing.padding_mask is None else ~routing.padding_mask
+        expected.append(torch.bincount(routing.expert_index[real].flatten(), minlength=4).tolist())
+        assert sum(expected[-1]) == 2 * real.sum()
+    assert json.loads(line) == {"num_updates": 1, "layers": ["encoder.layers.0", "decoder.layers.0"], "load": expected}
+
+
+@pytest.mark.parametrize("name, parent, config", [
+    ("moe_adaptive_loss", AdaptiveLoss, AdaptiveLossConfig),
+    ("moe_masked_lm", MaskedLmLoss, MaskedLmConfig),
+    ("moe_sentence_prediction", SentencePredictionCriterion, SentencePredictionConfig),
+])  # fmt: skip
+def test_a_criterion_is_registered_with_fairseqs_flags_and_ours(name, parent, config):
+    assert issubclass(CRITERION_REGISTRY[name], parent)
+    flags = {field.name for field in fields(CRITERION_DATACLASS_REGISTRY[name])}
+    assert flags == {field.name for source in (config, AuxiliaryLossConfig) for field in fields(source)}
