@@ -50,6 +50,11 @@ class Session:
         return self.out / f"{router}{experts}-seed{self.options.seed}"
 
     @property
+    def small(self) -> bool:
+        """Whether `prepare` takes the small text of smoke.py; the files of --raw-dir are taken as they are."""
+        return self.options.smoke and self.options.raw_dir is None
+
+    @property
     def gpus(self) -> int:
         """GPUs per machine; 0 to run on the CPU."""
         return torch.cuda.device_count() if self.options.gpus is None else self.options.gpus

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
+from recipes.common import smoke
 from recipes.common.download import download
 from recipes.common.session import DOWNLOADS, Session
 
@@ -19,7 +20,9 @@ def downloads(session: Session) -> Path:
 
 
 def say_source(session: Session, urls: Mapping[str, str]) -> str:
-    """What `fetch` would do, for --dry-run."""
+    """Where the raw text comes from, for --dry-run."""
+    if session.small:
+        return smoke.SAYS
     if session.options.raw_dir is not None:
         return f"reads {session.options.raw_dir}"
     return "downloads " + ", ".join(urls.values()) + f" to {downloads(session)}"

@@ -47,15 +47,14 @@ SMOKE = {
 def prepare(session: Session) -> None:
     """Segment the text into pieces and binarise it."""
     options = session.options
-    small = options.smoke and options.raw_dir is None
     vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
 
     def read() -> Splits:
-        return smoke.small_text() if small else read_wikitext(fetch(session, URLS, SHA256), ARCHIVE, MEMBERS)
+        return smoke.small_text() if session.small else read_wikitext(fetch(session, URLS, SHA256), ARCHIVE, MEMBERS)
 
-    does = f"{smoke.SAYS if small else say_source(session, URLS)}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
+    does = f"{say_source(session, URLS)}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "vocabulary": vocabulary}
-    session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if small else options.workers)
+    session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if session.small else options.workers)
 
 
 def make_data(read: Callable[[], Splits], vocabulary: int, workers: int, folder: Path, console: Console) -> None:

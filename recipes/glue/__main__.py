@@ -50,14 +50,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(session: Session) -> None:
     """Check the task's TSV files and segment them into the pieces of the pre-trained model."""
     options = enter(session)
-    small = options.smoke and options.raw_dir is None
-    if options.raw_dir is None and not small:
+    if options.raw_dir is None and not session.small:
         raise ConfigurationError("pass --raw-dir DIR with GLUE's files, from gluebenchmark.com/tasks")
-    raw = session.out / "raw" if small else options.raw_dir / options.task
+    raw = session.out / "raw" if session.small else options.raw_dir / options.task
     pretrained = pretraining(session)
     settings = {"task": options.task, "raw": str(raw), "pretrained": str(pretrained.resolve())}
-    does = f"{'makes a tiny data set' if small else 'reads ' + str(raw)}; segments it into the pieces of {pretrained}"
-    session.step(f"data: {options.task}", session.data, settings, does, make_data, options.task, raw, small, pretrained)
+    does = f"{'makes a tiny data set' if session.small else 'reads ' + str(raw)}; segments it into the pieces of {pretrained}"
+    session.step(f"data: {options.task}", session.data, settings, does, make_data, options.task, raw, session.small, pretrained)
 
 
 def make_data(task: str, raw: Path, small: bool, pretrained: Path, folder: Path, console: Console) -> None:

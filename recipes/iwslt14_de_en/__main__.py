@@ -36,10 +36,9 @@ Read = Callable[[], Tuple[List[Pair], List[Pair]]]
 def prepare(session: Session) -> None:
     """Raw text -> lowercased Moses tokens -> BPE pieces -> binarised data."""
     options = session.options
-    small = options.smoke and options.raw_dir is None
 
     def read() -> Tuple[List[Pair], List[Pair]]:
-        if small:
+        if session.small:
             corpus = smoke.small_corpus(SMOKE_SIZES)  # English to German
             training, test = ([Pair(pair.target, pair.source) for pair in corpus[split]] for split in ("train", "test"))
             return training, test
@@ -47,7 +46,7 @@ def prepare(session: Session) -> None:
         return read_training(folder), read_test(folder)
 
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke}
-    does = f"{smoke.SAYS if small else say_source(session, URLS)}; tokenises and lowercases"
+    does = f"{say_source(session, URLS)}; tokenises and lowercases"
     session.step("text", moses_translation.text_folder(session), settings, does, make_text, read, options.workers)
     vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
     moses_translation.prepare_pieces(session, LANGUAGES, vocabulary)

@@ -52,16 +52,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def prepare(session: Session) -> None:
     """Segment the raw text into pieces and binarise it."""
     options = session.options
-    small = options.smoke and options.raw_dir is None
     vocabulary = options.vocabulary or (SMOKE_VOCABULARY if options.smoke else VOCABULARY)
-    source = smoke.SAYS if small else say_source(session, URLS)
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "vocabulary": vocabulary}
 
     def read() -> Corpus:
-        return smoke.small_corpus(SMOKE_SIZES) if small else read_multi30k(fetch(session, URLS))
+        return smoke.small_corpus(SMOKE_SIZES) if session.small else read_multi30k(fetch(session, URLS))
 
-    does = f"{source}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
-    session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if small else options.workers)
+    does = f"{say_source(session, URLS)}; {vocabulary:,} sentencepiece pieces, fairseq-preprocess"
+    session.step("data", session.data, settings, does, make_data, read, vocabulary, 1 if session.small else options.workers)
 
 
 def train_model(session: Session) -> None:

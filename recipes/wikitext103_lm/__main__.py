@@ -51,15 +51,14 @@ SMOKE = {
 def prepare(session: Session) -> None:
     """Binarise the words; line ends and empty lines are kept, as in fairseq's own results."""
     options = session.options
-    small = options.smoke and options.raw_dir is None
 
     def read() -> Splits:
-        return smoke.small_text() if small else read_wikitext(fetch(session, URLS, SHA256), ARCHIVE, MEMBERS)
+        return smoke.small_text() if session.small else read_wikitext(fetch(session, URLS, SHA256), ARCHIVE, MEMBERS)
 
-    does = f"{smoke.SAYS if small else say_source(session, URLS)}; fairseq-preprocess"
+    does = f"{say_source(session, URLS)}; fairseq-preprocess"
     threshold = SMOKE_THRESHOLD if options.smoke else 0
     settings = {"raw": str(options.raw_dir), "threshold": threshold}
-    session.step("data", session.data, settings, does, make_data, read, threshold, 1 if small else options.workers)
+    session.step("data", session.data, settings, does, make_data, read, threshold, 1 if session.small else options.workers)
 
 
 def make_data(read: Callable[[], Splits], threshold: int, workers: int, folder: Path, console: Console) -> None:

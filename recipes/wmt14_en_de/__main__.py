@@ -39,18 +39,17 @@ Read = Callable[[], Tuple[Iterable[Pair], List[Pair]]]
 def prepare(session: Session) -> None:
     """Raw text -> Moses tokens -> BPE pieces -> binarised data."""
     options = session.options
-    small = options.smoke and options.raw_dir is None
     every = SMOKE_VALID_EVERY if options.smoke else VALID_EVERY
 
     def read() -> Tuple[Iterable[Pair], List[Pair]]:
-        if small:
+        if session.small:
             corpus = smoke.small_corpus(SMOKE_SIZES)
             return corpus["train"], corpus["test"]
         folder = fetch(session, URLS, SHA256)
         return read_training(folder), read_newstest2014(folder)
 
     settings = {"raw": str(options.raw_dir), "smoke": options.smoke, "every": every}
-    does = f"{smoke.SAYS if small else say_source(session, URLS)}; normalises punctuation, tokenises, splits dashes"
+    does = f"{say_source(session, URLS)}; normalises punctuation, tokenises, splits dashes"
     session.step("text", moses_translation.text_folder(session), settings, does, make_text, read, every, options.workers)
     vocabulary = SMOKE_VOCABULARY if options.smoke else VOCABULARY
     moses_translation.prepare_pieces(session, LANGUAGES, vocabulary, LONGEST, RATIO)
