@@ -16,6 +16,7 @@ from pathlib import Path
 from fairseq_sparsemixer.cli.folder import folder
 
 MOST_WORKERS = 10_000
+CHOSEN = "CHOSEN"  # in a dry run, for a value that tuning has still to choose
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     from fairseq_sparsemixer.tools.study.commands import train_command
     from fairseq_sparsemixer.tools.study.runner import progress_display, run_study
     from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
+    from fairseq_sparsemixer.tools.study.tuning import tuned
 
     if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:
         raise ConfigurationError(f"--workers {options.workers} must be at least 1 and at most {MOST_WORKERS:,}")
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     study = read_study(options.spec)
     check_flags(options.spec, study)
     if options.dry_run:
-        for planned in study.runs():
+        for planned in [*study.trials(), *tuned(study, options.out, missing=CHOSEN).runs()]:
             print(shlex.join(train_command(study, planned, run_folder(options.out, planned))))
         return 0
     failures = []

@@ -9,13 +9,13 @@ import shlex
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.resume import Note, fingerprint_of, locked, read_note, write_note
 from fairseq_sparsemixer.tools.study.commands import COMMAND, RESULT, train_command
-from fairseq_sparsemixer.tools.study.spec import Run, Study
+from fairseq_sparsemixer.tools.study.grid import Run, Study
 
 CLAIMS = ".claims"  # beside the folders of runs: the lock under which they are given away
 BRIEFLY = 0.01  # seconds between two tries to get it
@@ -32,8 +32,8 @@ def is_finished(folder: Path) -> bool:
     return (note is None or note.finished) and _has_result(folder)
 
 
-def claim_all(study: Study, out: Path) -> None:
-    """Note what new runs are; a folder begun with another command or data is somebody else's.
+def claim_all(study: Study, runs: Sequence[Run], out: Path) -> None:
+    """Note what new runs of a study are; a folder begun with another command or data is somebody else's.
 
     All is looked at before any is noted. Raises ConfigurationError for such a folder, one that cannot be written, and data that
     cannot be read.
@@ -43,9 +43,9 @@ def claim_all(study: Study, out: Path) -> None:
         (out / "runs").mkdir(parents=True, exist_ok=True)
         # of two studies that start together, one is first
         with locked(out / "runs" / CLAIMS, partial(time.sleep, BRIEFLY)):
-            for run in study.runs():
+            for run in runs:
                 _check(study, run, run_folder(out, run), data)
-            for run in study.runs():
+            for run in runs:
                 _claim(study, run, run_folder(out, run), data)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigurationError):

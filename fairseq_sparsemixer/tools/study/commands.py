@@ -8,7 +8,7 @@ import torch
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.tools.runs import LOAD_LOG, TRAIN_LOG
-from fairseq_sparsemixer.tools.study.spec import PROGRAMS, Run, Study
+from fairseq_sparsemixer.tools.study.grid import PROGRAMS, Run, Study
 
 USER_DIR = str(Path(fairseq_sparsemixer.__file__).parent)
 MODULES = {"fairseq-train": "train", "fairseq-generate": "generate", "fairseq-eval-lm": "eval_lm"}

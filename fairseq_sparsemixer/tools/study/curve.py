@@ -1,8 +1,10 @@
 """Validation losses over a training, and where they reach a level."""
 
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from fairseq_sparsemixer.tools.runs import Run
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.runs import Run, read_run
 
 SPIKE = 1.2  # a logged training loss this many times the one before counts as a spike
 
@@ -47,6 +49,14 @@ class Curve(NamedTuple):
                 share = (before.loss - loss) / (before.loss - after.loss)
                 return Point(*(start + share * (stop - start) for start, stop in zip(before, after)))
         return None
+
+
+def read_validated(folder: Path) -> Run:
+    """The log of a run. Raises ConfigurationError for one without a validation."""
+    run = read_run(folder)
+    if not run.valid_loss:
+        raise ConfigurationError(f"{folder} has no validation in its log; let fairseq-train validate, or delete the folder")
+    return run
 
 
 def count_spikes(train_losses: Sequence[float]) -> int:

@@ -2,9 +2,21 @@
 
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
+from fairseq_sparsemixer.tools.study.cells import number
 from fairseq_sparsemixer.tools.study.groups import Members, by_group, deviation, paired
+from fairseq_sparsemixer.tools.tables import markdown_table
 
 DISTINCT = 2  # standard deviations; a smaller gap cannot be told from the noise of the seeds
+TITLE = "### Headroom"
+COLUMNS = ("model", "figure", "seeds", "better than dense by", "seeds' deviation", "gap / deviation")
+NOTE = """How much better than {dense} each model is, in the figure's own unit; mean over the common seeds.
+`seeds' deviation`: standard deviation over seeds, pooled over the two models."""
+ONE_SEED = "One seed gives no standard deviation."
+TOO_SMALL = (
+    f"**Warning:** this task cannot tell routers apart where the gap to {{dense}} is below {DISTINCT} standard deviations of the"
+    " seeds, or negative: {models}."
+)
+UNKNOWN = "Unknown: it takes a finished run of a dense variant and, with the same seed, one of {baseline} with experts."
 
 
 class Figure(NamedTuple):
@@ -64,3 +76,27 @@ def _gap(figure: Figure, pairs: List[Any]) -> Dict[str, Any]:
         "deviation": pooled,
         "distinct": gap > 0 and gap >= DISTINCT * (pooled or 0),
     }
+
+
+def headroom_section(results: Dict[str, Any]) -> List[str]:
+    """The report's paragraphs on the gaps to the dense model, with a warning where they are too small."""
+    gaps = results["headroom"]
+    if not gaps:
+        return [TITLE, UNKNOWN.format(baseline=results["baseline"])]
+    cells = [
+        [gap["model"], gap["figure"], str(len(gap["seeds"])), number(gap["gap"], 3), number(gap["deviation"], 3), _ratio(gap)]
+        for gap in gaps
+    ]
+    parts = [TITLE, markdown_table(COLUMNS, cells), NOTE.format(dense=gaps[0]["dense"])]
+    parts += [ONE_SEED] if any(len(gap["seeds"]) == 1 for gap in gaps) else []
+    small: Dict[str, List[str]] = {}
+    for gap in gaps:
+        if not gap["distinct"]:
+            small.setdefault(gap["model"], []).append(gap["figure"])
+    models = ", ".join(f"{model} ({', '.join(figures)})" for model, figures in small.items())
+    return parts + ([TOO_SMALL.format(dense=gaps[0]["dense"], models=models)] if small else [])
+
+
+def _ratio(gap: Dict[str, Any]) -> str:
+    known = gap["gap"] is not None and gap["deviation"]
+    return number(gap["gap"] / gap["deviation"] if known else None, 1)

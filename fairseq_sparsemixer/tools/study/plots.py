@@ -9,7 +9,7 @@ import numpy as np
 from fairseq_sparsemixer.tools.plotting import COLOURS, as_text, new_figure, save, styled
 from fairseq_sparsemixer.tools.runs import ExpertLoad, read_run
 from fairseq_sparsemixer.tools.study.curve import Curve
-from fairseq_sparsemixer.tools.study.spec import Study
+from fairseq_sparsemixer.tools.study.grid import Study
 
 LEVELS = 40  # points on a speed-up curve
 

@@ -8,25 +8,28 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.tools.runs import read_run
 from fairseq_sparsemixer.tools.study.analysis import analysed
 from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT
-from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes
+from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes, read_validated
 from fairseq_sparsemixer.tools.study.groups import Members, baseline_of, by_group
 from fairseq_sparsemixer.tools.study.scores import read_hypotheses, read_references
-from fairseq_sparsemixer.tools.study.spec import Run, Study
+from fairseq_sparsemixer.tools.study.tuning import tuned, tuning
+from fairseq_sparsemixer.tools.study.grid import Run, Study
 
 RESAMPLES = 1000  # of the paired bootstrap, sacreBLEU's own default
 
 
 def gather(study: Study, out: Path) -> Dict[str, Any]:
-    """The results of all finished runs, ready for JSON: their analysis (see analysis.py), and p-values of BLEU."""
+    """The results of all finished runs, ready for JSON: their analysis (see analysis.py), tuning, and p-values of BLEU."""
+    study = tuned(study, out)
     finished = [run for run in study.runs() if is_finished(run_folder(out, run))]
     runs = [_run_figures(study, run, run_folder(out, run)) for run in finished]
     machines = sorted({run["machine"] for run in runs})
     results = analysed({"title": study.title, "machines": machines, "baseline": study.baseline, "wide": study.wide, "runs": runs})
+    if study.tune is not None:
+        about = {"flag": study.tune.flag, "seed": study.tune.seed, "flags": study.tune.flags}
+        results["tuning"] = {**about, "models": tuning(study, out)}
     if study.test is not None and study.test.metric == "bleu":
         members = by_group(runs)
         for group in results["groups"]:
@@ -38,10 +41,8 @@ def gather(study: Study, out: Path) -> Dict[str, Any]:
 
 def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    log = read_run(folder)
+    log = read_validated(folder)
     curve = Curve.of(log)
-    if not curve.losses:
-        raise ConfigurationError(f"{folder} has no validation in its log; let fairseq-train validate, or delete the folder")
     return {
         **result,
         "group": run.group,

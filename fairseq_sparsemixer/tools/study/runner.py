@@ -30,7 +30,8 @@ from fairseq_sparsemixer.tools.runs import TRAIN_LOG
 from fairseq_sparsemixer.tools.study.claims import claim_all, is_finished, note_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT, executable, test_command, train_command
 from fairseq_sparsemixer.tools.study.scores import score
-from fairseq_sparsemixer.tools.study.spec import Run, Study
+from fairseq_sparsemixer.tools.study.tuning import DIVERGED, tuned, untunable
+from fairseq_sparsemixer.tools.study.grid import Run, Study
 
 REFRESH = 0.5  # seconds between two looks at a log
 LOCK = "lock"  # in the folder of a run
@@ -62,11 +63,24 @@ def _environment(place: Dict[str, str]) -> Dict[str, str]:
 def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: Optional[Progress] = None) -> List[str]:
     """Train and score every run that has no result yet. Returns one sentence for each run that failed; the others go on.
 
-    An interruption ends what runs, and starts nothing more. Raises ConfigurationError when a folder holds a run of other
-    flags, or cannot be written.
+    The trials of tuning come first; a model of which one failed is not trained further. An interruption ends what runs, and
+    starts nothing more. Raises ConfigurationError when a folder holds a run of other flags, or cannot be written.
     """
-    claim_all(study, out)
-    runs = [run for run in study.runs() if not is_finished(run_folder(out, run))]
+    study = tuned(study, out)
+    claim_all(study, [*study.trials(), *study.runs()], out)
+    failures = _run_all(study, study.trials(), out, workers, progress)
+    if study.tune is not None:
+        study = tuned(study, out)
+        failures += untunable(study, out)
+        claim_all(study, study.runs(), out)
+    return failures + _run_all(study, study.runs(), out, workers, progress)
+
+
+def _run_all(study: Study, runs: List[Run], out: Path, workers: Optional[int], progress: Optional[Progress]) -> List[str]:
+    """Train and score those of a study's runs that have no result yet, side by side; one sentence for each that failed."""
+    runs = [run for run in runs if not is_finished(run_folder(out, run))]
+    if not runs:
+        return []
     places: "Queue[Dict[str, str]]" = Queue()
     for place in devices(workers):
         places.put(place)
@@ -120,12 +134,14 @@ def _train_and_score(
         # the programs hold the lock as well: where they outlive this process, the next study waits for them
         call = partial(programs.run, environment=environment, interval=REFRESH, keep=[lock.fileno()])
         watch = _watch(run, folder, progress, stopping)
+        result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
         try:
             call(executable(train_command(study, run, folder)), output, "ab", watch=watch)
         except ProgramFailed as failure:
-            return f"{run.name} failed in training: {failure.reason} (see {output})"
-        result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
-        if study.test is not None:
+            if not (run.trial and failure.reason.startswith(FloatingPointError.__name__)):
+                return f"{run.name} failed in training: {failure.reason} (see {output})"
+            result[DIVERGED] = failure.reason
+        if study.test is not None and not run.trial:
             try:
                 call(executable(test_command(study, folder)), scored, "wb", watch=partial(_end_if, stopping))
                 result["test"] = score(study.test, scored)

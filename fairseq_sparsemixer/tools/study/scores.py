@@ -7,7 +7,7 @@ from sacrebleu.metrics import BLEU
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.generation import read_hypothesis, read_perplexity, read_sentences
-from fairseq_sparsemixer.tools.study.spec import Test
+from fairseq_sparsemixer.tools.study.grid import Test
 
 
 def score(test: Test, output: Path) -> Dict[str, Any]:

@@ -18,6 +18,7 @@ GOOD = {
     "seeds": [1, 2],
     "baseline": "switch",
 }
+TUNE = {"flag": "max-lr", "values": [0.1, 0.2]}
 
 
 @pytest.fixture
@@ -49,7 +50,8 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        (dict(seed=[1]), "unknown key seed"),
+        (dict(seed=[1]), "has seed: [1], an unknown key; the closest known key is seeds"),
+        (dict(colour="red"), "has colour: red, an unknown key; known are baseline, data, "),
         (dict(seeds=None), "lacks the key seeds"),
         (dict(seeds=[0]), "positive integers"),
         (dict(seeds=[True]), "seeds: [True]; give a list of positive integers"),
@@ -93,8 +95,29 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(routers={"a/b": {}, "switch": {}}), "routers: a/b, which cannot name a folder"),
         (dict(seeds=[1, 2, 1]), "seeds: [1, 2, 1]; give each number once"),
         (dict(test="bleu"), "test: bleu; give keys with values"),
-        (dict(test={"metric": "perplexity", "flag": {}}), "test: flag, an unknown key; known are metric, reference, flags"),
+        (dict(test={"metric": "perplexity", "flag": {}}), "has test: flag: {}, an unknown key; the closest known key is flags"),
         (dict(test={"metric": "perplexity", "flags": "beam"}), "test: flags: beam; give keys with values"),
+        (dict(test={"reference": "test.de"}), "lacks the key test: metric"),
+        (dict(tune={"flag": "lr"}), "lacks the key tune: values"),
+        (dict(tune={"flag": "lr", "value": [1, 2]}), "has tune: value: [1, 2], an unknown key; the closest known key is values"),
+        (dict(tune={**TUNE, "flag": ["lr"]}), "has tune: flag: ['lr']; give the name of a flag, such as lr"),
+        (dict(tune={**TUNE, "flag": "--max-lr"}), "has tune: values: --max-lr, which is not a name of a flag"),
+        (dict(tune={**TUNE, "flag": "seed"}), "has tune: values: seed, which the study sets itself"),
+        (dict(tune={**TUNE, "values": 0.1}), "has tune: values: 0.1; give a list of two values or more, each once"),
+        (dict(tune={**TUNE, "values": [0.1]}), "give a list of two values or more"),
+        (dict(tune={**TUNE, "values": [0.1, 0.1]}), "two values or more, each once"),
+        (dict(tune={**TUNE, "values": [0.1, None]}), "give a list of two values or more"),
+        (dict(tune={**TUNE, "values": [0.1, [1]]}), "give a list of two values or more"),
+        (dict(tune={**TUNE, "values": [0.1, float("nan")]}), "give a number"),
+        (dict(tune={**TUNE, "values": ["a/b", "c"]}), "tune: values: max-lra/b, which cannot name a folder; set that in routers"),
+        (dict(tune={**TUNE, "seed": 0}), "has tune: seed: 0; give a positive integer"),
+        (dict(tune={**TUNE, "flags": {"max-lr": 1}}), "has tune: flags: max-lr, which is tuned; take it out"),
+        (dict(tune={**TUNE, "flags": {"no-save": True}}), "has tune: flags: no-save"),
+        (
+            dict(tune={"flag": "lr", "values": [1, 2]}, routers={"switch": {"lr": 1}}),
+            "flag: lr, which all routers set themselves",
+        ),
+        (dict(tune=TUNE, routers={"switch": {}, "switch-e4-max-lr0.1": {"router": "dense"}}), "two runs that would be called"),
         (dict(test={"metric": "rouge"}), "metric: rouge; choose from bleu, perplexity"),
         (dict(test={"metric": "bleu"}), "reference"),
         (dict(test={"metric": "bleu", "reference": "none.de"}), "no file"),

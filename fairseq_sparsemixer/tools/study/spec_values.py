@@ -1,0 +1,124 @@
+"""The values in a study's file: each is read, or refused in one sentence that names the file, the key and what to give."""
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Callable, Collection, Dict, List
+
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates import DENSE, gate_class
+from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.tools.study.spec_file import require, shown
+
+LARGEST = 2**32 - 1  # numpy's largest seed
+LONGEST_NAME = 100  # characters of a name of a folder
+FLAG = re.compile(r"[A-Za-z0-9][\w-]*")
+SMUGGLED = re.compile(r"-(?![\d.]|$)|--")  # the beginning of a value that argparse takes for a flag
+NEEDED_OFF = ("disable-validation", "no-save")
+OURS = ("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file", "restore-file")
+
+
+def check_keys(path: Path, key: str, content: Dict[str, Any], known: Collection[str], optional: Collection[str]) -> None:
+    """Refuse a mapping with a key that is not known, or without one that is needed. key: of the mapping; empty for the file."""
+    where = f"{key}: " if key else ""
+    unknown = next((name for name in sorted(content) if name not in known), None)
+    if unknown is not None:
+        close = get_close_matches(unknown, sorted(known), n=1)
+        remedy = f"the closest known key is {close[0]}" if close else f"known are {listed(known)}"
+        require(path, False, f"has {where}{shown(unknown)}: {shown(content[unknown])}, an unknown key; {remedy}")
+    missing = sorted(set(known) - set(content) - set(optional))
+    require(path, not missing, f"lacks the key {where}{missing[0] if missing else ''}")
+
+
+def is_name(name: str) -> bool:
+    """Whether it can be (the beginning of) a folder's name."""
+    return Path(name).name == name and name not in (".", "..") and len(name) <= LONGEST_NAME and name.isprintable()
+
+
+def as_path(path: Path, key: str, value: Any) -> Path:
+    """The path that a spec gives, relative to the spec."""
+    require(path, isinstance(value, (str, int, float)) and not isinstance(value, bool), f"has {key}: {shown(value)}; give a path")
+    require(path, "\0" not in str(value), f"has {key}: {shown(value)}; give a path")
+    return Path(os.path.realpath(path.parent / str(value)))
+
+
+def is_there(test: Callable[[Path], bool], path: Path) -> bool:
+    """Whether a path is something; False for one that no file can have."""
+    try:
+        return test(path)
+    except (OSError, ValueError):
+        return False
+
+
+def as_mapping(path: Path, key: str, value: Any) -> Dict[str, Any]:
+    good = value is None or isinstance(value, dict)
+    require(path, good, f"has {key}: {shown(value)}; give keys with values, as in key: value")
+    other = next((name for name in value or {} if not isinstance(name, str)), None)
+    require(path, other is None, f"has {key}: {shown(other)}, a key that is not a text; put it in quotes")
+    return dict(value or {})
+
+
+def as_values(path: Path, key: str, flags: Any) -> Dict[str, Any]:
+    """Flags whose values can stand on a command line."""
+    flags = as_mapping(path, key, flags)
+    for name, value in flags.items():
+        require(
+            path,
+            FLAG.fullmatch(name),
+            f"has {key}: {shown(name)}, which is not a name of a flag; give it without dashes and value",
+        )
+        several = isinstance(value, list) and bool(value)
+        parts = value if several else [value]
+        good = all(isinstance(part, (str, int, float)) for part in parts) or value is None
+        require(path, good, f"has {key}: {name}: {shown(value)}; give a value, or a list of values")
+        good = not any(part != part for part in parts)
+        require(path, good, f"has {key}: {name}: {shown(value)}; give a number")
+        good = not any(isinstance(part, str) and ("\0" in part or SMUGGLED.match(part)) for part in parts)
+        require(path, good, f"has {key}: {name}: {shown(value)}, which would be read as a flag; give a value")
+    return flags
+
+
+def as_flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
+    flags = as_values(path, key, flags)
+    if "router" in flags:
+        _check_router(path, key, flags["router"])
+    taken = set(flags) & set(OURS)
+    require(path, not taken, f"has {key}: {first(taken)}, which the study sets itself; take it out")
+    for name in flags:
+        whole = next((ours for ours in OURS if ours.startswith(name)), None)
+        require(
+            path, whole is None, f"has {key}: {name}, which is short for {whole}, and that the study sets itself; take it out"
+        )
+    for flag in NEEDED_OFF:
+        require(path, not flags.get(flag), f"has {key}: {flag}, and compares validation losses and best checkpoints; take it out")
+    return flags
+
+
+def _check_router(path: Path, key: str, router: Any) -> None:
+    try:
+        if router != DENSE:
+            with in_flags():
+                gate_class(str(router))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the study {shown(path)} has {key}: {error.message}") from None
+
+
+def is_seed(value: Any) -> bool:
+    """Whether it is a positive integer that can seed a training, or count experts."""
+    return type(value) is int and 0 < value <= LARGEST
+
+
+def as_integers(path: Path, key: str, values: Any) -> List[int]:
+    good = isinstance(values, list) and values and all(map(is_seed, values))
+    require(path, good, f"has {key}: {shown(values)}; give a list of positive integers")
+    require(path, len(values) == len(set(values)), f"has {key}: {shown(values)}; give each number once")
+    return values
+
+
+def first(names: Any) -> str:
+    return shown(next(iter(sorted(map(str, names))), ""))
+
+
+def listed(names: Any) -> str:
+    return ", ".join(sorted(names))
