@@ -58,7 +58,7 @@ class AuxiliaryLosses:
         state = {"load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None}
         own = type(cls.__name__, (cls,), state)
         criterion = super().build_criterion.__func__(own, cfg, task)  # type: ignore[misc]  # of the class behind this one
-        criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight}
+        criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight, "l1": 1.0}  # remoe adapts the weight of l1 itself
         criterion.balance_weight = cfg.moe_balance_loss_weight
         return criterion
 
@@ -85,7 +85,7 @@ class AuxiliaryLosses:
         return loss, sample_size, logging_output
 
     def auxiliary_loss(self, layers: List[MoELayer]) -> Union[Tensor, int]:
-        """The weighted sum over the layers that ran: a differentiable scalar. All losses but the z-loss use balance_weight.
+        """The weighted sum over the layers that ran: a differentiable scalar. Losses not in aux_weights use balance_weight.
 
         Losses of weight 0 are left out: an infinite one would make the sum NaN.
         """

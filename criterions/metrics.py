@@ -69,6 +69,7 @@ def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
     tokens = totals["tokens"].clamp(min=1)  # [L]
     metrics.log_scalar("entropy_gating", (totals["entropy"] / tokens).mean(), weight, round=3)
     metrics.log_scalar("moe_argmax_share", (totals["argmax"] / tokens).mean(), weight, round=3)
+    metrics.log_scalar("moe_experts_per_token", (totals["load"].sum((1, 2)) / tokens).mean(), weight, round=3)
     for choice in range(totals["load"].size(1)):
         _log_load(f"expert{choice + 1}", totals["load"][:, choice], totals["dropped"][:, choice], tokens, weight)
     spread = totals["load"].sum(1) / totals["load"].sum((1, 2)).clamp(min=1).unsqueeze(1) * totals["load"].size(2)  # [L, E]

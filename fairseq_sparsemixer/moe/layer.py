@@ -7,7 +7,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     trainer, before a dummy batch MoELayer.idle                           MoELayer.forward
     trainer, at start-up          MoELayer.expert_group                   MoELayer.dispatch
     trainer, at start-up          Gate.balance_group                      Gate.decide, for the balance loss
-    the backward pass             SelectionBias.load                      update_selection_biases, after the step
+    the backward pass             StepState.pending                       update_step_states, after the step
     fairseq's layer (moe_block)   _FeedForward.padding_mask, token_ids    _FeedForward.forward: fairseq calls fc1 with x only
     --retain-dropout              Experts.drop_at_inference               Experts.forward
 """

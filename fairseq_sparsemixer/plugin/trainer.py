@@ -23,7 +23,7 @@ from torch import distributed as dist
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe import gradients
-from fairseq_sparsemixer.moe.gates import reset_loads, update_selection_biases
+from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
 from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size, form_expert_group
 from fairseq_sparsemixer.options import in_flags
@@ -138,15 +138,15 @@ class MoETrainer(CheckpointingTrainer):
             utils.set_torch_seed(seed + SEEDS_A_RANK * self.data_parallel_rank)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """See Trainer, which calls this after each optimizer step that was not skipped; also updates the selection biases."""
+        """See Trainer, which calls this after each optimizer step that was not skipped; also updates the gates' states."""
         super().set_num_updates(num_updates)
         if self.in_train_step:
-            update_selection_biases(self.get_model())
+            update_step_states(self.get_model())
 
     def zero_grad(self) -> None:
-        """See Trainer: called before each step and after a failed one. Resets the loads with the gradients."""
+        """See Trainer: called before each step and after a failed one. Resets the sums of the gates' states, too."""
         super().zero_grad()
-        reset_loads(self.get_model())
+        reset_step_states(self.get_model())
 
     def consolidate_optimizer(self) -> None:
         """See CheckpointingTrainer."""

@@ -14,6 +14,7 @@ from ranks import meeting_place, rank_number, run_ranks
 from runs import EXPERTS, SMALL, make_corpus, run
 
 from fairseq_sparsemixer.cli.launch import rank_command
+from fairseq_sparsemixer.moe.gates.step_state import StepState
 from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
 pytestmark = pytest.mark.distributed
@@ -71,12 +72,13 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
 
 
 def parameters(model: torch.nn.Module, ranks: Any) -> Dict[str, Any]:
-    """{name: (place in the group for an expert's, None for others; tensor)}, the selection biases among them."""
+    """{name: (place in the group for an expert's, None for others; tensor)}, the gates' states among them."""
     local = None if ranks is None else ranks.index
-    biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("balancer.bias"))
+    gates = ((name, module) for name, module in model.named_modules() if isinstance(module, StepState))
+    states = ((f"{name}.{part}", buffer) for name, module in gates for part, buffer in module.named_buffers())
     return {
         name: (local if ".experts." in name else None, parameter.detach().float().clone())
-        for name, parameter in chain(model.named_parameters(), biases)
+        for name, parameter in chain(model.named_parameters(), states)
     }
 
 
@@ -162,6 +164,26 @@ def test_what_depends_on_loads_is_the_same_on_two_ranks(flags, five_batches):
     assert_same(whole(runs(five_batches, 2, *flags)), whole(alone))
     biases = [tensor for name, tensor in whole(alone).items() if name.endswith("balancer.bias")]
     assert any(bias.any() for bias in biases) == ("--moe-bias-update-rate" in flags)
+
+
+STATES = {  # of a router's gate: flags, the end of the state's name, its value before training
+    "remoe": ("--router-option l1_coefficient=0.01", ".l1.value", 0.01),
+}
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["sharded", "replicated"])
+@pytest.mark.parametrize("router", sorted(STATES))
+def test_the_states_of_gates_are_the_same_on_two_ranks(router, shared, five_batches):
+    options, state, initial = STATES[router]
+    flags = ["--max-update", "4", "--disable-validation", "--router", router, "--jitter-eps", "0.1", *options.split()]
+    alone = whole(runs(five_batches, 1, *flags, "--update-freq", "2"))
+    both = runs(five_batches, 2, *flags, *(() if shared else ("--expert-parallel-size", "1")))
+    assert_same(whole(both), alone)
+    values = [tensor for name, tensor in alone.items() if name.endswith(state)]
+    assert len(values) == 3 and all((value != initial).any() for value in values)
+    for name, (_, tensor) in both[0]["parameters"].items():
+        if name.endswith(state):
+            assert torch.equal(tensor, both[1]["parameters"][name][1])
 
 
 def test_global_balance_is_that_of_the_whole_batch(tmp_path):

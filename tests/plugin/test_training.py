@@ -197,7 +197,7 @@ def test_there_is_no_such_warning_where_nothing_is_lost(train, caplog, flags):
 
 
 METRICS = {"moe_gate_loss", "moe_z_loss", "entropy_gating", "moe_argmax_share", "expert1_balance_top", "expert1_balance_bottom",
-           "unused_expert1_count", "overflow_expert1", "moe_load_max", "moe_load_min"}  # fmt: skip
+           "unused_expert1_count", "overflow_expert1", "moe_experts_per_token", "moe_load_max", "moe_load_min"}  # fmt: skip
 
 
 def test_metrics_reach_the_log_of_training_and_validation_the_load_file_and_tensorboard(train, tmp_path):

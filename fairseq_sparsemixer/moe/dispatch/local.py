@@ -16,12 +16,14 @@ def dispatch_locally(tokens: Tensor, routing: Routing, experts: ExpertsFunction,
 
     `experts` maps rows [N, M] grouped by expert, and the counts by expert, to [N, M]. With counts_on_device it gets
     N = S * k rows (at most the routing's max_routed), unrouted ones last, and counts as a tensor; no host
-    synchronisation.
+    synchronisation, unless tokens skip columns and max_routed is unknown.
     """
     k = routing.expert_index.size(1)
     counts: Union[Sequence[int], Tensor]
     if counts_on_device:
         pairs, counts = order_pairs(routing)
+        if routing.skipped is not None and routing.max_routed is None:
+            pairs = pairs[: int(counts.sum())]  # a synchronisation costs less than the E rows per token that might run
         pairs = pairs[: routing.max_routed]
     else:
         pairs, counts = sort_pairs(routing)

@@ -83,7 +83,7 @@ class Gate(nn.Module):
         if self.training and self.capacity_factor is not None:
             routing = self.limit(routing)
         if self.training and self.balancer is not None:
-            routing = replace(routing, combine_weight=self.balancer.watch(routing))
+            routing = replace(routing, combine_weight=self.balancer.watch_load(routing))
         return routing
 
     def limit(self, routing: Routing) -> Routing:

@@ -18,6 +18,7 @@ S, M, H, E = 64, 16, 32, 8
 ROUTERS = sorted(set(GATES) - {"base"})  # base's solvers read the scores
 PRECISIONS = ("float32", "float16", "bfloat16", "autocast")
 WAITS = {"sinkhorn": 1}  # in training: one an iteration, by which it sees that it has converged
+ROWS_UNKNOWN = {"remoe"}  # tokens have different numbers of experts: one wait, to read the number of rows
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 
@@ -85,7 +86,7 @@ def test_it_runs_in_every_precision_and_mode(router, options, precision):
         assert output.dtype == (torch.bfloat16 if precision == "autocast" else x.dtype)
         assert layer.experts.weight_in.grad.dtype == layer.experts.weight_in.dtype
         if precision in ("bfloat16", "autocast") and hasattr(F, "grouped_mm"):
-            allowed = 200 if router in WAITS and training else 0
+            allowed = 200 if router in WAITS and training else int(router in ROWS_UNKNOWN)
             assert len(watch.waits) <= allowed, watch.waits
 
 
@@ -106,6 +107,7 @@ LAUNCHES = {  # of one layer, forward and backward; a change that needs more say
     "sinkhorn": 106,
     "dense_st": 108,
     "topk": 119,
+    "remoe": 126,
     "sparsemixer": 134,
     "gshard": 159,
     "sparsemixer_v2": 174,

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
-from fairseq_sparsemixer.moe.gates import reset_loads, routers_with, update_selection_biases
+from fairseq_sparsemixer.moe.gates import reset_step_states, routers_with, update_step_states
 from fairseq_sparsemixer.moe.gates.bias import SelectionBias
 from fairseq_sparsemixer.moe.gates.sparsemixer import mask_unlikely
 
@@ -40,11 +40,11 @@ def test_the_rule_is_a_step_against_the_sign_of_the_excess_load():
     first = load(layer).tolist()
     run(layer, x.flip(1))  # a second micro-batch
     total = [a + b for a, b in zip(first, load(layer).tolist())]
-    update_selection_biases(layer)
+    update_step_states(layer)
     mean = sum(total) / 4
     assert layer.gate.selection_bias.tolist() == [0.25 * ((mean > n) - (mean < n)) for n in total]
     before = layer.gate.selection_bias.clone()
-    update_selection_biases(layer)  # nothing ran since: nothing moves
+    update_step_states(layer)  # nothing ran since: nothing moves
     assert torch.equal(layer.gate.selection_bias, before)
 
 
@@ -80,7 +80,7 @@ def test_a_skewed_router_is_balanced_by_its_bias(router):
 
     before = excess()
     for _ in range(60):
-        update_selection_biases(layer)
+        update_step_states(layer)
         after = excess()
     assert after - 1 < (before - 1) / 2
 
@@ -89,34 +89,34 @@ def test_validation_and_recomputation_and_dummy_batches_are_not_counted():
     layer, x = skewed_layer()
     checkpoint(layer, x.requires_grad_(), use_reentrant=False).sum().backward()
     once = load(layer)
-    assert torch.equal(layer.gate.balancer.load, once)  # recomputed in the backward, counted once
+    assert torch.equal(layer.gate.balancer.pending, once)  # recomputed in the backward, counted once
     layer.eval()(x)
     layer.train()
     with torch.no_grad():
         layer(x)
     (layer(x).sum() * 0).backward()  # how fairseq ignores a dummy batch
-    assert torch.equal(layer.gate.balancer.load, once)
+    assert torch.equal(layer.gate.balancer.pending, once)
 
 
 def test_padding_is_not_counted_and_dropped_tokens_are():
     layer, x = skewed_layer(capacity_factor=0.5)
     run(layer, x, torch.arange(64) >= 40)
-    assert layer.gate.balancer.load.sum().item() == 40
+    assert layer.gate.balancer.pending.sum().item() == 40
     assert layer.routing.statistics()["load"].sum().item() < 40
 
 
 def test_a_failed_step_is_forgotten():
     layer, x = skewed_layer()
     run(layer, x)
-    reset_loads(layer)
-    update_selection_biases(layer)
+    reset_step_states(layer)
+    update_step_states(layer)
     assert layer.gate.selection_bias.tolist() == [0, 0, 0, 0]
 
 
 def test_the_bias_is_saved_and_stays_float32_in_half_precision():
     layer, x = skewed_layer()
     run(layer, x)
-    update_selection_biases(layer)
+    update_step_states(layer)
     restored = build_moe_layer("switch", 4, 8, 4, bias_update_rate=0.25).half()
     restored.load_state_dict(layer.state_dict())
     assert restored.gate.selection_bias.dtype == torch.float32 and restored.gate.projection.weight.dtype == torch.float16
@@ -144,7 +144,7 @@ def _one_rank(rank, file, queue):
         gate.balancer.add(torch.tensor(counted))
     if rank == 1:
         model[1].balancer.forget()  # a layer that did not run here
-    update_selection_biases(model)
+    update_step_states(model)
     queue.put([gate.selection_bias.tolist() for gate in model])
     dist.destroy_process_group()
 
