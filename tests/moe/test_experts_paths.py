@@ -207,7 +207,9 @@ def test_a_nan_in_a_layer_appears_in_every_output(router, part, training):
     ("cuda", torch.bfloat16, (64, 256), (10, 0), True),
     ("cuda", torch.bfloat16, (64, 256), (12, 0), False),
     ("cuda", torch.bfloat16, (64, 256), (7, 5), False),
+    ("cuda", torch.bfloat16, (8, 24), (9, 0), True),
     ("cuda", torch.bfloat16, (64, 250), (9, 0), False),
+    ("cuda", torch.bfloat16, (68, 256), (9, 0), False),
     ("cuda", torch.float32, (64, 256), (9, 0), False),
     ("cpu", torch.bfloat16, (64, 256), (8, 0), False),
 ])  # fmt: skip
@@ -247,3 +249,13 @@ def test_uninitialised_gpu_memory_affects_no_result(product, cleans, name, monke
     out, grad_rows, *grads = run(feed_forward_grouped, rows, weights, torch.tensor(counts), ALL_ACTIVATIONS[name], upstream)
     torch.testing.assert_close([out[:5], grad_rows[:5], *grads], loop, rtol=1e-5, atol=1e-5)
     assert not out[5:].any() and not grad_rows[5:].any()
+
+
+@pytest.mark.parametrize("path", [feed_forward_by_expert, pytest.param(feed_forward_grouped, marks=needs_grouped_mm)])
+def test_second_derivatives_are_refused_rather_than_wrong(path):
+    rows = torch.randn(5, 8, requires_grad=True)
+    counts = [2, 3] if path is feed_forward_by_expert else torch.tensor([2, 3])
+    out = path(rows, make_weights(2, 8, 16), counts, torch.tanh)
+    (grad,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

@@ -60,3 +60,21 @@ def test_copies_and_pickles_do_not_share_memory():
     for twin in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
         assert twin.gradient_memory is not experts.gradient_memory
         twin(torch.randn(4, 3), [2, 2]).sum().backward()
+
+
+def test_only_large_gradients_on_the_cpu_get_blocks_of_their_own(monkeypatch):
+    sizes = []
+
+    def block(handle, size, **options):
+        sizes.append(size)
+        return bytearray(size)
+
+    monkeypatch.setattr(gradient_memory, "WORTH_KEEPING", 48)
+    monkeypatch.setattr(gradient_memory.mmap, "mmap", block)
+    memory = GradBufferPool()
+    for parameter in (torch.zeros(11), torch.zeros(12, dtype=torch.bfloat16), torch.zeros(100, device="meta")):
+        like = memory.like("in", parameter)
+        assert (like.shape, like.dtype, like.device) == (parameter.shape, parameter.dtype, parameter.device)
+    assert sizes == []
+    assert memory.like("in", torch.zeros(3, 4)).shape == (3, 4)
+    assert sizes == [48]

@@ -31,6 +31,7 @@ def test_a_requested_size_must_divide_ranks_and_experts(requested, world_size, n
     "arguments, sentence",
     [
         ((3, 6, 4), "num_experts=4 cannot be split over expert_parallel_size=3; with 6 ranks, use one of 1, 2"),
+        ((3, 8, 4), "num_experts=4 cannot be split over expert_parallel_size=3; with 8 ranks, use one of 1, 2, 4"),
         ((4, 6, 8), "expert_parallel_size=4 does not divide the 6 ranks; use a divisor of 2"),
         ((0, 2, 4), "expert_parallel_size=0 must be at least 1"),
     ],
@@ -81,3 +82,33 @@ def test_the_time_of_collectives_is_in_milliseconds(monkeypatch):
     with timer.measure(torch.device("cpu")):
         pass
     assert timer.read().cpu == pytest.approx(250)
+
+
+class Event:
+    """A CUDA event of a device whose clock the test sets, in milliseconds. It has no time until the host waits for it."""
+
+    clock, reached = 0.0, 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.clock
+
+    def synchronize(self):
+        Event.reached = max(Event.reached, self.at)
+
+    def elapsed_time(self, stop):
+        assert max(self.at, stop.at) <= Event.reached, "this event is still under way"
+        return stop.at - self.at
+
+
+def test_on_a_gpu_the_times_of_all_collectives_are_added_after_the_last_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = CollectiveTimer()
+    for start, stop in ((1.0, 4.0), (10.0, 15.0)):
+        Event.clock = start
+        with timer.measure(torch.device("cuda")):
+            Event.clock = stop
+    assert timer.read().cuda == (4 - 1) + (15 - 10)
+    assert timer.read().cuda == 0

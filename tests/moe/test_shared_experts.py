@@ -31,3 +31,8 @@ def test_shared_experts_are_added_unweighted_to_every_non_padding_token(activati
 def test_a_negative_number_is_refused():
     with pytest.raises(ValueError, match="num_shared_experts=-1 must not be negative"):
         build_moe_layer("switch", 6, 8, 4, num_shared_experts=-1)
+
+
+def test_shared_experts_are_one_network_of_their_total_width():
+    shared = build_moe_layer("switch", 6, 8, 4, num_shared_experts=3).shared_experts
+    assert sum(parameter.numel() for parameter in shared.parameters()) == (6 + 1) * 3 * 8 + (3 * 8 + 1) * 6

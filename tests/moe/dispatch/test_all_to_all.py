@@ -139,3 +139,22 @@ def count_rows(case: Case):
 def test_padding_is_not_sent():
     for sent, real in run_ranks(2, count_rows, Case("padding", [30, 10], padding=0.5)):
         assert sent == real < 30
+
+
+def kinds_of_counts():
+    """By dispatcher: whether the experts got their counts as a tensor."""
+    group, kinds = form_expert_group(2), {}
+    tokens, routing, _ = make(Case("some padding", [6, 3], padding=0.3), group.index)
+    for name, dispatch in DISPATCHERS.items():
+
+        def experts(rows, counts):
+            kinds[name] = torch.is_tensor(counts)  # noqa: B023
+            return rows
+
+        dispatch(tokens, routing, experts, group)
+    return kinds
+
+
+def test_counts_come_to_the_host_unless_asked_to_stay_on_the_device():
+    for kinds in run_ranks(2, kinds_of_counts):
+        assert kinds == {name: name.endswith("grouped") for name in DISPATCHERS}

@@ -68,3 +68,13 @@ def test_large_half_precision_gradients_do_not_overflow_in_the_router():
     routing = Routing(torch.zeros(2, 1, dtype=torch.int64), weight, probabilities=torch.ones(2, 1))
     combine(rows, routing, torch.arange(2), 2).backward(upstream)
     assert weight.grad.tolist() == [[64 * 100 * 1740.0]] * 2
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    weight = torch.rand(TOKENS, 1, requires_grad=True)
+    decision = routing(1, weight, None)
+    pairs, _ = sort_pairs(decision)
+    out = combine(torch.randn(TOKENS, WIDTH), decision, pairs, TOKENS)
+    (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

@@ -156,3 +156,10 @@ def test_a_module_that_does_not_load_counts_as_missing(tmp_path, monkeypatch, er
 def test_the_experts_embeddings_start_orthogonal():
     weight = build_gate("base", 16, 4).projection.weight
     torch.testing.assert_close(weight @ weight.t(), 0.01 * torch.eye(4))  # gain 0.1, as in fairseq's BaseLayer
+
+
+@pytest.mark.parametrize("tokens, solver", [(3, "scipy"), (8, "scipy"), (9, "auction"), (40, "auction")])
+def test_up_to_two_places_per_expert_go_to_scipy_and_more_to_the_auction(tokens, solver, monkeypatch):
+    monkeypatch.setattr(base_layers, "assign_by_scipy", lambda scores: "scipy")
+    monkeypatch.setattr(base_layers, "assign_by_auction", lambda scores: "auction")
+    assert assign_by_size(torch.randn(tokens, 4)) == solver

@@ -1,8 +1,11 @@
 """The base class of all gates: the projection, and the checks of options."""
 
+import math
+
 import pytest
 import torch
 
+from fairseq_sparsemixer.moe.gates import GATES, build_gate
 from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_jitter, require_top_k
 
 
@@ -65,3 +68,29 @@ def test_padding_has_no_weight_and_no_gradient():
     hidden.sum().backward()
     assert hidden[1].tolist() == [0, 0] and weight.grad.tolist() == [[1, 1], [0, 0], [1, 1]]
     assert hide_padding(weight, None) is weight
+
+
+@pytest.mark.parametrize("router, experts", [("base", 1), ("dense_st", 1), ("expert_choice", 2), ("gshard", 2), ("hash", 1),
+                                             ("noisy_topk", 2), ("sinkhorn", 1), ("sparsemixer", 1), ("sparsemixer_v2", 2),
+                                             ("switch", 1)])  # fmt: skip
+def test_experts_per_token_is_the_mean_number_that_run_at_inference(router, experts):
+    gate = build_gate(router, 6, 4).eval()
+    routing = gate(torch.randn(40, 6))
+    unrouted = routing.unrouted()
+    run = routing.expert_index.numel() if unrouted is None else int((~unrouted).sum())
+    assert gate.experts_per_token == experts == run / 40
+
+
+def test_a_gate_wants_token_ids_only_if_it_says_so():
+    assert GATES["hash"].wants_token_ids and not Gate.wants_token_ids and not GATES["switch"].wants_token_ids
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ["base", "dense_st", "expert_choice", "gshard", "noisy_topk", "sinkhorn", "sparsemixer_v2"])
+def test_the_probabilities_are_the_softmax_of_each_tokens_logits(router, training):
+    logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
+    probabilities = build_gate(router, 6, 4).train(training).route(logits).probabilities
+    exponentials = [[math.exp(value) for value in row] for row in logits.tolist()]
+    expected = [[value / sum(row) for value in row] for row in exponentials]
+    torch.testing.assert_close(probabilities, torch.tensor(expected, dtype=torch.float64))
+    assert not probabilities.requires_grad

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
+from torch import distributed as dist
 
-from fairseq_sparsemixer.moe.gates.losses import balance_loss, cv_squared, masked_mean, router_z_loss
+from fairseq_sparsemixer.moe.gates.losses import balance_loss, cv_squared, masked_mean, masked_sum, router_z_loss
 
 
 def balance_by_loops(probabilities, expert_index, padding, num_experts):
@@ -77,3 +79,36 @@ def test_the_values_at_padding_never_matter():
 def test_the_coefficient_of_variation_does_not_depend_on_the_scale(scale):
     values = scale * torch.tensor([1.0, 2.0, 3.0, 6.0])
     assert cv_squared(values).item() == pytest.approx(3.5 / 9, rel=1e-5)  # variance 3.5, mean 3
+
+
+SHARDS = [slice(0, 3), slice(3, 9)]  # the tokens of each rank
+
+
+def tokens_of_all_ranks():
+    """probabilities [9, 4], expert_index [9, 2], padding [9]."""
+    generator = torch.Generator().manual_seed(4)
+    probabilities = torch.rand(9, 4, dtype=torch.float64, generator=generator).softmax(-1)
+    return probabilities, torch.randint(4, (9, 2), generator=generator), torch.arange(9) % 4 == 1
+
+
+def losses_of_a_shard():
+    """This rank's balance loss over the tokens of both ranks, its gradient, and its sum and mean of the probabilities."""
+    probabilities, expert_index, padding = (tensor[SHARDS[dist.get_rank()]] for tensor in tokens_of_all_ranks())
+    probabilities.requires_grad_()
+    loss = balance_loss(probabilities, expert_index, padding, dist.group.WORLD)
+    loss.backward()
+    totals = [f(probabilities.detach(), padding, dist.group.WORLD) for f in (masked_sum, masked_mean)]
+    return loss.item(), probabilities.grad, *totals
+
+
+@pytest.mark.distributed
+def test_over_several_ranks_balance_and_its_gradient_are_those_of_all_their_tokens():
+    probabilities, expert_index, padding = tokens_of_all_ranks()
+    real = ~padding
+    share = torch.bincount(expert_index[real].flatten(), minlength=4).double() / (2 * real.sum())
+    for rank, (loss, grad, total, mean) in enumerate(run_ranks(2, losses_of_a_shard)):
+        assert loss == pytest.approx(balance_by_loops(probabilities.tolist(), expert_index.tolist(), padding.tolist(), 4))
+        expected = 2 * 4 * share / real.sum() * real[SHARDS[rank]].unsqueeze(1)  # of the losses of both ranks
+        torch.testing.assert_close(grad, expected)
+        torch.testing.assert_close(total, probabilities[real].sum(0))
+        torch.testing.assert_close(mean, probabilities[real].mean(0))
