@@ -1,8 +1,8 @@
-"""Checkpoints between two installations, such as two distributions of fairseq: what one trained, the other must go on with.
+"""Exchange of checkpoints between two installations, such as two fairseq distributions: one trains, the other continues.
 
-In the environment of the first, and then in that of the second:
+Run in the first environment, then in the second:
   python tests/exchange.py train DIR       train and translate; write models, translations and losses to DIR
-  python tests/exchange.py continue DIR    from the same checkpoints: the same translations, and the same losses in going on
+  python tests/exchange.py continue DIR    check that the checkpoints give the same translations and, resumed, the same losses
 """
 
 import argparse
@@ -23,20 +23,24 @@ MODELS = {
     "sparsemixer": [*runs.EXPERTS, "--router", "sparsemixer", "--jitter-eps", "0.1"],
     "dense": ["--router", "dense"],
 }
-SAMPLES = {"sparsemixer"}  # experts, in the order of the sentences
+SAMPLES = {"sparsemixer"}  # draw experts, in the order of the sentences
 TRAINED, CONTINUED = 6, 9  # updates
 FLAGS = ["--required-batch-size-multiple", "1"]
-ALL = ["--batch-size", "64", "--no-epoch-checkpoints"]  # the corpus in one batch: its order is another in another fairseq
-TOLERANCE = 1e-3  # of a score or a loss; translations must be the same
+ALL = [
+    "--batch-size",
+    "64",
+    "--no-epoch-checkpoints",
+]  # the corpus in one batch, because its order depends on the fairseq version
+TOLERANCE = 1e-3  # for scores and losses; translations must be identical
 
 
 def train(corpus: Path, save_dir: Path, model: str, updates: int) -> list:
-    """Train or go on up to that number of updates; the losses."""
+    """Train or resume up to `updates` updates; the losses."""
     return runs.train(corpus, save_dir, *MODELS[model], *FLAGS, *ALL, updates=updates)
 
 
 def translate(corpus: Path, save_dir: Path) -> dict:
-    """The hypotheses of the validation set: {sentence: [score, words]}."""
+    """Translate the validation set: {sentence: [score, words]}."""
     import fairseq_cli.generate
 
     import fairseq_sparsemixer
@@ -52,7 +56,7 @@ def translate(corpus: Path, save_dir: Path) -> dict:
 
 
 def results(corpus: Path, folder: Path, model: str) -> dict:
-    """Translations from the checkpoint in folder/model, and the losses of a copy of the run going on."""
+    """Translations by the checkpoint in folder/model, and the losses of a resumed copy of the run."""
     translations = translate(corpus, folder / model)
     again = folder / f"{model}_continued"
     shutil.copytree(folder / model, again)
@@ -63,7 +67,7 @@ def results(corpus: Path, folder: Path, model: str) -> dict:
 
 
 def differences(model: str, expected: dict, found: dict) -> list:
-    """Sentences on what is not the same."""
+    """A message for each difference."""
     said = []
     for name, (score, words) in expected["translations"].items():
         other_score, other_words = found["translations"].get(name, (float("nan"), "nothing"))

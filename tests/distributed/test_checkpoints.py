@@ -1,4 +1,4 @@
-"""Checkpoints of runs whose experts are spread over ranks: fairseq-train on real ranks, stopped and resumed."""
+"""Checkpoints of runs with sharded experts: fairseq-train on real ranks, stopped and resumed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.distributed
 
-BEFORE, AFTER = 3, 5  # updates: where the run stops, and where the resumed one does
+BEFORE, AFTER = 3, 5  # updates at which the run stops, and at which the resumed run stops
 FLAGS = ("--store-ema", "--ema-fp32", "--ema-decay", "0.9")
 
 
@@ -33,7 +33,7 @@ def train_one_rank(log: Path, data: Path, save_dir: Path, flags: tuple, options:
 
 
 def start(data: Path, save_dir: Path, *flags, updates: int, ranks: int, last: tuple = (train_one_rank,)) -> List[Rank]:
-    """fairseq-train on that many ranks; the last one runs the function of `last` on its arguments there and train_one_rank's."""
+    """Start fairseq-train on `ranks` ranks. The last one runs last[0](*last[1:], *arguments of train_one_rank) instead."""
     save_dir.mkdir(exist_ok=True)
     port, started = free_port(), []
     for rank in range(ranks):
@@ -45,19 +45,19 @@ def start(data: Path, save_dir: Path, *flags, updates: int, ranks: int, last: tu
 
 
 def train(data: Path, save_dir: Path, *flags, updates: int, ranks: int) -> List[float]:
-    """The losses of its updates on all ranks, by rank 0. Raises AssertionError with what rank 0 fails with."""
+    """Train on `ranks` ranks; the losses of its updates, from rank 0. Raises AssertionError with rank 0's error."""
     return collect(start(data, save_dir, *flags, updates=updates, ranks=ranks), deadline=100)[0]
 
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> List[float]:
-    """The losses of a run on two ranks that nothing interrupts."""
+    """The losses of an uninterrupted run on two ranks."""
     return train(corpus, tmp_path_factory.mktemp("whole") / "run", *FLAGS, updates=AFTER, ranks=2)
 
 
 @pytest.fixture(scope="module")
 def portable(corpus, tmp_path_factory) -> Path:
-    """A checkpoint that two ranks wrote after BEFORE updates, each of them holding half of the experts."""
+    """A checkpoint written after BEFORE updates by two ranks, each with half of the experts."""
     save_dir = tmp_path_factory.mktemp("stopped") / "run"
     train(corpus, save_dir, *FLAGS, updates=BEFORE, ranks=2)
     return save_dir / "checkpoint_last.pt"
@@ -67,28 +67,28 @@ def resume(corpus: Path, checkpoint: Path, save_dir: Path, *flags, ranks: int) -
     return train(corpus, save_dir, "--restore-file", str(checkpoint), *FLAGS, *flags, updates=AFTER, ranks=ranks)
 
 
-def test_two_ranks_resume_where_two_ranks_stopped(corpus, portable, whole, tmp_path):
+def test_two_ranks_resume_a_run_of_two_ranks(corpus, portable, whole, tmp_path):
     assert resume(corpus, portable, tmp_path / "run", ranks=2) == whole[BEFORE:]
 
 
-def test_one_process_resumes_where_two_ranks_stopped(corpus, portable, whole, tmp_path):
+def test_one_process_resumes_a_run_of_two_ranks(corpus, portable, whole, tmp_path):
     losses = resume(corpus, portable, tmp_path / "run", "--update-freq", "2", ranks=1)
     torch.testing.assert_close(losses, whole[BEFORE:], rtol=1e-6, atol=0)
 
 
-def test_ranks_without_shared_experts_resume_where_two_ranks_stopped(corpus, portable, whole, tmp_path):
+def test_ranks_with_all_experts_resume_a_run_of_sharded_experts(corpus, portable, whole, tmp_path):
     losses = resume(corpus, portable, tmp_path / "run", "--expert-parallel-size", "1", ranks=2)
     torch.testing.assert_close(losses, whole[BEFORE:], rtol=1e-6, atol=0)
 
 
-def test_the_checkpoint_is_what_one_process_would_have_written(corpus, portable, tmp_path):
+def test_the_checkpoint_equals_that_of_one_process(corpus, portable, tmp_path):
     losses = train(corpus, tmp_path / "run", *FLAGS, "--update-freq", "2", updates=BEFORE, ranks=1)
     assert len(losses) == BEFORE
     alone, spread = read_checkpoint(tmp_path / "run" / "checkpoint_last.pt"), read_checkpoint(portable)
     for state in (alone, spread):
         for weights in (state["model"], state["extra_state"]["ema"], state["extra_state"]["ema_fp32_params"]):
             for name in [name for name in weights if name.endswith("k_proj.bias")]:
-                del weights[name]  # softmax cancels it: Adam follows the rounding of a gradient that is zero
+                del weights[name]  # softmax cancels it: its gradient is rounding error around zero, which Adam follows
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
     close(dict(spread["last_optimizer_state"]), dict(alone["last_optimizer_state"]))
     close(initialised(spread["model"]), initialised(alone["model"]))
@@ -100,11 +100,11 @@ def test_the_checkpoint_is_what_one_process_would_have_written(corpus, portable,
     assert words["spread"] == words["alone"]
 
 
-def test_one_process_validates_and_translates_with_it_and_no_flag(corpus, portable, tmp_path, capsys):
+def test_one_process_validates_and_translates_without_further_flags(corpus, portable, tmp_path, capsys):
     from fairseq_cli import interactive, validate
 
     of_checkpoint = ["--user-dir", Path(fairseq_sparsemixer.__file__).parent, "--path", portable, "--cpu"]
-    as_any_model = "--task", "translation", "--batch-size", 8, "--log-format", "json"  # fairseq-validate asks for the task
+    as_any_model = "--task", "translation", "--batch-size", 8, "--log-format", "json"  # fairseq-validate requires --task
     capsys.readouterr()
     runs.run(validate.cli_main, corpus, *of_checkpoint, *as_any_model)
     (figures,) = re.findall(r"\| valid \| (.*)", capsys.readouterr().out)
@@ -119,7 +119,7 @@ def test_one_process_validates_and_translates_with_it_and_no_flag(corpus, portab
 
 
 def bits_a_word(checkpoint: Path) -> float:
-    """The loss of the model on the `valid` part, from its probabilities."""
+    """The model's loss on the `valid` split, in bits per word, computed from its probabilities."""
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
     task.load_dataset("valid")
     bits = count = 0.0
@@ -130,18 +130,18 @@ def bits_a_word(checkpoint: Path) -> float:
     return bits / count
 
 
-def test_the_average_of_checkpoints_is_a_checkpoint(corpus, portable, tmp_path):
+def test_an_average_of_checkpoints_can_be_loaded_and_generates(corpus, portable, tmp_path):
     train(corpus, tmp_path / "run", *FLAGS, updates=1, ranks=2)
     states = [read_checkpoint(str(path)) for path in (portable, tmp_path / "run" / "checkpoint_last.pt")]
     average = {name: (value + states[1]["model"][name]) / 2 for name, value in states[0]["model"].items()}
-    torch.save({**states[0], "model": average}, tmp_path / "average.pt")  # as fairseq's scripts/average_checkpoints.py does
+    torch.save({**states[0], "model": average}, tmp_path / "average.pt")  # like fairseq's scripts/average_checkpoints.py
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "average.pt")])
     assert torch.equal(model.state_dict()["encoder.layers.0.fc1.moe.experts.weight_in"],
                        average["encoder.layers.0.fc1.moe.experts.weight_in"])  # fmt: skip
     assert len(runs.generate(corpus, tmp_path / "average.pt", tmp_path)) == 8
 
 
-def test_without_optimizer_state_a_checkpoint_still_starts_another_run(corpus, tmp_path):
+def test_a_checkpoint_without_optimizer_state_can_start_another_run(corpus, tmp_path):
     train(corpus, tmp_path / "run", "--no-save-optimizer-state", updates=1, ranks=2)
     checkpoint = tmp_path / "run" / "checkpoint_last.pt"
     assert "last_optimizer_state" not in read_checkpoint(str(checkpoint))
@@ -157,7 +157,7 @@ def test_two_ranks_resume_a_model_without_experts(corpus, tmp_path):
     assert train(corpus, tmp_path / "stopped", *flags, updates=AFTER, ranks=2) == losses[BEFORE:]
 
 
-def test_sharded_checkpoints_resume_on_the_same_layout_and_on_no_other(corpus, whole, tmp_path):
+def test_sharded_checkpoints_resume_only_on_the_same_layout(corpus, whole, tmp_path):
     run = tmp_path / "run"
     train(corpus, run, *FLAGS, "--sharded-checkpoints", updates=BEFORE, ranks=2)
     assert sorted(path.name for path in run.glob("*.pt*")) == ["checkpoint_last-rank-0.pt", "checkpoint_last-rank-1.pt"]
@@ -171,7 +171,7 @@ def test_sharded_checkpoints_resume_on_the_same_layout_and_on_no_other(corpus, w
         train(corpus, tmp_path / "other", *FLAGS, updates=AFTER, ranks=1)
 
 
-def test_what_rank_0_cannot_read_ends_every_rank_with_its_sentence(corpus, tmp_path):
+def test_a_file_that_rank_0_cannot_read_ends_every_rank_with_the_same_error(corpus, tmp_path):
     torch.save({"model": {}, "expert_parallel": {"size": 4}}, tmp_path / "checkpoint_last-rank-0.pt")
     started = start(corpus, tmp_path, "--sharded-checkpoints", updates=1, ranks=2)
     for rank in started:
@@ -183,7 +183,7 @@ def train_elsewhere(log: Path, data: Path, save_dir: Path, *args) -> List[float]
     return train_one_rank(log, data, save_dir / "disk of this node", *args)
 
 
-def test_ranks_that_do_not_see_the_file_never_start_from_scratch(corpus, portable, tmp_path):
+def test_a_file_visible_to_some_ranks_only_is_an_error_on_all(corpus, portable, tmp_path):
     shutil.copy(portable, tmp_path)
     for rank in start(corpus, tmp_path, *FLAGS, updates=AFTER, ranks=2, last=(train_elsewhere,)):
         with pytest.raises(AssertionError, match="checkpoint_last.pt is visible to 1 of 2 ranks; put it where all nodes see it"):
@@ -191,7 +191,7 @@ def test_ranks_that_do_not_see_the_file_never_start_from_scratch(corpus, portabl
 
 
 def killed_on_call(number: int, function: Callable, half: Callable) -> Callable:
-    """`function`; at its n-th call `half` of it, and the process dies."""
+    """`function`, which at its n-th call runs `half` instead and kills the process."""
     calls = iter(range(1, 1000))
 
     def counted(*args):
@@ -207,10 +207,10 @@ def half_a_file(_, path) -> None:
     Path(path).write_bytes(b"PK" + bytes(1000))
 
 
-# what rank 1 is about when it dies in its third save: each saves, gives a file its name three times, and copies it once
+# moments at which rank 1 dies in its third save; each save writes a file, renames three times and copies once
 MOMENTS = {
     "half of its file is written": ("torch.save", torch.save, 3, half_a_file),
-    "rank 0 has given its file the name, rank 1 not": ("os.replace", os.replace, 8, lambda *_: None),
+    "rank 0 has renamed its file, rank 1 has not": ("os.replace", os.replace, 8, lambda *_: None),
     "half of the copy is written": ("shutil.copyfile", shutil.copyfile, 3, half_a_file),
 }
 
@@ -222,7 +222,7 @@ def train_until_killed(moment: str, *args) -> List[float]:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_rank_killed_in_a_sharded_save_leaves_a_checkpoint_to_resume_from(moment, corpus, whole, tmp_path):
+def test_a_rank_killed_during_a_sharded_save_leaves_a_resumable_checkpoint(moment, corpus, whole, tmp_path):
     run = tmp_path / "run"
     flags = (*FLAGS, "--sharded-checkpoints", "--save-interval-updates", "1", "--keep-interval-updates", "1")
     survivor, killed = start(corpus, run, *flags, updates=AFTER, ranks=2, last=(train_until_killed, moment))

@@ -1,6 +1,6 @@
-"""W ranks compute what one process computes on the concatenated batch: losses, gradients, five updates of Adam.
+"""W ranks compute the same as one process on the concatenated batch: losses, gradients, five Adam updates.
 
-The single process uses no code of expert parallelism. Both get the same noise, token by token.
+The single process uses no expert-parallel code. Both use the same noise, token by token.
 """
 
 from itertools import product
@@ -21,7 +21,7 @@ from fairseq_sparsemixer.moe.parallel import form_expert_group
 pytestmark = pytest.mark.distributed
 
 M, H, S, UPDATES, BALANCE = 8, 12, 40, 5, 0.1
-SIZES = {2: (13, 27), 4: (13, 1, 0, 26)}  # tokens of each rank
+SIZES = {2: (13, 27), 4: (13, 1, 0, 26)}  # tokens per rank
 ROUTERS = ("sparsemixer", "switch", "sparsemixer_v2")
 LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # W, G
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     group_size: int
     num_experts: int
     router: str
-    scope: str  # of the balance loss
+    scope: str  # --balance-scope
     backend: str
 
 
@@ -44,7 +44,7 @@ CASES = [
 
 
 class Model(nn.Module):
-    """A layer between two projections, so that gradients pass through it."""
+    """An MoE layer between two projections, so that gradients pass through it."""
 
     def __init__(self, router: str, num_experts: int):
         super().__init__()
@@ -57,7 +57,7 @@ class Model(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Tokens, what the model should say to them, padding, and the randomness of their routing."""
+    """Tokens x, targets y, padding mask, and the routing noise of each token."""
 
     x: Tensor
     y: Tensor
@@ -77,13 +77,13 @@ def batch(update: int, num_experts: int) -> Batch:
 
 
 def noise(router: str, batch: Batch) -> Any:
-    """The same noise for the same token, wherever it is."""
+    """The batch's noise in the router's form: it belongs to the token, on whichever rank it is."""
     draws = [SamplingNoise(batch.gumbel[:, draw], batch.coin[:, draw]) for draw in range(2)]
     return {"sparsemixer": draws[0], "sparsemixer_v2": draws, "switch": 0.9 + 0.2 * batch.coin[:, :1]}[router]
 
 
 def loss_of(model: nn.Module, moe: nn.Module, router: str, batch: Batch) -> Tensor:
-    """Summed over tokens that are not padding, as fairseq's criterions do it; the auxiliary loss weighs sample_size."""
+    """The loss summed over non-padding tokens, plus sample_size times the weighted balance loss, as in fairseq's criterions."""
     moe.gate.draw_noise = lambda logits: noise(router, batch)
     error = (model(batch.x, batch.padding) - batch.y).square().sum(-1)
     sample_size = (~batch.padding).sum()
@@ -99,7 +99,7 @@ def snapshot(model: nn.Module, losses: List[float], gradients: List[Dict[str, Te
 
 
 def train_alone(case: Case) -> Dict[str, Any]:
-    """The reference: one process, the whole batch; for the local balance loss, accumulating over the ranks' parts."""
+    """The reference: one process with the whole batch or, for the local balance loss, accumulating over the ranks' parts."""
     model = Model(case.router, case.num_experts)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses, gradients = [], []
@@ -126,7 +126,7 @@ def train_alone(case: Case) -> Dict[str, Any]:
 
 
 def train_on_rank(case: Case) -> Dict[str, Any]:
-    """What MoETrainer does, without fairseq."""
+    """Train one rank like MoETrainer, without fairseq."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     model = Model(case.router, case.num_experts)
     ranks = None
@@ -170,7 +170,7 @@ def train_on_rank_all(world_size: int) -> List[Dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Dict[Case, List[Dict[str, Any]]]:
-    """What each rank got in each case."""
+    """The results of all ranks for each case."""
     found = {}
     for world_size in SIZES:
         by_rank = run_ranks(world_size, train_on_rank_all, world_size)
@@ -180,12 +180,12 @@ def outcomes() -> Dict[Case, List[Dict[str, Any]]]:
 
 
 def whole(tensors: List[Tensor], name: str, case: Case) -> Tensor:
-    """The tensor of all experts, from those of the ranks of the first group."""
+    """The tensor of all experts, concatenated over the ranks of the first group."""
     return torch.cat(tensors[: case.group_size]) if ".experts." in name else tensors[0]
 
 
 def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
-    """Within 1e-5 of the largest entry."""
+    """Compare within 1e-5 of the largest entry."""
     difference = (actual - expected).abs().max()
     assert difference <= 1e-5 * expected.abs().max() + 1e-8, f"{name}: {difference} of {expected.abs().max()}"
 
@@ -203,7 +203,7 @@ def test_ranks_equal_one_process(case, outcomes):
     for name, parameter in expected["parameters"].items():
         actual = whole([result["parameters"][name] for result in found], name, case)
         assert_close(actual, parameter, name)
-        for rank, result in enumerate(found):  # replicas, and whatever every rank holds, are bitwise the same
+        for rank, result in enumerate(found):  # replicas of experts, and parameters held by every rank, are bitwise identical
             first = rank % case.group_size if ".experts." in name else 0
             assert torch.equal(result["parameters"][name], found[first]["parameters"][name])
     if case.group_size > 1:

@@ -1,4 +1,4 @@
-"""fairscale's own MOELayer.forward, in the same process group, agrees with ours."""
+"""Our layer agrees with fairscale's own MOELayer.forward in the same process group."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ M, H, S, E = 8, 12, 16, 8
 
 
 class DenseGate(nn.Module):
-    """A gate of ours in fairscale's language, with room for every token: combine weights [S, E, C], C = 2 S."""
+    """One of our gates with fairscale's interface and capacity for every token: combine weights [S, E, C], C = 2 S."""
 
     def __init__(self, gate: nn.Module):
         super().__init__()
@@ -27,14 +27,14 @@ class DenseGate(nn.Module):
         routing: Routing = self.gate(tokens)
         combine = tokens.new_zeros(len(tokens), E, 2 * len(tokens))
         for choice in range(routing.expert_index.size(1)):
-            place = torch.arange(len(tokens)) + choice * len(tokens)  # a place of its own for every pair
+            place = torch.arange(len(tokens)) + choice * len(tokens)  # a separate slot for every pair
             weight = routing.combine_weight[:, choice]
             combine = combine.index_put((torch.arange(len(tokens)), routing.expert_index[:, choice], place), weight)
         return routing.aux_losses["balance"], combine, combine.detach() != 0
 
 
 class OneExpert(nn.Module):
-    """Expert e of ours as the module fairscale wants."""
+    """Expert e of our stacked experts as a separate module, as required by fairscale."""
 
     def __init__(self, experts: nn.Module, index: int):
         super().__init__()
@@ -48,7 +48,7 @@ class OneExpert(nn.Module):
 
 
 def compare(router: str):
-    """(output, input gradient, gradients of projection and of weight_in) by ours, then by fairscale's."""
+    """(output, input gradient, gradients of projection and weight_in) of our layer, then of fairscale's."""
     local = E // dist.get_world_size()
     results = []
     for ours in (True, False):
@@ -56,7 +56,7 @@ def compare(router: str):
         layer = build_moe_layer(router, M, H, E)
         ranks = form_expert_group(dist.get_world_size())
         torch.manual_seed(20 + dist.get_rank())
-        x = torch.randn(4, S // 4, M, requires_grad=True)  # fairscale wants a multiple of its local experts first
+        x = torch.randn(4, S // 4, M, requires_grad=True)  # fairscale requires a first dimension divisible by its local experts
         if ours:
             shard_experts(layer, ranks)
             run = layer
@@ -76,7 +76,7 @@ def compare(router: str):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("router", ["sparsemixer", "switch", "sparsemixer_v2"])
-def test_fairscale_agrees(router, world_size):
+def test_our_layer_agrees_with_fairscales(router, world_size):
     for ours, theirs in run_ranks(world_size, compare, router):
         for actual, expected in zip(ours, theirs):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,6 @@
-"""What fairseq-train logs on two ranks is what it logs on one process whose batches are the unions of theirs.
+"""fairseq-train logs the same metrics on two ranks as on one process with the union of their batches.
 
-Five updates and a validation after each, whose last batch is uneven and leaves the second rank with a dummy: ELECTRA,
+Five updates with a validation after each. The last validation batch leaves the second rank with a dummy batch. ELECTRA,
 and sentence prediction with each of GLUE's scores.
 """
 
@@ -33,19 +33,19 @@ SENTENCES = (
     " --separator-token 2 --max-positions 32"
 ).split()
 CLOCKS = {"wps", "ups", "wall", "train_wall"}
-BY_SENTENCE = {"moe_z_loss"}  # a mean over a batch's tokens, which the loss weighs by its sentences: not that over the union
+BY_SENTENCE = {"moe_z_loss"}  # a mean over tokens that is weighted by sentences, so it differs for the union of batches
 TRAIN, VALID = 8, 20  # examples; batches of 8 and 8, 8, 4 on one process, of 4 and 4, 4, 4, 4, 4 on two
 
 
 def words(number: int) -> str:
-    """3 to 9 words, then three that tell odd numbers from even ones."""
+    """3 to 9 words, then three that differ between odd and even numbers."""
     some = " ".join(f"w{(7 * number + 3 * place * place) % 18}" for place in range(3 + 5 * number % 7))
     return some + f" w{18 + number % 2}" * 3
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """data(name) -> the task of GLUE of that name, in fairseq's form."""
+    """data(name) -> the binarised GLUE task of that name."""
     folder, dictionary = tmp_path_factory.mktemp("glue"), Dictionary()
     for index in range(20):
         dictionary.add_symbol(f"w{index}")
@@ -68,12 +68,12 @@ def data(tmp_path_factory):
 
 
 def likeliest(src_tokens, target, logits, padding_idx, corrupt=electra_moe.corrupt):
-    """corrupt, its noise drowned: the same whatever the batch."""
+    """corrupt with logits so large that its noise has no effect, so that the result does not depend on the batch."""
     return corrupt(src_tokens, target, 1e6 * logits, padding_idx)
 
 
 def logged(world_size: int, meeting: str, flags: List[str]) -> Dict[str, List[Dict[str, Any]]]:
-    """The figures of each update and of each validation on this rank, before they are rounded."""
+    """The metrics of each update and each validation on this rank, before rounding."""
     import fairseq_cli.train
     from fairseq.criterions import sentence_prediction
     from fairseq.logging import meters, metrics
@@ -112,7 +112,7 @@ def is_number(value: Any) -> bool:
 
 
 def compare(data: Path, *flags: str, but: Collection[str] = ()) -> Dict[str, List[float]]:
-    """Hold both ranks against one process in all figures `but` some; those of its validations."""
+    """Compare both ranks with one process in all metrics except `but`. Returns the metrics of its validations."""
     command = [str(data), "--user-dir", str(USER_DIR), *flags, *FLAGS]
     sizes = {1: ["--batch-size", "8"], 2: ["--batch-size", "4"]}
     (alone,) = run_ranks(1, logged, 1, 0, [*command, *sizes[1]], group=False)
@@ -128,7 +128,7 @@ def compare(data: Path, *flags: str, but: Collection[str] = ()) -> Dict[str, Lis
     return {name: [float(figures[name]) for figures in alone["valid"]] for name, value in expected.items() if is_number(value)}
 
 
-def test_electras_metrics_of_two_ranks_are_those_of_one_process(data):
+def test_electras_metrics_on_two_ranks_equal_those_of_one_process(data):
     figures = compare(data("SST-2") / "input0", *ELECTRA, "--mask-prob", "0.4")
     assert {"mlm_accuracy", "rtd_accuracy", "rtd_precision", "rtd_recall", "mlm_loss", "rtd_loss", "ppl"} <= figures.keys()
     assert all(figures["rtd_accuracy"]) and all(share > 25 for share in figures["expert1_balance_top"])
@@ -137,14 +137,14 @@ def test_electras_metrics_of_two_ranks_are_those_of_one_process(data):
 @pytest.mark.parametrize(
     "name, flags, scores",
     [
-        ("SST-2", [], {"accuracy"}),  # sums, added up over ranks
-        ("CoLA", ["--report-acc-and-f1"], {"mcc", "f1", "acc_and_f1"}),  # predictions, gathered
+        ("SST-2", [], {"accuracy"}),  # summed over ranks
+        ("CoLA", ["--report-acc-and-f1"], {"mcc", "f1", "acc_and_f1"}),  # predictions are gathered from all ranks
         ("STS-B", [], {"pearson", "spearman"}),
     ],
 )
-def test_glues_scores_of_two_ranks_are_those_of_one_process(name, flags, scores, data):
+def test_glue_scores_on_two_ranks_equal_those_of_one_process(name, flags, scores, data):
     if not TASKS[name].has_score():
-        pytest.skip("this fairseq computes accuracy alone of GLUE's scores")
+        pytest.skip("of GLUE's scores, this fairseq computes only accuracy")
     figures = compare(data(name), *SENTENCES, *TASKS[name].flags().split(), *flags, but=BY_SENTENCE)
     assert scores <= figures.keys() and {"moe_gate_loss", "entropy_gating", "expert1_balance_top"} <= figures.keys()
     assert all(any(figures[score]) for score in scores)

@@ -1,4 +1,4 @@
-"""One rank dies or hangs in mid-training: the others end with a sentence, and training goes on from the last checkpoint."""
+"""If one rank dies or hangs during training, the others exit with an error, and training resumes from the last checkpoint."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 
 
 def train(data: Path, save_dir: Path, meeting: str, fate: int = 0, *flags: str) -> Dict[str, Any]:
-    """fairseq-train for 12 updates on two ranks, a checkpoint every third; rank 1 meets its fate, a signal, after seven."""
+    """Run fairseq-train for 12 updates on two ranks, saving every third; rank 1 gets the signal `fate` after seven."""
     import fairseq_cli.train
 
     trainers: List[MoETrainer] = []
@@ -47,8 +47,8 @@ def train(data: Path, save_dir: Path, meeting: str, fate: int = 0, *flags: str) 
     return {name: parameter.detach().clone() for name, parameter in trainers[0].get_model().named_parameters()}
 
 
-def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_path):
-    data = make_corpus(tmp_path, sentences=100)  # one epoch: resumed in another, fairseq groups sentences anew
+def test_after_a_killed_rank_the_others_exit_and_the_resumed_run_ends_the_same(tmp_path):
+    data = make_corpus(tmp_path, sentences=100)  # one epoch, because fairseq regroups sentences if resumed in a later one
     straight = run_ranks(2, train, data, tmp_path / "straight", meeting_place(), group=False)
     ranks = start_ranks(2, train, data, tmp_path / "cut", meeting_place(), signal.SIGKILL, group=False)
     (survivor,) = collect(ranks[:1], deadline=60)
@@ -63,7 +63,7 @@ def test_a_killed_rank_ends_the_others_and_training_resumes_to_the_same_end(tmp_
 
 
 @pytest.mark.parametrize("group_size", ["2", "1"])
-def test_a_hanging_rank_ends_the_others_within_the_timeout(group_size, tmp_path):
+def test_if_a_rank_hangs_the_others_exit_within_the_timeout(group_size, tmp_path):
     data = make_corpus(tmp_path, sentences=20)
     # torch's own timeout is half an hour
     flags = "--collective-timeout", "3", "--no-save", "--expert-parallel-size", group_size

@@ -1,4 +1,4 @@
-"""200 updates on Multi30k: two ranks, and one that accumulates two batches, reach the same validation loss."""
+"""200 updates on Multi30k: two ranks, and one process that accumulates two batches, reach the same validation loss."""
 
 import gzip
 import math
@@ -23,7 +23,7 @@ USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 FLAGS = (
     "--arch transformer_moe_tiny --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 --decoder-embed-dim 32"
     " --encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64 --encoder-attention-heads 2 --decoder-attention-heads 2"
-    " --share-all-embeddings --router switch --num-experts 4 --jitter-eps 0"  # the same choices, however batches are spread
+    " --share-all-embeddings --router switch --num-experts 4 --jitter-eps 0"  # routing does not depend on how batches are split
     " --dropout 0 --attention-dropout 0 --activation-dropout 0 --criterion moe_label_smoothed_cross_entropy"
     " --label-smoothing 0.1 --optimizer adam --lr 1e-3 --clip-norm 1.0 --batch-size 8 --max-update 200 --seed 1 --num-workers 0"
     " --no-epoch-checkpoints --no-progress-bar --log-interval 50"
@@ -32,7 +32,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def multi30k(shared_data, tmp_path_factory) -> Path:
-    """The first 3,200 training pairs and 200 validation pairs, words that occur four times."""
+    """The first 3,200 training pairs and 200 validation pairs, with words that occur at least four times."""
     folder = tmp_path_factory.mktemp("multi30k")
     for part, count in (("train", 3200), ("val", 200)):
         for language in ("de", "en"):
@@ -54,7 +54,7 @@ def train_alone(data: Path, save_dir: Path) -> None:
 
 
 def validation_loss(save_dir: Path) -> float:
-    """Bits a word, from the checkpoint (fairseq itself rounds what it logs)."""
+    """Bits per word, computed from the checkpoint, because fairseq rounds what it logs."""
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(save_dir / "checkpoint_last.pt")])
     model = models[0].eval()
     task.load_dataset("valid")
@@ -68,10 +68,10 @@ def validation_loss(save_dir: Path) -> float:
     return loss / words
 
 
-def test_two_ranks_reach_the_loss_of_one_that_accumulates(multi30k, tmp_path):
+def test_two_ranks_reach_the_loss_of_one_process_with_accumulation(multi30k, tmp_path):
     command = [str(Path(sys.executable).parent / "fairseq-train"), *arguments(multi30k, tmp_path / "two")]
     assert main(["launch", "--nproc", "2", "--", *command]) == 0
     run_ranks(1, train_alone, multi30k, tmp_path / "one", group=False)
     together, alone = validation_loss(tmp_path / "two"), validation_loss(tmp_path / "one")
     assert together == pytest.approx(alone, abs=1e-3)
-    assert together < 8  # it has learnt something: an untrained model has log2 of the dictionary's size, about 10.7
+    assert together < 8  # it has learnt something: an untrained model has log2(dictionary size), about 10.7

@@ -1,7 +1,7 @@
-"""torchrun, SLURM and fairseq's own spawn start ranks, as fairseq detects them.
+"""Starting ranks with torchrun, SLURM and fairseq's own spawn, as detected by fairseq.
 
-Here is no GPU, which fairseq counts and numbers in all three ways: that alone is feigned. The ranks are real, and leave
-behind what ranks leave that were told everything by flags.
+fairseq counts GPUs in all three cases, so the number of GPUs is faked. The ranks are real, and write the same
+checkpoints as ranks started with explicit flags.
 """
 
 import os
@@ -20,7 +20,7 @@ from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 pytestmark = pytest.mark.distributed
 
 BACKEND = "--distributed-world-size 2 --distributed-backend gloo --ddp-backend legacy_ddp".split()
-SHARDS = ["checkpoint_last-rank-0.pt", "checkpoint_last-rank-1.pt"]  # there are two only where experts are spread
+SHARDS = ["checkpoint_last-rank-0.pt", "checkpoint_last-rank-1.pt"]  # two files exist only if experts are sharded
 
 
 def train(data: Path, save_dir: Path, *flags, **options) -> None:
@@ -28,12 +28,12 @@ def train(data: Path, save_dir: Path, *flags, **options) -> None:
 
 
 def flagged(data: Path, save_dir: Path, port: int) -> None:
-    """A rank that gets everything by flags."""
+    """A rank started with explicit flags."""
     train(data, save_dir, ranks=2, rank=rank_number(), port=port)
 
 
 def detected(data: Path, save_dir: Path, variables: Dict[str, str], flags: list) -> None:
-    """A rank that finds out by the variables of torchrun or SLURM; {rank} stands for its number."""
+    """A rank configured by the variables of torchrun or SLURM; {rank} is replaced by its number."""
     with ExitStack() as feigned:
         own = {name: value.format(rank=rank_number()) for name, value in variables.items()}
         feigned.enter_context(patch.dict(os.environ, own))
@@ -45,7 +45,7 @@ def detected(data: Path, save_dir: Path, variables: Dict[str, str], flags: list)
 
 @pytest.fixture(scope="module")
 def expected(corpus, tmp_path_factory) -> Path:
-    """The folder of the ranks that were told by flags."""
+    """The folder of ranks started with explicit flags."""
     save_dir = tmp_path_factory.mktemp("flagged")
     run_ranks(2, flagged, corpus, save_dir, free_port(), group=False)
     return save_dir
@@ -74,6 +74,6 @@ def test_srun_starts_ranks(corpus, expected, tmp_path):
 
 
 def test_fairseq_spawns_ranks(corpus, expected, tmp_path):
-    with patch("torch.cuda.device_count", return_value=2):  # in this process: the ranks are new ones, and see no GPU
+    with patch("torch.cuda.device_count", return_value=2):  # only in this process; the spawned ranks see no GPU
         train(corpus, tmp_path, *BACKEND)
     assert_same_training(tmp_path, expected)

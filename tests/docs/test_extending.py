@@ -1,4 +1,4 @@
-"""docs/extending.md: the folder it builds trains and generates, and the tests it shows pass."""
+"""docs/extending.md: the folder it builds trains and generates, and its tests pass."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with my_moe as the page has it."""
+    """A folder with my_moe as on the page."""
     folder = tmp_path_factory.mktemp("extending")
     (folder / "my_moe").mkdir()
     for name, code in FILES.items():
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def page_command(program, data):
-    """The words of the page's command of a program, on that data."""
+    """The words of the page's command for a program, with the given data."""
     lines = TEXT.replace("\\\n", " ").splitlines()
     (words,) = [shlex.split(line) for line in lines if line.startswith(program + " ")]
     return [str(data) if word == "data-bin" else word for word in words]
@@ -51,7 +51,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def outputs(folder, corpus):
-    """What the page's training prints, its fairseq-generate, and trainings by its estimator and its second criterion."""
+    """The output of the page's training and fairseq-generate, and of training with its estimator and its second criterion."""
     base = [
         "fairseq-train",
         str(corpus),
@@ -72,16 +72,16 @@ def outputs(folder, corpus):
 
 
 def updates(output):
-    """The figures of each update, from fairseq's log."""
+    """The metrics of each update, from fairseq's log."""
     return [json.loads(line) for line in re.findall(r"train_inner\W+(\{.*\})", output)]
 
 
 @pytest.mark.slow
-def test_the_router_trains_through_a_folder_of_ones_own(outputs):
+def test_the_router_trains_from_a_custom_user_dir(outputs):
     log = updates(outputs["train"])
     assert len(log) == 2
     assert "expert3_balance_top" in log[-1] and "expert4_balance_top" not in log[-1]  # --moe-top-k 3
-    assert "moe_gate_loss" in log[-1]  # by the criterion of the folder
+    assert "moe_gate_loss" in log[-1]  # logged by the folder's criterion
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_the_tests_on_the_page_pass(folder):
     assert f"{len(tests)} passed" in done.stdout, done.stdout
 
 
-def test_the_router_has_30_lines_and_makes_a_layer():
+def test_the_router_has_at_most_30_lines_and_makes_a_layer():
     body = FILES["routers.py"][FILES["routers.py"].index("@register_gate") :].strip().splitlines()
     assert len(body) <= 30
     (layer,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "build_moe_layer(" in code]

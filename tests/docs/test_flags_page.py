@@ -1,4 +1,4 @@
-"""docs/flags.md: its table is that of the dataclasses, and fairseq-train takes or refuses every other row as the page says."""
+"""docs/flags.md: its flag table is up to date, and fairseq-train accepts or refuses every other row as the page says."""
 
 import re
 import shlex
@@ -21,41 +21,43 @@ BASE = "data --task translation --arch transformer_moe --criterion moe_cross_ent
 
 
 def rows(text):
-    """The flags of each row of its tables."""
+    """The flags of each table row."""
     return re.findall(r"^\| `(--[^`]*)` \|", text, re.M)
 
 
 def check(flags, task):
-    """Whether the row is accepted, by the checks that fairseq-train makes before it builds a model and a criterion."""
-    args = options.parse_args_and_arch(options.get_training_parser(), BASE + shlex.split(flags))  # the last of a flag wins
+    """Run the checks that fairseq-train makes before it builds a model and a criterion. Raises ConfigurationError."""
+    args = options.parse_args_and_arch(
+        options.get_training_parser(), BASE + shlex.split(flags)
+    )  # the last occurrence of a flag wins
     model = TransformerMoEConfig.from_namespace(args)
     check_options(model, autoregressive=not model.moe_encoder_only)
     CRITERION_REGISTRY[args.criterion].build_criterion(args, task)
 
 
-def test_the_table_is_that_of_the_dataclasses():
+def test_the_flag_table_is_up_to_date():
     assert updated(PAGE) == PAGE, "run: python scripts/flags.py"
 
 
-def test_every_flag_is_named_under_a_purpose():
+def test_every_flag_is_listed_under_a_purpose():
     ours = re.findall(r"^\| `(--[\w-]+)`", table(), re.M)
     missing = [flag for flag in ours if not re.search(rf"{flag}\b(?!-)", TEXT)]
     assert len(ours) > 20 and not missing
 
 
 @pytest.mark.parametrize("flags", rows(GENERATION))
-def test_a_row_is_understood_by_generation(flags):
+def test_generation_accepts_a_row_of_the_generation_table(flags):
     options.parse_args_and_arch(options.get_generation_parser(), ["data", "--path", "moe.pt", *shlex.split(flags)])
 
 
 @pytest.mark.parametrize("flags", rows(USED.replace(GENERATION, "")))
-def test_a_row_is_understood_and_accepted(flags, translation_task, tmp_path, monkeypatch):
+def test_training_accepts_a_row(flags, translation_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check(flags, translation_task)
 
 
 @pytest.mark.parametrize("flags", rows(REFUSED))
-def test_what_is_said_to_be_refused_is_refused_by_name(flags, translation_task, tmp_path, monkeypatch):
+def test_a_row_under_refused_is_refused_with_an_error_that_names_the_flag(flags, translation_task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError) as refusal:
         check(flags, translation_task)

@@ -1,4 +1,4 @@
-"""docs/migration.md: our commands and flags exist, and the example of the package gives what it names."""
+"""docs/migration.md: our commands and flags exist, and its Python example works."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ def our_commands():
 
 
 def our_flags():
-    """(flag, value or None) of the middle column of the tables."""
+    """(flag, value or None) for the middle column of the tables."""
     cells = [line.split(" | ")[1] for line in TEXT.splitlines() if line.startswith("| ") and line.count(" | ") > 1]
     code = [words for cell in cells for words in re.findall(r"`([^`]+)`", cell) if words.startswith("--")]
     return {pair for words in code for pair in re.findall(r"--([\w-]+)(?: ([^-\s]\S*))?", words)}
@@ -41,7 +41,7 @@ def test_every_kind_of_command_is_shown():
 
 
 @pytest.mark.parametrize("command", our_commands())
-def test_a_command_is_understood(command):
+def test_a_command_can_be_parsed(command):
     program, *words = shlex.split(command.replace(USER_DIR, ""))
     if program == "fairseq-sparsemixer":
         assert build_parser().parse_args(words).command == "convert"
@@ -49,7 +49,7 @@ def test_a_command_is_understood(command):
         convert_namespace_to_omegaconf(options.parse_args_and_arch(PARSERS[program](), words))
 
 
-def test_every_flag_of_ours_exists():
+def test_each_of_our_flags_exists():
     known = {"user_dir", *(option.name for option in fields(TransformerMoEConfig))}
     for arch in MODELS:
         for criterion in ("moe_label_smoothed_cross_entropy", "moe_cross_entropy"):
@@ -60,11 +60,11 @@ def test_every_flag_of_ours_exists():
 
 
 @pytest.mark.parametrize("arch", sorted({value for flag, value in our_flags() if flag == "arch"}))
-def test_every_architecture_of_ours_exists(arch):
+def test_each_of_our_architectures_exists(arch):
     assert arch in ARCH_MODEL_REGISTRY
 
 
-def test_the_example_of_the_package_gives_what_it_names():
+def test_the_python_example_works():
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     names = {}
     exec(code, names)

@@ -1,4 +1,4 @@
-"""docs/routers.md: its table has every router."""
+"""docs/routers.md: its table lists every router."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ OWN_FLAGS = {"jitter_eps": "--jitter-eps", "estimator_at_argmax": "--estimator-a
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "routers.md").read_text(encoding="utf-8")
 
 
-def test_the_table_says_what_the_code_does():
+def test_the_table_agrees_with_the_code():
     rows = {}
     for line in TEXT[: TEXT.index("\n## ")].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]

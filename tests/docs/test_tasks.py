@@ -1,4 +1,4 @@
-"""docs/tasks.md: its commands are understood by the programs they name."""
+"""docs/tasks.md: the named programs can parse its commands."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ PARSERS = {
 
 
 def commands():
-    """Each indented command, its lines put together."""
+    """Each indented command, with continued lines joined."""
     lines = re.sub(r"\\\n\s*", "", TEXT).splitlines()
     return [line.strip().lstrip("$ ") for line in lines if re.match(r"    (\$ )?fairseq-", line)]
 
@@ -33,7 +33,7 @@ def test_every_kind_of_command_is_shown():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_is_understood(command):
+def test_a_command_can_be_parsed(command):
     if "--report-mcc" in command and not TASKS["CoLA"].has_score():
         pytest.skip("this fairseq has no --report-mcc, as the page says")
     program, *words = shlex.split(command.replace(' --user-dir "$UD"', ""))

@@ -1,4 +1,4 @@
-"""CUDA without a GPU: fake tensors on "cuda" in a CPU build of torch, so that tests see what would run there.
+"""CUDA without a GPU: fake tensors on "cuda" in a CPU build of torch, so that tests can record what would run.
 
 `python fake_cuda.py SHIM pytest-arguments...` loads the compiled shim.cpp before torch, and runs pytest.
 """
@@ -15,21 +15,21 @@ HERE = Path(__file__).parent
 
 
 def torch_folder() -> Path:
-    """Where torch is installed; not imported."""
+    """The folder where torch is installed, found without importing it."""
     return Path(importlib.util.find_spec("torch").origin).parent
 
 
 def why_not() -> Optional[str]:
-    """The reason that there can be no shim here; None where there can."""
+    """The reason why the shim cannot work here; None if it can."""
     if shutil.which("g++") is None:
         return "no C++ compiler"
     if "+cpu" not in (torch_folder() / "version.py").read_text(encoding="utf-8"):
-        return "torch is not a CPU build: a CUDA build has hooks of its own"
+        return "torch is not a CPU build; a CUDA build has its own hooks"
     return None
 
 
 def build(folder: Path) -> Path:
-    """Compile the shim for the installed torch; the library. Raises CalledProcessError."""
+    """Compile the shim for the installed torch. Returns the library's path. Raises CalledProcessError."""
     torch, library = torch_folder(), folder / "libfakecuda.so"
     include, lib = torch / "include", torch / "lib"
     includes = [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
@@ -40,7 +40,7 @@ def build(folder: Path) -> Path:
 
 
 def load(library: str) -> None:
-    """Before torch is imported: it asks for its hooks once."""
+    """Load the shim. Must run before torch is imported, because torch asks for its hooks only once."""
     ctypes.CDLL(str(torch_folder() / "lib" / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 

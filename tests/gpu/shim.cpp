@@ -1,7 +1,7 @@
-// Lets a CPU build of torch believe in one GPU: enough for fake tensors on "cuda", whose kernels never run.
+// Makes a CPU build of torch report one GPU, which is enough for fake tensors on "cuda", because their kernels never run.
 //
-// Two parts of torch must exist for a device: a guard, by which autograd switches devices and streams, and the hooks, by
-// which torch asks whether CUDA is there. Both answer for a single idle device, and do nothing.
+// torch needs two objects for a device: a guard, with which autograd switches devices and streams, and the hooks, which
+// report whether CUDA is available. Both describe a single idle device and do nothing.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -1,4 +1,4 @@
-"""The CUDA path on fake tensors: cases/ in a process whose torch believes in a GPU."""
+"""The CUDA path on fake tensors: runs cases/ in a process in which torch sees a fake GPU."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ CASES = Path(__file__).parent / "cases"
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory):
-    """The compiled library; skips where it cannot be made."""
+    """The compiled library; skips the test if it cannot be built."""
     reason = fake_cuda.why_not()
     if reason:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""What the cases measure of a run on fake CUDA tensors."""
+"""Measurements of a run on fake CUDA tensors, for the cases."""
 
 import contextlib
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Callable
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = set(  # and what else launches no kernel
+VIEWS = set(  # and other operations without a kernel launch
     """
     view _unsafe_view reshape expand t transpose slice select unsqueeze squeeze detach alias permute split
     unbind as_strided diagonal lift_fresh empty empty_like new_empty empty_strided split_with_sizes
@@ -18,9 +18,9 @@ WAITING = {"nonzero", "masked_select", "bincount", "_unique2", "_local_scalar_de
 
 
 class Watch(TorchDispatchMode):
-    """Counts launches on the device (aten ops but views), waits for it, and the most rows that a product gives.
+    """Counts kernel launches (aten ops except views) and waits for the device, and records the most rows of a product.
 
-    answer: stands for a number that is read from the device.
+    answer: the value returned when a number is read from the device.
     """
 
     def __init__(self, answer: Callable[[], int] = lambda: 1):
@@ -46,7 +46,7 @@ class Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def autocast(dtype):
-    """torch.autocast for CUDA, which asks the driver what it can do."""
+    """Like torch.autocast for CUDA, which would query the driver."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
     try:
