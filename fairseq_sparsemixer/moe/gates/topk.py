@@ -65,7 +65,7 @@ def topk_routing(
 
 def keep_best_groups(selection: Tensor, groups: int, topk_groups: int) -> Tensor:
     """selection [S, E] with -inf for experts outside the topk_groups best of `groups` consecutive groups of E / groups."""
-    grouped = selection.unflatten(1, (groups, -1))  # [S, groups, E / groups]
+    grouped = selection.view(len(selection), groups, selection.size(1) // groups)
     best = grouped.topk(min(BEST_OF_GROUP, grouped.size(-1)), -1).values.sum(-1)  # [S, groups]
     kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(topk_groups, -1).indices, True)
     return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
