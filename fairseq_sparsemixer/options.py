@@ -8,7 +8,10 @@ from typing import Dict, Iterator, Optional
 from fairseq_sparsemixer.errors import ConfigurationError
 
 # must match the registrations in moe/gates, moe/estimators.py and moe/experts.py
-ROUTERS = "dense, base, dense_st, expert_choice, gshard, hash, noisy_topk, remoe, sinkhorn, sparsemixer, sparsemixer_v2, switch, topk"
+ROUTERS = (
+    "dense, base, default_moe, dense_st, expert_choice, gshard, hash, noisy_topk, remoe, sinkhorn, sparsemixer,"
+    " sparsemixer_v2, switch, topk"
+)
 ESTIMATORS = "switch, euler, midpoint, heun3, inf"
 ACTIVATIONS = "relu, gelu, silu, geglu, swiglu"
 

@@ -170,6 +170,8 @@ def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
         (["--seed", "-1"], "--seed -1 must be at least 0"),
         (["--seed", str(2**70)], r"must be at least 0 and below 2\*\*63"),
         (["--num-experts", "0"], "--num-experts 0 must be at least 1"),
+        (["--router", "default_moe"], "--router default_moe adds running means of the experts' outputs"),
+        (["--router", "remoe"], "--router remoe weighs tokens differently even if all experts are equal"),
     ],
 )
 def test_flags_that_make_no_model_get_one_sentence(flags, sentence, dense, tmp_path):

@@ -1,4 +1,4 @@
-"""Combine: the weighted sum of the experts' outputs for each token."""
+"""Combine: the weighted sum of the experts' outputs for each token, and of default outputs, if the gate has any."""
 
 from typing import Any, Optional, Tuple
 
@@ -10,9 +10,34 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 
 
 def combine(rows: Tensor, routing: Routing, pairs: Tensor, num_tokens: int) -> Tensor:
-    """rows [N, M], the experts' outputs for pairs [N] -> [S, M]: each token's sum of combine_weight * output_scale * row."""
+    """rows [N, M], the experts' outputs for pairs [N] -> [S, M]: each token's sum of combine_weight * output_scale * row.
+
+    Plus the default outputs of the experts that did not run.
+    """
     weight = routing.combine_weight.reshape(-1).index_select(0, pairs)  # [N]
-    return scatter_rows(_Scale.apply(rows, weight, routing.output_scale), pairs, num_tokens, routing.expert_index.size(1))
+    output = scatter_rows(_Scale.apply(rows, weight, routing.output_scale), pairs, num_tokens, routing.expert_index.size(1))
+    return output if routing.default is None else _with_defaults(output, rows, routing, pairs)
+
+
+def _with_defaults(output: Tensor, rows: Tensor, routing: Routing, pairs: Tensor) -> Tensor:
+    """output [S, M] plus the default outputs; its backward reports the experts' outputs, rows [N, M], to their average."""
+    weight, vectors, average = routing.default  # type: ignore[misc]  # the caller checked
+    with torch.autocast(output.device.type, enabled=False):  # the router's gradient sums over M, as in _Scale
+        output = output + (weight @ vectors.to(weight.dtype)).to(output.dtype)
+        return output if average is None else average.watch(output, _sums_by_expert(rows, routing, pairs))
+
+
+@torch.no_grad()
+def _sums_by_expert(rows: Tensor, routing: Routing, pairs: Tensor) -> Tensor:
+    """[E, M + 1]: the sum of each expert's rows [N, M], and their number."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    member = torch.zeros(routing.expert_index.numel(), routing.num_experts, dtype=dtype, device=rows.device)  # [S * k, E]
+    member.scatter_(1, routing.expert_index.reshape(-1, 1), 1.0)
+    unrouted = routing.unrouted()
+    if unrouted is not None:
+        member.masked_fill_(unrouted.reshape(-1, 1), 0)
+    member = member.index_select(0, pairs)  # [N, E]
+    return torch.cat([member.t() @ rows.to(dtype), member.sum(0).unsqueeze(1)], 1)  # a product, as it has one order of adding
 
 
 class _Scale(torch.autograd.Function):

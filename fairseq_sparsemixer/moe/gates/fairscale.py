@@ -17,6 +17,6 @@ class FairscaleGate(nn.Module):
         self.capacity = capacity
 
     def forward(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """See the class. The caller must apply SparseMixer's omega, which multiplies the layer's output."""
+        """See the class. The caller must apply SparseMixer's omega and add Default MoE's default outputs."""
         routing: Routing = self.gate(tokens)
         return routing.to_fairscale(self.capacity)

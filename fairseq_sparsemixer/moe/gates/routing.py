@@ -2,10 +2,24 @@
 
 import functools
 from dataclasses import dataclass, field
-from typing import Dict, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+from fairseq_sparsemixer.moe.gates.step_state import StepState
+
+
+class DefaultOutputs(NamedTuple):
+    """What experts that do not run contribute to the layer's output: weight [S, E] @ vectors [E, M] (default_moe).
+
+    weight: 0 for experts that run and for padding, carries the router's gradient. average: is given the sum of each
+    expert's outputs and their number [E, M + 1]; None at inference.
+    """
+
+    weight: Tensor
+    vectors: Tensor
+    average: Optional[StepState] = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,7 @@ class Routing:
         zero (dense_st). None: all columns.
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
     max_routed: an upper bound on the choices that run, known on the host without synchronisation; None: S * k.
+    default: the default outputs of the experts that do not run (default_moe); None for other gates.
     """
 
     expert_index: Tensor
@@ -36,6 +51,7 @@ class Routing:
     num_chosen: Optional[int] = None
     skipped: Optional[Tensor] = None
     max_routed: Optional[int] = None
+    default: Optional[DefaultOutputs] = None
 
     @property
     def num_experts(self) -> int:
@@ -74,7 +90,7 @@ class Routing:
 
         capacity: C, by default the largest load of an expert, at least 1; choices beyond it are left out. l_aux is on
         fairscale's scale, the mean over experts of share times probability: the balance loss / E^2, or 0 for a gate
-        without one. This format cannot express output_scale [M]: the caller must apply it.
+        without one. This format cannot express output_scale [M] and default outputs: the caller must apply them.
         """
         position = self.queue_positions()  # [S, k]
         unrouted = self.unrouted()

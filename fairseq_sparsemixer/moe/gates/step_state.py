@@ -31,7 +31,7 @@ class _AddInBackward(torch.autograd.Function):
 
 
 class StepState(nn.Module):
-    """Buffers of one gate that `step` changes. They have at least float32 in any precision, and are saved in the checkpoint.
+    """Float buffers of one gate that `step` changes: at least float32 in any precision, and saved in the checkpoint.
 
     `shape` is that of the amounts.
     """
@@ -66,11 +66,10 @@ class StepState(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        before = dict(self._buffers)
+        before = dict(self.named_buffers())
         super()._apply(fn, *args, **kwargs)
-        for name, buffer in self._buffers.items():  # .half() would round away small steps
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = before[name].to(buffer.device, torch.promote_types(buffer.dtype, torch.float32))
+        for name, buffer in self.named_buffers():  # .half() would round away small steps
+            self._buffers[name] = before[name].to(buffer.device, torch.promote_types(buffer.dtype, torch.float32))
         return self
 
 

@@ -163,6 +163,11 @@ def indifferent_gate(model_dim: int, options: MoEOptions) -> Indifferent:
     """
     gate = build_gate(options.router, model_dim, options.num_experts, **router_options(options)).eval()
     probes = torch.randn(PROBES, model_dim)
+    if gate(probes).default is not None:
+        raise ConfigurationError(
+            f"--router {options.router} adds running means of the experts' outputs, which a dense checkpoint does not have;"
+            " choose another router"
+        )
     projection = getattr(gate, "projection", None)
     for size in (None, TIE_BREAK, 0.0):
         if size is not None and projection is not None:

@@ -108,6 +108,7 @@ LAUNCHES = {  # of one layer, forward and backward; a change that needs more say
     "dense_st": 108,
     "topk": 119,
     "remoe": 126,
+    "default_moe": 118,
     "sparsemixer": 134,
     "gshard": 159,
     "sparsemixer_v2": 174,
