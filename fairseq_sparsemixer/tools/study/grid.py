@@ -36,11 +36,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Test:
-    """How a checkpoint is scored: metric of METRICS, flags of fairseq-generate or fairseq-eval-lm, and bleu's reference."""
+    """How a checkpoint is scored: metric of METRICS, and flags of fairseq-generate or fairseq-eval-lm.
+
+    For bleu: the reference, and optionally a file with the language of each sentence, see scores.read_languages.
+    """
 
     metric: str
     reference: Optional[Path] = None
     flags: Dict[str, Any] = field(default_factory=dict)
+    languages: Optional[Path] = None
 
 
 @dataclass(frozen=True)

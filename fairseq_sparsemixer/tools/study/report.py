@@ -5,6 +5,7 @@ from typing import Any, Dict, List
 from fairseq_sparsemixer.tools.study.cells import number, spread
 from fairseq_sparsemixer.tools.study.comparisons import comparison_section
 from fairseq_sparsemixer.tools.study.headroom import headroom_section
+from fairseq_sparsemixer.tools.study.translation import translation_section
 from fairseq_sparsemixer.tools.study.tuning import tuning_section
 from fairseq_sparsemixer.tools.tables import cell, markdown_table
 
@@ -23,7 +24,7 @@ NOTE = """Mean ± standard deviation over seeds.
 `p`: paired bootstrap of BLEU against the baseline, {baseline}, with as many experts.
 `seconds`: updates times the median time of one, without validation. `spikes`: training losses 1.2 times the one logged before.
 `load max/mean`: tokens of the busiest expert of any layer over the mean, late in training."""
-SECTIONS = (comparison_section, headroom_section, tuning_section)
+SECTIONS = (comparison_section, translation_section, headroom_section, tuning_section)
 
 
 def rows(results: Dict[str, Any]) -> List[List[str]]:

@@ -1,5 +1,6 @@
 """The test score of one run, read from what fairseq-generate or fairseq-eval-lm printed."""
 
+import re
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -9,16 +10,13 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.generation import read_hypothesis, read_perplexity, read_sentences
 from fairseq_sparsemixer.tools.study.grid import Test
 
+TAG = re.compile(r"<2([\w-]+)>")  # of a source sentence: the language that it is to be translated into
+
 
 def score(test: Test, output: Path) -> Dict[str, Any]:
     """{"score": number, ...}: sacreBLEU with its signature, or the perplexity. Raises ConfigurationError where there is none."""
     if test.metric == "bleu":
-        hypotheses, references = read_hypotheses(output), read_references(test)
-        if len(hypotheses) != len(references):
-            raise ConfigurationError(
-                f"{output} has {len(hypotheses)} hypotheses, and {test.reference} {len(references)} lines;"
-                " give the reference of the data's test split, and --required-batch-size-multiple 1"
-            )
+        hypotheses, references = read_translations(test, output), read_references(test)
         bleu = BLEU()
         value = bleu.corpus_score(hypotheses, [references]).score
         return {"score": round(value, 3), "signature": str(bleu.get_signature()), "sentences": len(references)}
@@ -35,7 +33,34 @@ def read_hypotheses(output: Path) -> List[str]:
         return [text for _, text in sorted(filter(None, map(read_hypothesis, lines)))]
 
 
+def read_translations(test: Test, output: Path) -> List[str]:
+    """As many hypotheses as there are references. Raises ConfigurationError for another number."""
+    hypotheses, references = read_hypotheses(output), read_references(test)
+    if len(hypotheses) != len(references):
+        raise ConfigurationError(
+            f"{output} has {len(hypotheses)} hypotheses, and {test.reference} {len(references)} lines;"
+            " give the reference of the data's test split, and --required-batch-size-multiple 1"
+        )
+    return hypotheses
+
+
 def read_references(test: Test) -> List[str]:
     """The reference, a sentence a line."""
     assert test.reference is not None  # of every test by BLEU
     return read_sentences(test.reference)
+
+
+def read_languages(test: Test) -> List[str]:
+    """The language of each sentence; empty if the test does not say. Raises ConfigurationError for a line without one."""
+    if test.languages is None:
+        return []
+    return [_language(test.languages, number, line) for number, line in enumerate(read_sentences(test.languages), start=1)]
+
+
+def _language(path: Path, number: int, line: str) -> str:
+    """That of `<2de> a tagged source sentence`, or of a line that is a single word: `de`."""
+    first, *rest = line.split() or [""]
+    tag = TAG.fullmatch(first)
+    if tag is None and (rest or not first):
+        raise ConfigurationError(f"{path}, line {number} does not begin with a tag such as <2de>, nor is it a single word")
+    return tag.group(1) if tag else first

@@ -19,6 +19,7 @@ tune:                           # optional: choose a flag's value for each model
 test:                           # optional: how the best checkpoint of each run is scored
   metric: bleu                  # bleu (fairseq-generate, sacreBLEU) or perplexity (fairseq-eval-lm)
   reference: test.de            # bleu: plain text, a sentence a line
+  languages: test.en            # bleu, optional: scores by language; tagged source sentences (<2de> ...), or a language a line
   flags: {beam: 5, remove-bpe: sentencepiece}
 base: other.yaml                # optional: a study that this one builds on, see spec_file.py
 """
@@ -29,10 +30,11 @@ from typing import Any, Dict
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE
-from fairseq_sparsemixer.tools.generation import read_sentences
 from fairseq_sparsemixer.tools.study.grid import METRICS, PROGRAMS, Study, Test, Tune
+from fairseq_sparsemixer.tools.study.scores import read_languages, read_references
 from fairseq_sparsemixer.tools.study.spec_file import ROUTERS, read_spec_file, require, shown, variants_key
 from fairseq_sparsemixer.tools.study.spec_values import (
+    as_file,
     as_flags,
     as_integers,
     as_mapping,
@@ -138,16 +140,26 @@ def _tune(path: Path, content: Dict[str, Any], seed: int) -> Tune:
 
 
 def _test(path: Path, content: Dict[str, Any]) -> Test:
-    check_keys(path, "test", content, [entry.name for entry in fields(Test)], ("reference", "flags"))
+    check_keys(path, "test", content, [entry.name for entry in fields(Test)], ("reference", "flags", "languages"))
     metric: Any = content.get("metric")
     require(path, metric in METRICS, f"has test: metric: {metric}; choose from {listed(METRICS)}")
-    reference = content.get("reference")
+    reference = languages = None
     if metric == "bleu":
-        require(path, reference, "needs test: reference: FILE for bleu, plain text, a sentence a line")
-        given, reference = shown(reference), as_path(path, "test: reference", reference)
-        require(path, is_there(Path.is_file, reference), f"has test: reference: {given}, and there is no file {shown(reference)}")
-        require(path, read_sentences(reference), f"has test: reference: {given}, which is empty")
+        require(path, content.get("reference"), "needs test: reference: FILE for bleu, plain text, a sentence a line")
+        reference = as_file(path, "test: reference", content["reference"])
+        require(
+            path, read_references(Test(metric, reference)), f"has test: reference: {shown(content['reference'])}, which is empty"
+        )
+    given = content.get("languages")
+    if given is not None:
+        require(path, reference, f"has test: languages: {shown(given)}, which {metric} does not use; take it out")
+        languages = as_file(path, "test: languages", given)
     flags = as_values(path, "test: flags", content.get("flags"))
     taken = set(flags) & set(OURS_IN_TEST)
     require(path, not taken, f"has test: flags: {first(taken)}, which the study sets itself; take it out")
-    return Test(metric, reference, flags)
+    test = Test(metric, reference, flags, languages)
+    if languages:
+        lines, sentences = len(read_languages(test)), len(read_references(test))
+        good = lines == sentences
+        require(path, good, f"has test: languages: {shown(given)} of {lines} lines, and a reference of {sentences}; give as many")
+    return test

@@ -14,6 +14,7 @@ from fairseq_sparsemixer.tools.study.yaml_file import BadYaml, read_yaml
 
 BASE = "base"
 VARIANTS, ROUTERS = "variants", "routers"  # two names of one key
+TEST_FILES = ("reference", "languages")  # keys of `test`
 SHOWN = 100  # characters of a value in a message
 
 
@@ -87,8 +88,9 @@ def _absolute(path: Path, content: Dict[str, Any]) -> Dict[str, Any]:
         return os.path.join(os.path.realpath(path.parent), value) if isinstance(value, str) else value
 
     content = {**content, **({"data": beside(content["data"])} if "data" in content else {})}
-    if isinstance(content.get("test"), dict) and "reference" in content["test"]:
-        content["test"] = {**content["test"], "reference": beside(content["test"]["reference"])}
+    if isinstance(content.get("test"), dict):
+        files = {key: beside(content["test"][key]) for key in TEST_FILES if key in content["test"]}
+        content["test"] = {**content["test"], **files}
     return content
 
 

@@ -43,6 +43,13 @@ def as_path(path: Path, key: str, value: Any) -> Path:
     return Path(os.path.realpath(path.parent / str(value)))
 
 
+def as_file(path: Path, key: str, value: Any) -> Path:
+    """The path of a file that is there, relative to the spec."""
+    file = as_path(path, key, value)
+    require(path, is_there(Path.is_file, file), f"has {key}: {shown(value)}, and there is no file {shown(file)}")
+    return file
+
+
 def is_there(test: Callable[[Path], bool], path: Path) -> bool:
     """Whether a path is something; False for one that no file can have."""
     try:

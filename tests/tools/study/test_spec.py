@@ -121,6 +121,7 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(test={"metric": "rouge"}), "metric: rouge; choose from bleu, perplexity"),
         (dict(test={"metric": "bleu"}), "reference"),
         (dict(test={"metric": "bleu", "reference": "none.de"}), "no file"),
+        (dict(test={"metric": "perplexity", "languages": "test.en"}), "languages: test.en, which perplexity does not use"),
     ],
 )
 def test_a_bad_study_ends_in_one_sentence_that_names_the_file(spec, changes, complaint):
@@ -140,6 +141,19 @@ def test_a_reference_is_read_before_anything_is_trained(spec, tmp_path):
         (tmp_path / "test.de").write_bytes(content)
         with pytest.raises(ConfigurationError, match=complaint):
             read_study(path)
+
+
+@pytest.mark.parametrize("text, complaint", [
+    (None, "has test: languages: test.en, and there is no file"),
+    ("de\n", "has test: languages: test.en of 1 lines, and a reference of 2; give as many"),
+    ("de\na house\n", "test.en, line 2 does not begin with a tag such as <2de>"),
+])  # fmt: skip
+def test_the_languages_of_a_test_are_read_before_anything_is_trained(spec, tmp_path, text, complaint):
+    (tmp_path / "test.de").write_text("gut\nsehr gut\n")
+    if text is not None:
+        (tmp_path / "test.en").write_text(text)
+    with pytest.raises(ConfigurationError, match=complaint):
+        read_study(spec(test={"metric": "bleu", "reference": "test.de", "languages": "test.en"}))
 
 
 def test_text_that_is_no_yaml_and_a_missing_file_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from fairseq_sparsemixer.tools.study.spec_file import merged, read_spec_file
 BASE = {
     "title": "the base", "data": "bin", "flags": {"task": "translation", "lr": 0.1, "adam-betas": [1, 2]}, "num-experts": [4, 8],
     "variants": {"dense": {"router": "dense"}, "switch": {"router": "switch", "lr": 0.5}}, "seeds": [1, 2], "baseline": "switch",
-    "test": {"metric": "bleu", "reference": "test.de", "flags": {"beam": 5}},
+    "test": {"metric": "bleu", "reference": "test.de", "languages": "test.en", "flags": {"beam": 5}},
 }  # fmt: skip
 
 
@@ -21,6 +21,7 @@ def folder(tmp_path) -> Path:
     """A folder with the study base.yaml, its data and its reference."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "test.de").write_text("gut\n")
+    (tmp_path / "test.en").write_text("<2de> good\n")
     return write(tmp_path / "base.yaml", BASE).parent
 
 
@@ -67,7 +68,7 @@ def test_a_chain_goes_through_folders_and_paths_stay_relative_to_the_file_that_h
     write(folder / "below" / "middle.yaml", {"base": "../base.yaml", "title": "the middle"})
     heir = read_study(write(folder / "other" / "heir.yaml", {"base": "../below/middle.yaml", "seeds": [7]}))
     assert (heir.title, heir.seeds, heir.data) == ("the middle", [7], (folder / "bin").resolve())
-    assert heir.test.reference == (folder / "test.de").resolve()
+    assert heir.test.reference == (folder / "test.de").resolve() and heir.test.languages == (folder / "test.en").resolve()
 
 
 @pytest.mark.parametrize("old, new", [("base", "heir"), ("heir", "base")])

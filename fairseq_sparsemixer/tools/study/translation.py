@@ -1,0 +1,127 @@
+"""BLEU and chrF of a study's translations: 95% intervals of their difference to the baseline, and scores by language.
+
+The intervals are of a paired bootstrap over the sentences of the test set: a resample draws sentences with replacement, the same
+ones for all models, and with each the translations of all seeds. They cover the choice of sentences, not the noise of training.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+from fairseq_sparsemixer.tools.study.cells import interval, number, spread
+from fairseq_sparsemixer.tools.study.grid import Test
+from fairseq_sparsemixer.tools.study.groups import Members, baseline_of, by_group, deviation, paired
+from fairseq_sparsemixer.tools.study.scores import read_languages, read_references, read_translations
+from fairseq_sparsemixer.tools.tables import markdown_table
+
+METRICS = {"BLEU": BLEU, "chrF": CHRF}
+RESAMPLES, SEED = 1000, 12345  # sacreBLEU's own defaults
+TAIL = 2.5  # percent on either side of the interval
+NOTE = """Mean ± standard deviation over seeds. `difference`: to the baseline with as many experts, mean over the common seeds
+[95% interval, paired bootstrap over the test's sentences]. The interval covers the choice of sentences, not the noise of
+training, which is in ±."""
+
+Scores = Dict[str, Dict[str, np.ndarray]]  # [1 + RESAMPLES] of each run and metric: of the test set, then of each resample
+
+
+def translations(test: Test, out: Path, runs: Members, baseline: str) -> Dict[str, Any]:
+    """{"signatures": {metric: text}, "models": {group: {metric: figures}}, "languages": see _by_language} of the finished runs.
+
+    The figures: mean and deviation over seeds, and, if there is a baseline with a common seed, the difference with its interval
+    and sacreBLEU's p-value. Runs whose translations are no longer there are left out.
+    """
+    references = read_references(test)
+    files = {run["run"]: out / "runs" / run["run"] / "test.txt" for run in runs}
+    runs = [run for run in runs if files[run["run"]].is_file()]
+    metrics = {name: kind(references=[references]) for name, kind in METRICS.items()}
+    statistics = {run["run"]: _statistics(metrics, read_translations(test, files[run["run"]])) for run in runs}
+    scores = {run: {name: _resampled(metrics[name], values) for name, values in own.items()} for run, own in statistics.items()}
+    groups = by_group(runs)
+    return {
+        "signatures": {name: str(metric.get_signature()) for name, metric in metrics.items()},
+        "models": {group: _figures(scores, members, groups, group, baseline) for group, members in groups.items()},
+        "languages": _by_language(metrics, statistics, groups, read_languages(test)),
+    }
+
+
+def _statistics(metrics: Dict[str, Any], hypotheses: List[str]) -> Dict[str, np.ndarray]:
+    """[sentences, figures] for each metric: what is added up over sentences before a score is computed."""
+    # private names, but those by which sacreBLEU's own significance tests use every metric, since 2.0
+    return {name: np.array(metric._extract_corpus_statistics(hypotheses, None), float) for name, metric in metrics.items()}
+
+
+def _score(metric: Any, sums: np.ndarray) -> float:
+    return metric._compute_score_from_stats(sums.tolist()).score
+
+
+def _resampled(metric: Any, statistics: np.ndarray) -> np.ndarray:
+    """The score of the test set, and of RESAMPLES resamples: [1 + RESAMPLES]. Every call draws the same sentences."""
+    count, rng = len(statistics), np.random.default_rng(SEED)
+    draws = (np.bincount(rng.integers(count, size=count), minlength=count).astype(float) for _ in range(RESAMPLES))
+    return np.array([_score(metric, weights @ statistics) for weights in (np.ones(count), *draws)])
+
+
+def _figures(scores: Scores, members: Members, groups: Dict[str, Members], group: str, baseline: str) -> Dict[str, Any]:
+    other = baseline_of(groups, group, baseline)
+    pairs = paired(members, groups[other]) if other not in (None, group) else []
+    figures: Dict[str, Any] = {}
+    for name in METRICS:
+        values = [float(scores[run["run"]][name][0]) for run in members]
+        figures[name] = {"mean": sum(values) / len(values), "deviation": deviation(values)}
+        if pairs:
+            differences = np.mean([scores[own["run"]][name] - scores[theirs["run"]][name] for own, theirs in pairs], axis=0)
+            figures[name].update(difference=_interval(differences), p=_p_value(differences))
+    return figures
+
+
+def _interval(differences: np.ndarray) -> Dict[str, Optional[float]]:
+    low, high = np.percentile(differences[1:], [TAIL, 100 - TAIL])
+    return {"mean": float(differences[0]), "low": float(low), "high": float(high)}
+
+
+def _p_value(differences: np.ndarray) -> float:
+    """As sacreBLEU computes it, to be compared with other papers: one-sided where the difference is clear."""
+    sizes = np.abs(differences[1:])
+    return float((np.sum(sizes - sizes.mean() > abs(differences[0])) + 1) / (RESAMPLES + 1))
+
+
+def _by_language(
+    metrics: Dict[str, Any], statistics: Dict[str, Dict[str, np.ndarray]], groups: Dict[str, Members], languages: List[str]
+) -> Dict[str, Dict[str, Any]]:
+    """{language: {"sentences": count, metric: {group: mean score over seeds}}}; empty if the languages are not known."""
+    result: Dict[str, Dict[str, Any]] = {}
+    for language in dict.fromkeys(languages):
+        chosen = np.array([other == language for other in languages])
+        result[language] = {"sentences": int(chosen.sum())}
+        for name, metric in metrics.items():
+            result[language][name] = {
+                group: float(np.mean([_score(metric, statistics[run["run"]][name][chosen].sum(0)) for run in members]))
+                for group, members in groups.items()
+            }
+    return result
+
+
+def translation_section(results: Dict[str, Any]) -> List[str]:
+    """The report's paragraphs on BLEU and chrF."""
+    found = results.get("translations")
+    if not found:
+        return []
+    header = ["model", *(column for name in METRICS for column in (name, "difference"))]
+    cells = [
+        [group, *(cell for name in METRICS for cell in (spread(own[name], 2), interval(own[name].get("difference"), 2)))]
+        for group, own in found["models"].items()
+    ]
+    signatures = "; ".join(f"{name} {signature}" for name, signature in found["signatures"].items())
+    parts = ["### Translation", markdown_table(header, cells), NOTE, f"sacreBLEU: {signatures}"]
+    return parts + [part for name in METRICS if found["languages"] for part in _language_table(name, found)]
+
+
+def _language_table(name: str, found: Dict[str, Any]) -> List[str]:
+    groups = list(found["models"])
+    cells = [
+        [language, str(own["sentences"]), *(number(own[name][group], 1) for group in groups)]
+        for language, own in found["languages"].items()
+    ]
+    return [f"### {name} by language", markdown_table(["language", "sentences", *groups], cells)]
