@@ -1,4 +1,4 @@
-"""The selection bias in fairseq's training loop: once an update, from the loads of all its micro-batches."""
+"""The selection bias in fairseq's training loop: one step per update, from the loads of all micro-batches."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from fairseq_sparsemixer.moe.layer import MoELayer
 
 
 @pytest.mark.parametrize("flags", [(), ("--checkpoint-activations",)], ids=["plain", "recomputed"])
-def test_it_steps_once_an_update_by_the_load_of_all_micro_batches(train, monkeypatch, tmp_path, flags):
-    seen, steps = [], []  # by micro-batch: [layers, E]; by step and layer: [E]
+def test_the_bias_steps_once_per_update_with_the_load_of_all_micro_batches(train, monkeypatch, tmp_path, flags):
+    seen, steps = [], []  # per micro-batch: [layers, E]; per step and layer: [E]
     forward, step = AuxiliaryLosses.forward, SelectionBias.step
 
     def watched(self, model, sample, reduce=True):
@@ -38,4 +38,4 @@ def test_it_steps_once_an_update_by_the_load_of_all_micro_batches(train, monkeyp
     assert len(saved) == layers
     for index, bias in enumerate(saved):
         moves = [torch.sign(load.mean() - load) for load in steps[index::layers]]
-        assert torch.equal(bias.cpu(), 0.125 * sum(moves))  # eighths add up exactly
+        assert torch.equal(bias.cpu(), 0.125 * sum(moves))  # sums of eighths are exact

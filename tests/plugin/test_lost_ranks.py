@@ -1,4 +1,4 @@
-"""lost_ranks.py: how long ranks wait, and what they say. tests/distributed and tests/sweeps lose real ones."""
+"""lost_ranks.py: timeouts and error messages. tests/distributed and tests/sweeps test with real ranks."""
 
 from datetime import timedelta
 from types import SimpleNamespace
@@ -22,28 +22,28 @@ def configuration(save_dir="run", world_size=2, **model):
 
 
 @pytest.mark.parametrize("seconds", [0, -3, 1e-9, 1e12, 1e300, float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_time_to_wait_is_refused_in_a_sentence(seconds):
+def test_an_invalid_timeout_is_refused(seconds):
     with pytest.raises(
         ConfigurationError, match=f"--collective-timeout {seconds} must be a number of seconds between".replace("+", ".")
     ):
         timeout_of(configuration(collective_timeout=seconds))
 
 
-def test_without_the_flag_torch_decides():
-    assert timeout_of(configuration()) is None  # a model of fairseq's own
+def test_without_the_flag_torchs_timeout_is_used():
+    assert timeout_of(configuration()) is None  # one of fairseq's own models
     assert timeout_of(configuration(collective_timeout=None)) is None
     assert timeout_of(configuration(collective_timeout=2.5)) == timedelta(seconds=2.5)
 
 
 def timeouts_of_groups(seconds):
-    """In a rank that has a group already, as under fairseq-hydra-train."""
+    """The timeouts of a rank's groups, if the default group exists already, as under fairseq-hydra-train."""
     lost_ranks.set_timeout(timedelta(seconds=seconds))
     groups = [dist.group.WORLD, utils.get_global_group(), utils.get_data_parallel_group()]
     return [group._get_backend(group._device_types[0]).options._timeout for group in groups]
 
 
 @pytest.mark.distributed
-def test_the_time_out_holds_in_the_groups_that_fairseq_makes():
+def test_the_timeout_applies_to_the_groups_that_fairseq_creates():
     for found in run_ranks(2, timeouts_of_groups, 7):
         assert found == [timedelta(seconds=7)] * 3
 
@@ -67,7 +67,7 @@ def rendezvous_alone(meeting):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("scheme", ["file", "tcp"])
-def test_a_rank_whom_nobody_meets_says_so_after_the_time_out(scheme, tmp_path):
+def test_a_rank_alone_at_the_rendezvous_reports_it_after_the_timeout(scheme, tmp_path):
     meeting = f"file://{tmp_path}/ranks" if scheme == "file" else f"tcp://127.0.0.1:{free_port()}"
     ((sentence, restored),) = run_ranks(1, rendezvous_alone, meeting, group=False, deadline=60)
     assert sentence.startswith("fairseq-sparsemixer: rank 0 lost contact with another rank (")
@@ -76,7 +76,7 @@ def test_a_rank_whom_nobody_meets_says_so_after_the_time_out(scheme, tmp_path):
 
 
 @pytest.mark.parametrize("name", [None, "checkpoint_last.pt", "checkpoint_last-rank-0.pt"])
-def test_the_checkpoint_to_go_on_from_is_named_where_there_is_one(name, tmp_path):
+def test_the_checkpoint_to_resume_from_is_named_if_there_is_one(name, tmp_path):
     if name:
         (tmp_path / name).touch()
     with pytest.raises(ConfigurationError) as end:
@@ -96,12 +96,12 @@ def test_the_checkpoint_to_go_on_from_is_named_where_there_is_one(name, tmp_path
         ("Connection closed by peer", 1),
     ],
 )
-def test_what_is_no_lost_rank_stays_what_it_is(words, world_size):
+def test_other_errors_are_not_changed(words, world_size):
     with pytest.raises(RuntimeError, match=words):
         with explaining_lost_ranks(configuration(world_size=world_size)):
             raise RuntimeError(words)
 
 
-def test_fairseq_starts_its_ranks_by_these():
+def test_fairseq_uses_our_functions_to_start_ranks():
     assert utils.distributed_init is lost_ranks.distributed_init
     assert utils.distributed_main is lost_ranks.distributed_main

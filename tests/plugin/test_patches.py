@@ -1,4 +1,4 @@
-"""The table of what is changed in fairseq: complete, applied, and harmless to apply again."""
+"""The table of patches to fairseq: complete, applied, and idempotent."""
 
 import re
 from importlib import import_module
@@ -13,12 +13,12 @@ import fairseq_sparsemixer
 from fairseq_sparsemixer.plugin import patches
 
 PACKAGE = Path(fairseq_sparsemixer.__file__).parent
-# what is assigned to a module or class of another library: `checkpoint_utils.PathManager = ...`
+# assignments to a module or class of another library: `checkpoint_utils.PathManager = ...`
 LIBRARIES = r"fairseq_cli\.train|checkpoint_utils|utils|options|module|numpy|dist|SequenceGenerator|NanDetector"
 ASSIGNED = re.compile(rf"^\s+((?:{LIBRARIES})\.[\w.]+(?:, \w+\.\w+)*) = ")
 
 
-def test_every_patch_says_what_why_and_until_when():
+def test_every_patch_names_its_target_reason_and_end():
     for patch in patches.PATCHES:
         assert patch.target and patch.why and patch.until
         assert not patch.why.endswith(".") and not patch.until.endswith(".")
@@ -44,7 +44,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_patch_is_applied_and_once_is_enough(name):
+def test_a_patch_is_applied_and_applying_again_changes_nothing(name):
     ours = OURS[name]()
     assert any(patch.target.startswith(name) for patch in patches.PATCHES)
     code = getattr(ours, "__code__", None)

@@ -1,4 +1,4 @@
-"""trainer.py: what MoETrainer refuses, and where it is installed. tests/distributed has what it does."""
+"""trainer.py: the settings that MoETrainer refuses, and its installation. tests/distributed tests its training."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -36,17 +36,17 @@ def test_plain_data_parallelism_is_accepted(backend):
         (dict(use_bmuf=True), "--use-bmuf"),
     ],
 )
-def test_what_takes_ranks_for_equals_is_refused_with_the_remedy(options, sentence):
+def test_settings_that_assume_identical_ranks_are_refused_with_the_remedy(options, sentence):
     with pytest.raises(ConfigurationError, match=f"{sentence} .*--expert-parallel-size 1"):
         refuse_incompatible(configuration(**options), size=2)
 
 
-def test_settings_that_mean_nothing_are_refused():
+def test_an_unknown_balance_scope_is_refused():
     with pytest.raises(ConfigurationError, match="--balance-scope everywhere is unknown; choose local or global"):
         set_balance_scope(configuration(balance_scope="everywhere"), task=None, model=None, timeout=None)
 
 
-def test_ranks_of_torchrun_that_fairseq_would_train_apart_are_refused(monkeypatch):
+def test_torchrun_ranks_that_fairseq_would_train_separately_are_refused(monkeypatch):
     for name, value in dict(MASTER_ADDR="node1", MASTER_PORT="1", RANK="1", WORLD_SIZE="1").items():
         monkeypatch.setenv(name, value)
     refuse_training_apart()
@@ -60,7 +60,7 @@ def test_fairseq_train_builds_this_trainer():
 
 
 @pytest.mark.parametrize("name", ["__main__", "__mp_main__"])
-def test_so_does_fairseq_train_run_as_a_script_and_in_spawned_processes(name, monkeypatch):
+def test_fairseq_train_as_a_script_and_in_spawned_processes_builds_this_trainer(name, monkeypatch):
     module = ModuleType(name)
     module.Trainer = Trainer
     monkeypatch.setitem(sys.modules, name, module)
@@ -70,7 +70,7 @@ def test_so_does_fairseq_train_run_as_a_script_and_in_spawned_processes(name, mo
 
 @pytest.mark.parametrize("group, given, handed", [(None, False, False), (None, True, True), (object(), False, True)])
 @pytest.mark.parametrize("step", ["train_step", "valid_step"])
-def test_a_rank_out_of_memory_ends_the_run_where_others_wait_for_it(step, group, given, handed, monkeypatch):
+def test_a_rank_out_of_memory_ends_the_run_if_others_wait_for_it(step, group, given, handed, monkeypatch):
     seen = []
     monkeypatch.setattr(Trainer, step, lambda self, batch, raise_oom=False: seen.append(raise_oom))
     trainer = MoETrainer.__new__(MoETrainer)
@@ -81,7 +81,7 @@ def test_a_rank_out_of_memory_ends_the_run_where_others_wait_for_it(step, group,
 
 
 @pytest.mark.parametrize("layers, differ", [([object()], True), ([], False)])
-def test_ranks_draw_noise_of_their_own_where_there_are_experts(layers, differ):
+def test_ranks_draw_different_noise_if_the_model_has_experts(layers, differ):
     def drawn(rank):
         on_rank = type("OnRank", (MoETrainer,), {"data_parallel_rank": rank})
         trainer = on_rank.__new__(on_rank)
@@ -90,6 +90,6 @@ def test_ranks_draw_noise_of_their_own_where_there_are_experts(layers, differ):
         trainer._set_seed()
         return torch.rand(8)
 
-    assert torch.equal(drawn(0), torch.rand(8, generator=torch.Generator().manual_seed(10)))  # as one process draws
+    assert torch.equal(drawn(0), torch.rand(8, generator=torch.Generator().manual_seed(10)))  # the same as in one process
     assert torch.equal(drawn(0), drawn(1)) is not differ
     assert torch.equal(drawn(1), drawn(1)) and torch.equal(drawn(1), drawn(2)) is not differ

@@ -1,4 +1,4 @@
-"""From the command line to a translation: fairseq-train, its checkpoints, its log, and fairseq-generate."""
+"""From the command line to a translation: fairseq-train, its checkpoints and log, and fairseq-generate."""
 
 import argparse
 import gzip
@@ -24,7 +24,7 @@ USER_DIR = package.rsplit("/", 1)[0]
 
 @pytest.fixture
 def exact_losses(monkeypatch):
-    """The loss of every batch in training from now on, in full precision: fairseq's log rounds."""
+    """The loss of every training batch from now on, in full precision, because fairseq's log rounds."""
     losses, forward = [], AuxiliaryLosses.forward
 
     def recorded(self, model, sample, reduce=True):
@@ -37,14 +37,14 @@ def exact_losses(monkeypatch):
     return losses
 
 
-def test_a_resumed_run_goes_on_bit_by_bit_as_one_that_was_never_interrupted(train, exact_losses, tmp_path):
-    """fairseq saves no state of random numbers, and needs none: it seeds every update with --seed + its number."""
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(train, exact_losses, tmp_path):
+    """fairseq does not save a random state, because it seeds every update with --seed + its number."""
     flags = ("--dropout", "0.1", "--save-interval-updates", "3")
     train(*flags, "--max-update", "6", "--save-dir", tmp_path / "whole")
     whole = list(exact_losses)
     exact_losses.clear()
     train(*flags, "--max-update", "3", "--save-dir", tmp_path / "parts")
-    torch.manual_seed(12345)  # as another process would, stand elsewhere
+    torch.manual_seed(12345)  # another random state, as in another process
     train(*flags, "--max-update", "6", "--save-dir", tmp_path / "parts")
     assert len(whole) == 6 and exact_losses == whole
     states = [torch.load(tmp_path / folder / "checkpoint_last.pt")["model"] for folder in ("whole", "parts")]
@@ -61,8 +61,8 @@ def test_a_checkpoint_generates_in_a_new_process(train, tmp_path, translation_da
     assert sum(line.startswith("H-") for line in done.stdout.splitlines()) == 8
 
 
-def test_a_checkpoint_holds_nothing_but_tensors_plain_values_and_the_arguments(train, tmp_path):
-    """Whatever torch's default is, weights_only reads it: beside plain containers there is argparse.Namespace alone."""
+def test_a_checkpoint_holds_only_tensors_plain_values_and_the_arguments(train, tmp_path):
+    """weights_only can read it: besides plain containers, the only class is argparse.Namespace."""
     train("--max-update", "1", "--store-ema")
     path = tmp_path / "run" / "checkpoint_last.pt"
     assert "cfg" in torch.load(path, weights_only=True)
@@ -79,8 +79,8 @@ def test_a_checkpoint_holds_nothing_but_tensors_plain_values_and_the_arguments(t
 
 
 @pytest.mark.slow
-def test_hydra_trains_it_too_in_bf16_and_its_checkpoint_needs_no_allow_list(translation_data, tmp_path):
-    """fairseq composes the configuration before it imports the user-dir: names of ours are plain values, not groups."""
+def test_hydra_training_in_bf16_works_and_its_checkpoint_needs_no_allow_list(translation_data, tmp_path):
+    """fairseq composes the configuration before it imports the user-dir, so our names are plain values, not groups."""
     small = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in
              (("embed_dim", 16), ("ffn_embed_dim", 32), ("attention_heads", 2), ("layers", 2))}  # fmt: skip
     config = {
@@ -95,7 +95,7 @@ def test_hydra_trains_it_too_in_bf16_and_its_checkpoint_needs_no_allow_list(tran
         "checkpoint": {"save_dir": str(tmp_path)},
         "hydra": {"run": {"dir": str(tmp_path)}},
     }
-    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is valid YAML
     command = [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(tmp_path), "--config-name", "run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def test_hydra_trains_it_too_in_bf16_and_its_checkpoint_needs_no_allow_list(tran
 
 
 class RunsCode:
-    """A pickle that writes a file when it is loaded."""
+    """Its pickle writes a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -119,7 +119,7 @@ class RunsCode:
         return open, (str(self.path), "w")
 
 
-def test_a_malicious_checkpoint_is_refused_and_runs_nothing(train, tmp_path):
+def test_a_malicious_checkpoint_is_refused_and_runs_no_code(train, tmp_path):
     torch.save({"model": {}, "cfg": RunsCode(tmp_path / "executed")}, tmp_path / "bad.pt")
     with pytest.raises(SystemExit):
         train("--max-update", "1", "--restore-file", tmp_path / "bad.pt")
@@ -135,14 +135,14 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(train, tmp_path):
     (("--moe-balance-loss-weight", "-1"), "--moe-balance-loss-weight -1.0 must be at least 0"),
     (("--moe-load-file", "/proc/none/load"), "--moe-load-file /proc/none/load cannot be written"),
 ])  # fmt: skip
-def test_bad_flags_end_the_command_with_one_sentence_before_it_trains(train, caplog, flags, message):
+def test_bad_flags_give_a_one_line_error_before_training(train, caplog, flags, message):
     with pytest.raises(SystemExit, match="^fairseq-sparsemixer: " + message) as caught:
         train("--max-update", "1", "--no-save", *flags)
-    assert "\n" not in caught.value.code  # a string: Python prints it and ends with status 1, without a traceback
+    assert "\n" not in caught.value.code  # a string: Python prints it and exits with status 1, without a traceback
     assert "Start iterating over samples" not in caplog.messages
 
 
-def test_a_checkpoint_of_other_flags_ends_the_command_with_one_sentence(train):
+def test_a_checkpoint_with_other_flags_gives_a_one_line_error(train):
     train("--max-update", "1")
     for flags, message in (
         (("--num-experts", "2"), "--num-experts 2 does not match"),
@@ -152,14 +152,14 @@ def test_a_checkpoint_of_other_flags_ends_the_command_with_one_sentence(train):
             train("--max-update", "2", *flags)
 
 
-def test_a_gradient_that_is_no_number_is_traced_to_its_module_by_fairseq(train, caplog):
+def test_fairseq_traces_a_nan_gradient_to_its_module(train, caplog):
     with pytest.raises(FloatingPointError, match="gradients are Nan/Inf"):
         train("--max-update", "20", "--lr", "1e30", "--disable-validation")
     assert "detected in output of" in caplog.text
 
 
 @pytest.mark.parametrize("flags", [("--tpu",), ("--tpu", "--bf16")])
-def test_a_tpu_that_is_not_there_is_refused(train, flags):
+def test_a_missing_tpu_is_refused(train, flags):
     with pytest.raises(SystemExit, match="--tpu needs torch_xla, which is not installed"):
         train("--max-update", "1", "--no-save", *flags)
 
@@ -168,7 +168,7 @@ def test_a_tpu_that_is_not_there_is_refused(train, flags):
     (["--bf16"], False, False), (["--memory-efficient-bf16"], False, False), (["--bf16", "--tpu"], False, True),
     (["--tpu"], False, True), (["--bf16"], True, True), ([], False, False),
 ])  # fmt: skip
-def test_bf16_means_a_tpu_where_torch_has_one_or_it_is_given(translation_data, monkeypatch, flags, installed, tpu):
+def test_bf16_uses_a_tpu_only_if_torch_xla_is_installed_or_tpu_is_given(translation_data, monkeypatch, flags, installed, tpu):
     from fairseq import options
 
     monkeypatch.setattr(bfloat16, "find_spec", lambda name: installed or None)
@@ -177,21 +177,21 @@ def test_bf16_means_a_tpu_where_torch_has_one_or_it_is_given(translation_data, m
     assert (args.tpu, args.bf16) == (tpu, any("bf16" in flag for flag in flags))
 
 
-def test_a_set_that_this_fairseq_drops_whole_is_named_with_the_remedy(train):
-    """There are 8 sentences to validate on."""
+def test_a_subset_that_this_fairseq_drops_entirely_is_named_with_the_remedy(train):
+    """The subset has 8 sentences."""
     if batch_by_size([0, 1], lambda index: 1, max_sentences=2, required_batch_size_multiple=8):
         pytest.skip("this fairseq keeps a last batch of any size")
     with pytest.raises(SystemExit, match="the subset valid has no batch left: .*-multiple 1000, .* give --required"):
         train("--max-update", "1", "--no-save", "--required-batch-size-multiple", "1000", "--train-subset", "valid")
 
 
-def test_a_criterion_that_ignores_the_auxiliary_loss_is_warned_of(train, caplog):
+def test_a_criterion_that_ignores_the_auxiliary_loss_gives_a_warning(train, caplog):
     train("--max-update", "1", "--no-save", "--criterion", "label_smoothed_cross_entropy", "--disable-validation")
     assert "use --criterion moe_label_smoothed_cross_entropy" in caplog.text
 
 
 @pytest.mark.parametrize("flags", [("--router", "switch"), ("--router", "dense", "--criterion", "label_smoothed_cross_entropy")])
-def test_there_is_no_such_warning_where_nothing_is_lost(train, caplog, flags):
+def test_there_is_no_such_warning_if_no_loss_is_ignored(train, caplog, flags):
     train("--max-update", "1", "--no-save", "--disable-validation", *flags)
     assert "use --criterion" not in caplog.text
 
@@ -200,7 +200,7 @@ METRICS = {"moe_gate_loss", "moe_z_loss", "entropy_gating", "moe_argmax_share", 
            "unused_expert1_count", "overflow_expert1", "moe_experts_per_token", "moe_load_max", "moe_load_min"}  # fmt: skip
 
 
-def test_metrics_reach_the_log_of_training_and_validation_the_load_file_and_tensorboard(train, tmp_path):
+def test_metrics_are_in_the_logs_the_load_file_and_tensorboard(train, tmp_path):
     logs = train(
         "--max-update", "4", "--no-save", "--update-freq", "2", "--moe-load-file", tmp_path / "load.jsonl",
         "--moe-load-interval", "2", "--tensorboard-logdir", tmp_path / "board",
@@ -212,13 +212,13 @@ def test_metrics_reach_the_log_of_training_and_validation_the_load_file_and_tens
     assert [line["num_updates"] for line in lines] == [2, 4]
     assert lines[0]["layers"] == ["encoder.layers.0", "decoder.layers.0"]
     words = sum(log["wpb"] for log in logs["train_inner"][:2])
-    assert [sum(layer) for layer in lines[0]["load"]] == [words, words]  # the target is the source
+    assert [sum(layer) for layer in lines[0]["load"]] == [words, words]  # the target equals the source
     events = b"".join(path.read_bytes() for path in (tmp_path / "board" / "train_inner").iterdir())
     assert all(name.encode() in events for name in METRICS)
 
 
 @pytest.mark.parametrize("router", ["gshard", "sparsemixer_v2"])
-def test_a_second_choice_is_logged_beside_the_first(train, router):
+def test_metrics_of_the_second_choice_are_logged_too(train, router):
     (log,) = train("--max-update", "1", "--no-save", "--disable-validation", "--router", router)["train"]
     second = {name.replace("expert1", "expert2") for name in METRICS if "expert1" in name}
     assert {f"train_{name}" for name in METRICS | second} <= set(log)
@@ -229,7 +229,7 @@ def test_a_second_choice_is_logged_beside_the_first(train, router):
     ("--share-all-embeddings", "--encoder-normalize-before", "--decoder-normalize-before"), ("--checkpoint-activations",),
     ("--router", "switch", "--criterion", "moe_cross_entropy", "--moe-z-loss-weight", "0.01"), ("--router", "dense"),
 ], ids=lambda flags: flags[0])  # fmt: skip
-def test_fairseqs_flags_train(train, flags):
+def test_training_works_with_fairseqs_flags(train, flags):
     logs = train("--max-update", "3", "--no-save", *flags)
     assert len(logs["train_inner"]) == 3 and math.isfinite(logs["valid"][0]["valid_loss"])
 
@@ -250,8 +250,8 @@ def test_bf16_trains_and_resumes_on_a_cpu(train, monkeypatch, flag):
 
 
 @pytest.mark.parametrize("flag", ["--fp16", "--amp"])
-def test_flags_that_need_a_gpu_are_read_and_build_the_model(flag, translation_data):
-    """Neither runs on a CPU: fairseq scales losses and calls .cuda() there."""
+def test_flags_that_need_a_gpu_are_parsed_and_build_the_model(flag, translation_data):
+    """Neither trains on a CPU, because fairseq's loss scaling calls .cuda()."""
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -264,8 +264,8 @@ def test_flags_that_need_a_gpu_are_read_and_build_the_model(flag, translation_da
 
 
 @pytest.mark.slow
-def test_the_user_dir_registers_once_whatever_it_is_imported_as(tmp_path):
-    """A relative and an absolute path, after the package was imported by its name; from another folder."""
+def test_the_user_dir_registers_once_under_any_path(tmp_path):
+    """Import a relative and an absolute path from another folder, after the package was imported by name."""
     program = f"""
 import os
 from argparse import Namespace
@@ -283,7 +283,7 @@ assert CRITERION_REGISTRY["moe_cross_entropy"].__module__ == "fairseq_sparsemixe
 
 @pytest.fixture(scope="session")
 def multi30k_slice(shared_data, tmp_path_factory):
-    """The first 200 pairs of Multi30k in fairseq's binary form, and the unigram entropy of its English words, in bits."""
+    """The first 200 pairs of Multi30k, binarised, and the unigram entropy of its English words in bits."""
     from fairseq.data import Dictionary, indexed_dataset
 
     folder = tmp_path_factory.mktemp("multi30k")
@@ -308,8 +308,8 @@ def multi30k_slice(shared_data, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_learns_real_text_far_below_its_unigram_entropy(train, multi30k_slice):
-    """A slice learnt by heart: what is shown is that gradients reach everything, not that it translates."""
+def test_training_fits_real_text_far_below_its_unigram_entropy(train, multi30k_slice):
+    """The model memorises a slice, which shows that gradients reach all parameters, not that it translates well."""
     data, entropy = multi30k_slice
     logs = train(
         "--max-epoch", "12", "--no-save", "--disable-validation", "--max-tokens", "500", "--lr", "0.005",

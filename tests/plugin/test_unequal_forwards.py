@@ -1,4 +1,4 @@
-"""unequal_forwards.py: what would leave ranks waiting in a layer is refused, before training where it shows before."""
+"""unequal_forwards.py: settings that would deadlock ranks in a layer are refused, before training if possible."""
 
 from types import SimpleNamespace
 
@@ -21,29 +21,29 @@ def refuse(task=None, model=(), **of_task):
     refuse_unequal_forwards(cfg, SimpleNamespace(**(task or {})), REMEDY)
 
 
-def test_a_task_that_does_not_generate_is_let_be():
+def test_a_task_that_does_not_generate_is_accepted():
     refuse(dict(datasets={"train": [1]}, sequence_generators={}, generator=None), dict(encoder_layerdrop=0), eval_bleu=False)
 
 
 @pytest.mark.parametrize("flag", ["encoder_layerdrop", "decoder_layerdrop"])
-def test_layers_that_are_skipped_at_random_are_refused(flag):
+def test_layerdrop_is_refused(flag):
     with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.2 .*{REMEDY}"):
         refuse(model={flag: 0.2})
 
 
 @pytest.mark.parametrize("flag", GENERATING_FLAGS)
-def test_generation_in_validation_is_refused_by_its_flag(flag):
+def test_generation_in_validation_is_refused_with_its_flag(flag):
     with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} generates .* fairseq-generate, or {REMEDY}"):
         refuse(**{flag: True})
 
 
 @pytest.mark.parametrize("held", [Generator(), {"de": Generator()}, [Generator()]], ids=["one", "by language", "several"])
-def test_a_task_with_a_generator_is_refused_by_its_name(held):
+def test_a_task_with_a_generator_is_refused_with_its_name(held):
     with pytest.raises(ConfigurationError, match=f"--task my_task generates in training, .*{REMEDY}"):
         refuse(dict(whatever=held))
 
 
-def test_a_generator_made_in_the_step_itself_is_refused_when_it_starts():
+def test_a_generator_created_during_a_step_is_refused_when_it_starts():
     generate = SequenceGenerator._generate
     generator = SequenceGenerator.__new__(SequenceGenerator)
     with pytest.raises(ConfigurationError, match=f"the task generates in training, .*{REMEDY}"):
@@ -52,7 +52,7 @@ def test_a_generator_made_in_the_step_itself_is_refused_when_it_starts():
     assert SequenceGenerator._generate is generate
 
 
-def test_generation_on_ranks_that_do_not_wait_for_each_other_is_let_be():
+def test_generation_is_accepted_if_ranks_do_not_wait_for_each_other():
     generate = SequenceGenerator._generate
     with refusing_generation(None):
         assert SequenceGenerator._generate is generate

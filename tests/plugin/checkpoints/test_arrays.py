@@ -1,4 +1,4 @@
-"""numpy's arrays in checkpoints: numbers, as the meters of --eval-bleu keep them, and nothing else."""
+"""numpy arrays in checkpoints: numeric arrays, as stored by the meters of --eval-bleu, are read; all others are refused."""
 
 import copy
 import io
@@ -26,11 +26,11 @@ ARRAYS = [
     numpy.uint8(9),
 ]  # fmt: skip
 
-# fairseq 0.12.2's own transformer has a fused path that torch 2 refuses: from a checkpoint, it does not generate
+# fairseq 0.12.2's own transformer has a fused path that fails in torch 2, so it cannot generate from a checkpoint
 FUSED = "can_use_fastpath" in TransformerEncoderLayerBase.__init__.__code__.co_names
 
 
-def test_bytes_are_read_in_the_one_encoding_of_pickles():
+def test_bytes_are_read_only_in_the_encoding_of_pickles():
     (encode,) = [function for function in arrays.safe_globals() if function.__module__ == "_codecs"]
     assert encode("\xe9\x00", "latin1") == b"\xe9\x00"
     for text, encoding in (("a", "utf-16"), ("a", None), (b"a", "latin1")):
@@ -46,13 +46,13 @@ def saved(value, folder: Path, **options) -> str:
 
 @pytest.mark.parametrize("value", ARRAYS, ids=str)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_arrays_and_numbers_come_back_as_they_were(value, zipped, tmp_path):
+def test_arrays_and_numbers_are_read_back_unchanged(value, zipped, tmp_path):
     found = read_checkpoint(saved(value, tmp_path, _use_new_zipfile_serialization=zipped))["extra_state"]["value"]
     numpy.testing.assert_array_equal(found, value)
     assert found.shape == value.shape and found.dtype.newbyteorder("=") == value.dtype.newbyteorder("=")
 
 
-def test_files_of_numpy_1_are_read(tmp_path):
+def test_files_written_with_numpy_1_are_read(tmp_path):
     path = tmp_path / "m.pt"
     state = {"model": {}, "extra_state": {"sum": numpy.arange(3), "n": numpy.float64(2)}}
     torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -62,7 +62,7 @@ def test_files_of_numpy_1_are_read(tmp_path):
     assert found["sum"].tolist() == [0, 1, 2] and found["n"] == 2
 
 
-def test_what_was_read_is_saved_and_copied_as_a_plain_array(tmp_path):
+def test_an_array_that_was_read_is_saved_and_copied_as_a_plain_array(tmp_path):
     value = read_checkpoint(saved(numpy.arange(4), tmp_path))["extra_state"]["value"]
     buffer = io.BytesIO()
     torch.save([value, value + 1, copy.deepcopy(value)], buffer)
@@ -80,13 +80,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("value", REFUSED, ids=range(len(REFUSED)))
-def test_arrays_of_anything_else_are_refused(value, tmp_path):
+def test_arrays_of_other_types_are_refused(value, tmp_path):
     with pytest.raises(ConfigurationError, match="m.pt holds more than tensors and settings .*if you trust it, set TORCH_FORCE"):
         read_checkpoint(saved(value, tmp_path))
 
 
 class Call:
-    """Pickled as a call, and what is set on its result."""
+    """Pickles as a function call and the state to set on its result."""
 
     def __init__(self, function, *arguments, state=None):
         self.parts = (function, arguments) if state is None else (function, arguments, state)
@@ -96,13 +96,13 @@ class Call:
 
 
 def forged(shape, code, content):
-    """An array as numpy pickles one, of what is given."""
+    """An array in numpy's pickle format, with the given shape, type code and content."""
     empty = numpy.zeros(0).__reduce__()[0], numpy.ndarray, (0,), b"b"
     return lambda: Call(*empty, state=(1, shape, Call(numpy.dtype, code), False, content))
 
 
 FORGED = {
-    "an array over memory that the file names": lambda: Call(numpy.ndarray, (1,), "O", b"A" * 8),
+    "an array over memory at an address from the file": lambda: Call(numpy.ndarray, (1,), "O", b"A" * 8),
     "objects as bytes": forged((1,), "O", b"A" * 8),
     "too few bytes": forged((9,), "i8", b"A" * 8),
     "a negative shape": forged((-1,), "i8", b""),
@@ -110,7 +110,7 @@ FORGED = {
     "text for bytes": forged((1,), "i8", "AAAAAAAA"),
     "bytes by number": lambda: Call(bytes, 10**12),
     "a number of objects": lambda: Call(numpy.float64(0).__reduce__()[0], Call(numpy.dtype, "O"), b"A" * 8),
-    "a number cut off": lambda: Call(numpy.float64(0).__reduce__()[0], Call(numpy.dtype, "f8"), b"A"),
+    "a truncated number": lambda: Call(numpy.float64(0).__reduce__()[0], Call(numpy.dtype, "f8"), b"A"),
     "a type with flags": lambda: Call(numpy.dtype, "i8", False, True, state=(3, "<", None, None, None, -1, -1, 63)),
     "a type with fields": lambda: Call(numpy.dtype, "i8", False, True, state=(3, "<", None, ("a",), {}, 8, 1, 0)),
     "a type without order": lambda: Call(numpy.dtype, "i8", state=(3,)),
@@ -118,14 +118,14 @@ FORGED = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_forged_arrays_end_with_a_sentence_or_empty(kind, tmp_path):
+def test_forged_arrays_give_an_error_or_are_empty(kind, tmp_path):
     try:
         value = read_checkpoint(saved(FORGED[kind](), tmp_path))["extra_state"]["value"]
     except ConfigurationError as error:
         assert "m.pt" in str(error) and "\n" not in str(error)
     else:
         assert value.size == 0
-    assert numpy.arange(3).tolist() == [0, 1, 2] and numpy.dtype("i8").isnative  # numpy's own types are as they were
+    assert numpy.arange(3).tolist() == [0, 1, 2] and numpy.dtype("i8").isnative  # numpy's own types are unchanged
 
 
 def test_a_user_can_trust_a_file_with_other_objects(tmp_path, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_user_can_trust_a_file_with_other_objects(tmp_path, monkeypatch):
     assert read_checkpoint(path)["extra_state"]["value"] == Path("data")
 
 
-def test_meters_as_the_translation_task_logs_them_go_on_counting(tmp_path):
+def test_meters_of_the_translation_task_continue_counting(tmp_path):
     with metrics.aggregate("valid", new_root=True) as valid:
         metrics.log_scalar("_bleu_counts", numpy.array([5, 4, 3, 2]))
         metrics.log_scalar("_bleu_sys_len", 12)
@@ -149,7 +149,7 @@ def test_meters_as_the_translation_task_logs_them_go_on_counting(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moe, tokenised", [(True, False), (False, True)])
-def test_a_run_with_eval_bleu_is_resumed_and_its_checkpoint_used(moe, tokenised, corpus, tmp_path, capsys):
+def test_a_run_with_eval_bleu_resumes_and_its_checkpoint_can_be_used(moe, tokenised, corpus, tmp_path, capsys):
     flags = ["--eval-bleu", "--eval-bleu-args", json.dumps({"beam": 1, "max_len_b": 5}), "--best-checkpoint-metric", "bleu"]
     flags += ["--maximize-best-checkpoint-metric", "--validate-interval-updates", 1]
     flags += ["--eval-tokenized-bleu"] if tokenised else ["--eval-bleu-detok", "space"]

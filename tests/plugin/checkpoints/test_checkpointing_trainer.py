@@ -1,4 +1,4 @@
-"""The trainer's half of checkpoints: the place in an epoch, and what is refused before training."""
+"""The checkpointing trainer: the position in an epoch, and settings refused before training."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ PLACES = [(2, 3, 1, 6), (1, 6, 2, 3), (4, 2, 2, 4), (1, 5, 2, 2), (2, 0, 1, 0), 
 
 
 @pytest.mark.parametrize("written_by, done, now, position", PLACES)
-def test_the_place_in_an_epoch_is_counted_in_batches_of_all_ranks(written_by, done, now, position):
+def test_the_position_in_an_epoch_is_counted_in_batches_of_all_ranks(written_by, done, now, position):
     state = {
         "cfg": {"distributed_training": {"distributed_world_size": written_by}},
         "extra_state": {"train_iterator": {"iterations_in_epoch": done}},
@@ -31,7 +31,7 @@ OPTIMIZERS = [{"_name": "adafactor"}, {"_name": "composite"}, {"_name": "adam", 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_optimizers_whose_state_cannot_be_shared_out_are_refused(optimizer):
+def test_optimizers_with_state_that_cannot_be_sharded_are_refused(optimizer):
     cfg = SimpleNamespace(
         distributed_training=SimpleNamespace(ddp_backend="legacy_ddp", zero_sharding="none"),
         optimization=SimpleNamespace(use_bmuf=False),
@@ -43,10 +43,10 @@ def test_optimizers_whose_state_cannot_be_shared_out_are_refused(optimizer):
         refuse_incompatible(cfg, 2)
 
 
-def test_a_run_that_is_refused_removes_nothing_and_one_of_another_layout_leaves_what_waits(corpus, tmp_path):
+def test_a_refused_run_removes_nothing_and_another_layout_keeps_staged_files(corpus, tmp_path):
     run = tmp_path / "run"
     runs.train(corpus, run, updates=1)
-    (run / "checkpoint_last-rank-1.pt.staged").write_bytes(b"what is needed to mend")
+    (run / "checkpoint_last-rank-1.pt.staged").write_bytes(b"needed to finish the save")
     (run / "checkpoint_best.pt.1-00000000.tmp").write_bytes(b"PK")
     (run / "checkpoint_last.pt").rename(run / "checkpoint_last-rank-0.pt")
     before = sorted(path.name for path in run.iterdir())

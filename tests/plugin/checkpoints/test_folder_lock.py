@@ -1,4 +1,4 @@
-"""Two trainings into one folder: the second ends with a sentence that names the first, and the first loses nothing."""
+"""Two training runs in one folder: the second ends with an error that names the first, and the first loses nothing."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def another_process(action: Callable[[], None]) -> Iterator[int]:
 
 
 def is_refused(folder: Path) -> bool:
-    """Whether a process of its own cannot take the folder."""
+    """Whether a new process cannot lock the folder."""
 
     def attempt() -> None:
         try:
@@ -51,24 +51,24 @@ def is_refused(folder: Path) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(in_child(attempt), 0)[1]) == 0
 
 
-def test_a_folder_is_one_process_s_until_it_is_killed(tmp_path):
+def test_a_folder_is_locked_by_one_process_until_it_ends(tmp_path):
     with another_process(lambda: lock_folder(str(tmp_path))) as pid:
         holder = f"in use by process {pid} on {socket.gethostname()}, which is training; wait until that ends, or give another"
         with pytest.raises(ConfigurationError, match=holder):
             lock_folder(str(tmp_path))
     lock_folder(str(tmp_path))
-    lock_folder(f"{tmp_path}/.")  # one run after the other in this process
+    lock_folder(f"{tmp_path}/.")  # consecutive runs in this process
     assert is_refused(tmp_path)
     release_folders()
     assert not is_refused(tmp_path) and not list(tmp_path.glob("*.pt"))
 
 
-def test_a_process_that_the_holder_forked_and_left_behind_does_not_keep_the_folder(tmp_path):
+def test_a_child_that_outlives_the_holder_does_not_keep_the_lock(tmp_path):
     pids = []
 
     def lock_and_fork() -> None:
         lock_folder(str(tmp_path))
-        worker = os.fork()  # as fairseq's workers that load data are
+        worker = os.fork()  # like fairseq's data-loading workers
         if worker == 0:
             signal.alarm(60)
             signal.pause()
@@ -81,14 +81,14 @@ def test_a_process_that_the_holder_forked_and_left_behind_does_not_keep_the_fold
     os.kill(pids[0], signal.SIGKILL)
 
 
-def test_without_locks_there_is_a_warning(tmp_path, caplog):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, caplog):
     with patch.object(folder_lock.fcntl, "lockf", side_effect=OSError(37, "No locks available")):
         lock_folder(str(tmp_path))
     assert "is not locked against a second training run (its file system has no locks)" in caplog.text
     assert not is_refused(tmp_path)
 
 
-def test_a_full_disk_has_no_room_for_the_note_and_the_folder_is_taken_all_the_same(tmp_path):
+def test_a_full_disk_does_not_prevent_locking(tmp_path):
     with patch("os.write", side_effect=OSError(28, "No space left on device")):
         lock_folder(str(tmp_path))
     assert is_refused(tmp_path)
@@ -97,10 +97,10 @@ def test_a_full_disk_has_no_room_for_the_note_and_the_folder_is_taken_all_the_sa
 
 
 @pytest.mark.slow
-def test_a_second_training_ends_with_the_sentence_and_touches_nothing(corpus, tmp_path):
+def test_a_second_training_run_is_refused_and_changes_nothing(corpus, tmp_path):
     run = tmp_path / "run"
     runs.train(corpus, run, updates=1)
-    assert not (run / NAME).exists() and not is_refused(run)  # released with the end of the training
+    assert not (run / NAME).exists() and not is_refused(run)  # released when training ends
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != NAME}
     with another_process(lambda: lock_folder(str(run))) as pid:
         with pytest.raises(SystemExit, match=f"--save-dir .*run is in use by process {pid} on"):
@@ -110,22 +110,22 @@ def test_a_second_training_ends_with_the_sentence_and_touches_nothing(corpus, tm
     assert len(runs.train(corpus, run, updates=2)) == 1
 
 
-def test_a_command_writes_no_checkpoint_of_a_training_that_is_under_way(tmp_path):
+def test_a_command_does_not_overwrite_checkpoints_of_a_running_training(tmp_path):
     with another_process(lambda: lock_folder(str(tmp_path))) as pid:
         for name in ("checkpoint_last.pt", "checkpoint_1_20-rank-0.pt", "checkpoint.best_loss_3.1200.pt", "checkpoint3.pt"):
             sentence = f"{name} may be overwritten by process {pid} on .*, which is training; wait until that ends, or give"
             with pytest.raises(ConfigurationError, match=sentence), writing_checkpoints([str(tmp_path / name)]):
                 pass
         with writing_checkpoints([str(tmp_path / "whole.pt"), str(tmp_path / "checkpoint_portable.pt")]):
-            pass  # names that no training uses
+            pass  # names that training does not use
 
 
-def test_no_training_starts_where_a_command_writes_a_checkpoint(tmp_path):
+def test_training_does_not_start_while_a_command_writes_a_checkpoint(tmp_path):
     with writing_checkpoints([str(tmp_path / f"checkpoint_last-rank-{rank}.pt") for rank in range(2)]):
         assert is_refused(tmp_path)
     assert not (tmp_path / NAME).exists() and not is_refused(tmp_path)
     lock_folder(str(tmp_path))
-    with writing_checkpoints([str(tmp_path / "checkpoint_last.pt")]):  # by the training's own process
+    with writing_checkpoints([str(tmp_path / "checkpoint_last.pt")]):  # by the process that is training
         pass
     assert is_refused(tmp_path)
     release_folders()

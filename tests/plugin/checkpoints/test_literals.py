@@ -1,4 +1,4 @@
-"""Strings evaluated as literals: what eval gives where they are, and a sentence without any work where they are not."""
+"""Strings evaluated as literals: the same result as eval for literals, an error without evaluation for others."""
 
 import pytest
 
@@ -23,7 +23,7 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("text", LITERALS)
-def test_literals_are_what_python_makes_of_them(text):
+def test_literals_evaluate_as_in_python(text):
     found = literal(text, {}, {})
     assert found == eval(text.strip()) and type(found) is type(eval(text.strip()))
 
@@ -35,7 +35,7 @@ def test_anything_else_is_refused(text):
 
 
 @pytest.mark.parametrize("text", ENDLESS)
-def test_what_would_take_long_or_much_memory_is_refused_or_small(text):  # eval would not come back
+def test_expensive_expressions_are_refused_or_small(text):  # eval would not return
     try:
         assert len(repr(literal(text))) < 100_000
     except ConfigurationError as error:
@@ -43,6 +43,6 @@ def test_what_would_take_long_or_much_memory_is_refused_or_small(text):  # eval 
 
 
 @pytest.mark.parametrize("value", [None, True, 3, [1], b"1"])
-def test_what_is_no_string_is_an_error_of_type_as_with_eval(value):
+def test_a_value_that_is_not_a_string_is_a_type_error_as_with_eval(value):
     with pytest.raises(TypeError):
         literal(value)

@@ -1,4 +1,4 @@
-"""An optimizer's state moved from the parameters of one model to those made from them."""
+"""Mapping an optimizer's state from the parameters of one model to those made from them."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def state(*left_out, **changes):
     return {"state": kept, "param_groups": [{"lr": 0.1, "params": [0, 1, 2, 3]}]}
 
 
-def test_entries_follow_their_parameters_and_are_joined_as_those_are():
+def test_entries_follow_their_parameters_and_are_joined_like_them():
     found = map_optimizer_state(state(2), SHAPES, MAPPING, join)
     assert found["param_groups"] == [{"lr": 0.1, "params": [0, 1]}]
     assert [entry["step"] for entry in found["state"].values()] == [5, 5]
@@ -29,7 +29,7 @@ def test_entries_follow_their_parameters_and_are_joined_as_those_are():
     assert found["state"][1]["moment"].tolist() == [0, 0]
 
 
-def test_one_flat_entry_is_cut_into_those_of_the_parameters():
+def test_a_flat_entry_is_split_by_parameter():
     moment = torch.arange(18.0)
     flat = {"state": {0: {"step": 5, "moment": moment}}, "param_groups": [{"params": [0]}], "loss_scale": 2.0}
     found = map_optimizer_state(flat, SHAPES, MAPPING, join)
@@ -49,6 +49,6 @@ def test_a_parameter_that_never_had_a_gradient_has_no_state():
     ({"state": {}, "param_groups": [{}, {}]}, "it has 2 groups of parameters"),
     ({"state": {0: {"moment": torch.ones(17)}}, "param_groups": [{"params": [0]}]}, "it is not for the 18 numbers that"),
 ])  # fmt: skip
-def test_what_does_not_map_is_refused_with_the_reason(optimizer, reason):
+def test_a_state_that_cannot_be_mapped_is_refused_with_the_reason(optimizer, reason):
     with pytest.raises(Unmapped, match=reason):
         map_optimizer_state(optimizer, SHAPES, MAPPING, join)

@@ -1,4 +1,4 @@
-"""Reading: every unusable file gets one sentence, and no file runs code."""
+"""Reading checkpoints: every unusable file gives a one-line error, and no file runs code."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by
 
 
 class Evil:
-    """Unpickled by pickle, it makes the file that it names."""
+    """Creates the file `trace` when it is unpickled with pickle."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -32,7 +32,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory) -> Path:
-    """The checkpoint of a run of one update."""
+    """The checkpoint of a run with one update."""
     folder = tmp_path_factory.mktemp("trained")
     runs.train(corpus, folder, updates=1)
     return folder / "checkpoint_last.pt"
@@ -79,7 +79,7 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("kind", SENTENCES)
-def test_an_unusable_file_gets_one_sentence_and_runs_no_code(kind, trained, tmp_path):
+def test_an_unusable_file_gives_a_one_line_error_and_runs_no_code(kind, trained, tmp_path):
     path = str(unusable(kind, trained, tmp_path))
     for read in (
         read_checkpoint,
@@ -93,7 +93,7 @@ def test_an_unusable_file_gets_one_sentence_and_runs_no_code(kind, trained, tmp_
 
 
 @pytest.mark.parametrize("kind", ["truncated", "malicious", "pipe", "folder"])
-def test_training_and_generation_end_with_that_sentence(kind, corpus, trained, tmp_path):
+def test_training_and_generation_end_with_the_same_error(kind, corpus, trained, tmp_path):
     path = unusable(kind, trained, tmp_path)
     with pytest.raises(SystemExit, match=SENTENCES[kind]) as error:
         runs.train(corpus, tmp_path / "run", "--restore-file", path, updates=1)
@@ -103,17 +103,17 @@ def test_training_and_generation_end_with_that_sentence(kind, corpus, trained, t
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_checkpoint_of_other_experts_gets_one_sentence(corpus, trained, tmp_path):
+def test_a_checkpoint_with_another_number_of_experts_is_refused(corpus, trained, tmp_path):
     with pytest.raises(SystemExit, match="--num-experts 8 does not match the checkpoint, which has 4 experts"):
         runs.train(corpus, tmp_path / "run", "--restore-file", trained, "--num-experts", "8", updates=1)
 
 
-def test_a_restore_file_that_is_missing_does_not_start_from_scratch(corpus, tmp_path):
+def test_a_missing_restore_file_is_an_error(corpus, tmp_path):
     with pytest.raises(SystemExit, match="--restore-file .*gone.pt does not exist"):
         runs.train(corpus, tmp_path, "--restore-file", tmp_path / "gone.pt", updates=1)
 
 
-def test_numbers_of_numpy_and_arguments_are_data(tmp_path):
+def test_numpy_numbers_and_arguments_are_read(tmp_path):
     path = str(tmp_path / "old.pt")
     best = {"best": numpy.float64(27.5), "count": numpy.int64(3), "loss": numpy.float32(0.5)}
     torch.save({"model": {}, "extra_state": best, "args": Namespace(arch="transformer")}, path)
@@ -121,13 +121,13 @@ def test_numbers_of_numpy_and_arguments_are_data(tmp_path):
     assert found["extra_state"] == best and found["args"].arch == "transformer"
 
 
-def test_the_format_of_old_torch_is_read(tmp_path):
+def test_torchs_old_file_format_is_read(tmp_path):
     path = str(tmp_path / "old.pt")
     torch.save({"model": {"weight": torch.arange(3)}}, path, _use_new_zipfile_serialization=False)
     assert read_checkpoint(path)["model"]["weight"].tolist() == [0, 1, 2]
 
 
-def test_one_file_of_a_sharded_checkpoint_is_not_taken_for_a_model(trained, tmp_path):
+def test_one_file_of_a_sharded_checkpoint_is_refused_as_a_model(trained, tmp_path):
     state = read_checkpoint(str(trained))
     state["expert_parallel"].update(size=2)
     torch.save(state, tmp_path / "part.pt")
@@ -174,7 +174,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_checkpoint_that_does_not_go_with_the_run_gets_one_sentence(kind, corpus, trained, tmp_path):
+def test_a_checkpoint_that_does_not_fit_the_run_gives_a_one_line_error(kind, corpus, trained, tmp_path):
     change, sentence = RUNS[kind]
     state = read_checkpoint(str(trained))
     change(state)
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_does_not_go_with_the_run_gets_one_sentence(kind, corp
     assert "\n" not in str(error.value)
 
 
-def test_other_threads_read_as_they_like_while_a_checkpoint_is_read(trained, tmp_path):
+def test_reading_a_checkpoint_does_not_affect_torch_load_in_other_threads(trained, tmp_path):
     torch.save({"theirs": Path("x")}, tmp_path / "theirs.pt")
     before, upgrade, found = torch.load, checkpoint_utils._upgrade_state_dict, []
 
@@ -204,7 +204,7 @@ def test_other_threads_read_as_they_like_while_a_checkpoint_is_read(trained, tmp
     assert found == [{"theirs": Path("x")}] * 2
 
 
-def test_threads_that_read_together_each_get_their_own(tmp_path):
+def test_threads_that_read_concurrently_get_their_own_files(tmp_path):
     paths = [str(tmp_path / f"{number}.pt") for number in range(4)]
     for number, path in enumerate(paths):
         history = [{"num_updates": number, "lr_scheduler_state": {}}]
@@ -219,10 +219,10 @@ def test_threads_that_read_together_each_get_their_own(tmp_path):
         assert list(pool.map(read, [0, 1, 2, 3] * 10)) == [(0, None), (1, 1), (2, None), (3, 3)] * 10
 
 
-def test_no_library_caller_misses_a_mismatch(trained, tmp_path):
+def test_a_mismatch_is_an_exception_for_library_callers(trained, tmp_path):
     state = read_checkpoint(str(trained))
     state["model"].pop("encoder.layers.0.fc1.moe.gate.projection.weight")
     torch.save(state, tmp_path / "m.pt")
     with pytest.raises(ConfigurationError, match="the router of the flags has") as error:
         checkpoint_utils.load_model_ensemble([str(tmp_path / "m.pt")])
-    assert isinstance(error.value, Exception)  # which a bare SystemExit is not
+    assert isinstance(error.value, Exception)  # a bare SystemExit is not an Exception

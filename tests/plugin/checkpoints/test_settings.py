@@ -1,4 +1,4 @@
-"""No setting of a checkpoint runs as code, whichever module of fairseq would evaluate it, now or imported later."""
+"""No setting in a checkpoint runs as code in any module of fairseq, including modules imported later."""
 
 import ast
 import importlib
@@ -24,15 +24,15 @@ from fairseq_sparsemixer.plugin.checkpoints.reading import READERS
 from fairseq_sparsemixer.plugin.checkpoints.settings import EVALUATED, refuse_code
 
 PACKAGES = [Path(package.__file__).parent for package in (fairseq, fairseq_cli)]
-FROM_THE_COMMAND_LINE = {  # what these evaluate is the value of --model-overrides, and no file's
+FROM_THE_COMMAND_LINE = {  # these evaluate --model-overrides, not settings from a file
     "fairseq_cli.validate": "eval(getattr(override_args, 'model_overrides', '{}'))",
     "fairseq_cli.eval_lm": "eval(cfg.common_eval.model_overrides)",
 }
-OF_OTHER_RANKS = {"fairseq.distributed.utils"}  # loads what a rank of the same run sent
+OF_OTHER_RANKS = {"fairseq.distributed.utils"}  # loads data sent by a rank of the same run
 
 
 def calls(*names: str) -> Iterator[Tuple[str, ast.Call]]:
-    """(module, call) of all calls of these functions in the installed fairseq, without the examples that it comes with."""
+    """(module, call) for each call of these functions in the installed fairseq, except in its examples."""
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):
             parts = path.relative_to(package.parent).with_suffix("").parts
@@ -43,7 +43,7 @@ def calls(*names: str) -> Iterator[Tuple[str, ast.Call]]:
 
 
 @pytest.mark.slow
-def test_every_eval_of_fairseq_is_of_literals_alone():
+def test_every_eval_in_fairseq_evaluates_only_literals():
     found = list(calls("eval", "builtins.eval"))
     assert len(found) > 30
     for name, call in found:
@@ -54,12 +54,12 @@ def test_every_eval_of_fairseq_is_of_literals_alone():
 
 
 @pytest.mark.slow
-def test_fairseq_compiles_and_executes_nothing_else():
+def test_fairseq_has_no_other_exec_or_compile():
     assert not list(calls("exec", "compile", "builtins.exec", "execfile"))
 
 
 @pytest.mark.slow
-def test_every_setting_that_fairseq_evaluates_is_looked_at_in_the_file():
+def test_every_setting_that_fairseq_evaluates_is_checked_when_reading():
     for name, call in calls("eval"):
         argument = call.args[0]
         if isinstance(argument, ast.Attribute) and name not in FROM_THE_COMMAND_LINE:
@@ -69,14 +69,14 @@ def test_every_setting_that_fairseq_evaluates_is_looked_at_in_the_file():
 
 
 @pytest.mark.slow
-def test_every_file_that_fairseq_unpickles_is_read_as_data():
+def test_every_file_that_fairseq_unpickles_is_read_safely():
     for name, call in calls("torch.load", "pickle.load"):
         assert name in READERS or name in OF_OTHER_RANKS, f"{name}: {ast.unparse(call)}"
         if name in READERS:
             assert importlib.import_module(name).torch.load is not torch.load
 
 
-def test_a_module_that_is_imported_later_evaluates_literals_alone(tmp_path, monkeypatch):
+def test_a_module_imported_later_evaluates_only_literals(tmp_path, monkeypatch):
     (tmp_path / "made_up.py").write_text("def value(text):\n    return eval(text)\n\n\nfirst = value('[1] * 2')\n")
     monkeypatch.setattr(fairseq, "__path__", [*fairseq.__path__, str(tmp_path)])
     module = importlib.import_module("fairseq.made_up")
@@ -89,14 +89,14 @@ def test_a_module_that_is_imported_later_evaluates_literals_alone(tmp_path, monk
     assert not (tmp_path / "trace").exists()
 
 
-def test_what_users_write_on_the_command_line_is_evaluated_as_before():
+def test_command_line_values_are_evaluated_as_before():
     assert utils.eval_str_list("[0.9, 0.98]") == [0.9, 0.98] and utils.eval_str_list("3", type=int) == [3]
     assert utils.eval_bool("True") is True and utils.eval_bool("0") is False and utils.eval_bool(None, True) is True
-    assert utils.eval_bool(True, default=False) is False  # as with eval: only strings are
+    assert utils.eval_bool(True, default=False) is False  # only strings are evaluated, as with eval
 
 
 def places(code: str) -> Iterator[dict]:
-    """Parts of checkpoints with the code where some module of fairseq would evaluate it."""
+    """Parts of checkpoints with `code` in a setting that some module of fairseq would evaluate."""
     model = {"_name": "fconv", "encoder_layers": code}
     yield {"cfg": {"model": model}}
     yield {"cfg": {"model": Namespace(**model)}}
@@ -108,7 +108,7 @@ def places(code: str) -> Iterator[dict]:
     yield {"cfg": None, "args": Namespace(arch="lightconv_lm", character_filters=code)}
 
 
-def test_code_in_any_setting_is_refused_when_the_file_is_read(tmp_path):
+def test_code_in_any_setting_is_refused_when_reading(tmp_path):
     trace, path = tmp_path / "trace", str(tmp_path / "m.pt")
     for part in places(f"open({str(trace)!r}, 'w') and [(8, 3)] * 2"):
         torch.save({"model": {}, "optimizer_history": [{}], "extra_state": {}, **part}, path)
@@ -119,7 +119,7 @@ def test_code_in_any_setting_is_refused_when_the_file_is_read(tmp_path):
     assert not trace.exists()
 
 
-def test_settings_that_are_literals_pass(tmp_path):
+def test_literal_settings_are_accepted(tmp_path):
     for part in places("[(512, 3)] * 20"):
         refuse_code("m.pt", {"model": {}, **part})
     own: Any = {"encoder_layers": 6, "decoder_attention": "True", "adaptive_softmax_cutoff": "100,200", "wer_args": None}
@@ -132,7 +132,7 @@ def test_settings_that_are_literals_pass(tmp_path):
 
 @pytest.fixture
 def with_code(corpus, tmp_path) -> Tuple[Path, Path]:
-    """(a checkpoint of fconv with code in its settings, the file that the code makes)."""
+    """(a checkpoint of fconv with code in its settings, the file that the code would create)."""
     trace, path = tmp_path / "trace", tmp_path / "fconv.pt"
     model = {"_name": "fconv", "encoder_layers": f"open({str(trace)!r}, 'w') and [(8, 3)] * 2"}
     task = {"_name": "translation", "data": str(corpus), "source_lang": "de", "target_lang": "en"}
@@ -142,7 +142,7 @@ def with_code(corpus, tmp_path) -> Tuple[Path, Path]:
     return path, trace
 
 
-def test_no_command_runs_code_of_the_settings(with_code, corpus, tmp_path):
+def test_no_command_runs_code_from_settings(with_code, corpus, tmp_path):
     path, trace = with_code
     (tmp_path / "a.txt").write_text("w1\n")
     text = ["--text", str(tmp_path / "a.txt"), "--target", str(tmp_path / "a.txt")]
@@ -159,7 +159,7 @@ def test_no_command_runs_code_of_the_settings(with_code, corpus, tmp_path):
     assert not trace.exists()
 
 
-def test_overrides_of_settings_are_no_way_around(with_code, corpus):
+def test_code_in_overrides_is_not_run(with_code, corpus):
     path, trace = with_code
     state = torch.load(path, weights_only=True)
     settings = state["cfg"]["model"]

@@ -1,4 +1,4 @@
-"""Sets of files by rank: of one save, finished after a kill, or refused."""
+"""Sets of rank files: all from one save, finished after a kill, or refused."""
 
 import errno
 from pathlib import Path
@@ -14,7 +14,7 @@ from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfini
 
 
 def write(path: Path, index: int, save: int, size: int = 2, updates: Optional[int] = None) -> None:
-    """A file of rank `index`, whose save number is its number of updates as well, unless that is given."""
+    """Write a file of rank `index` with the given save number, which is also the number of updates unless that is given."""
     state = {
         "model": {"layer.experts.weight_in": torch.full((2, 3), float(save))},
         "optimizer_history": [{"num_updates": save if updates is None else updates}],
@@ -35,7 +35,7 @@ LEFT = ["checkpoint_last-rank-1.pt" + STAGED, "checkpoint_1_2-rank-1.pt" + STAGE
 
 
 @pytest.mark.parametrize("left", LEFT)
-def test_a_set_half_replaced_is_finished_with_what_the_other_rank_had_written(tmp_path, left):
+def test_a_half_replaced_set_is_finished_with_the_other_ranks_file(tmp_path, left):
     write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
     write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
     write(tmp_path / left, 1, save=2)
@@ -43,14 +43,14 @@ def test_a_set_half_replaced_is_finished_with_what_the_other_rank_had_written(tm
     assert saves(tmp_path) == [2, 2]
 
 
-def test_a_first_set_half_named_is_finished(tmp_path):
+def test_a_half_renamed_first_set_is_finished(tmp_path):
     write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
     write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=1)
     mend(tmp_path)
     assert saves(tmp_path) == [1, 1]
 
 
-def test_a_whole_set_stays_when_the_next_one_was_not_finished(tmp_path):
+def test_a_complete_set_is_kept_if_the_next_one_is_incomplete(tmp_path):
     for index in range(2):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
     write(tmp_path / ("checkpoint_last-rank-0.pt" + STAGED), 0, save=2)
@@ -58,7 +58,7 @@ def test_a_whole_set_stays_when_the_next_one_was_not_finished(tmp_path):
     assert saves(tmp_path) == [1, 1]
 
 
-def test_the_best_set_is_finished_as_well_before_what_is_left_of_the_save_is_removed(tmp_path):
+def test_the_best_set_is_also_finished_before_leftovers_are_removed(tmp_path):
     for index in range(2):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
     write(tmp_path / "checkpoint_best-rank-0.pt", 0, save=2)
@@ -74,7 +74,7 @@ def test_the_best_set_is_finished_as_well_before_what_is_left_of_the_save_is_rem
 
 
 @pytest.mark.parametrize("whole", [8, 9])
-def test_of_two_saves_after_as_many_updates_the_whole_one_is_taken(tmp_path, whole):
+def test_of_two_saves_at_the_same_update_the_complete_one_is_used(tmp_path, whole):
     for index, save in enumerate((8, 9)):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save, updates=8)
         write(tmp_path / f"checkpoint_1_8-rank-{index}.pt", index, whole, updates=8)
@@ -82,7 +82,7 @@ def test_of_two_saves_after_as_many_updates_the_whole_one_is_taken(tmp_path, who
     assert saves(tmp_path) == [whole, whole]
 
 
-def test_an_older_save_that_is_whole_is_taken_where_the_newest_is_not(tmp_path):
+def test_an_older_complete_save_is_used_if_the_newest_is_incomplete(tmp_path):
     write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
     write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
     write(tmp_path / "checkpoint_1_1-rank-0.pt", 0, save=1)
@@ -90,7 +90,7 @@ def test_an_older_save_that_is_whole_is_taken_where_the_newest_is_not(tmp_path):
     assert saves(tmp_path) == [1, 1]
 
 
-def test_a_save_of_which_all_files_wait_for_their_names_is_finished(tmp_path):
+def test_a_save_with_all_files_still_staged_is_finished(tmp_path):
     for index in range(2):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=[1, 5][index])
         write(tmp_path / (f"checkpoint_last-rank-{index}.pt" + STAGED), index, save=2)
@@ -98,7 +98,7 @@ def test_a_save_of_which_all_files_wait_for_their_names_is_finished(tmp_path):
     assert saves(tmp_path) == [2, 2]
 
 
-def test_a_damaged_file_does_not_stand_for_one_of_the_set(tmp_path):
+def test_a_damaged_file_does_not_complete_a_set(tmp_path):
     write(tmp_path / "checkpoint_last-rank-0.pt", 0, save=2)
     write(tmp_path / "checkpoint_last-rank-1.pt", 1, save=1)
     (tmp_path / ("checkpoint_last-rank-1.pt" + STAGED)).write_bytes(b"PK")
@@ -107,7 +107,7 @@ def test_a_damaged_file_does_not_stand_for_one_of_the_set(tmp_path):
     assert saves(tmp_path) == [2, 2]
 
 
-def test_only_the_last_set_must_be_whole(tmp_path, caplog):
+def test_only_the_last_set_must_be_complete(tmp_path, caplog):
     for name, saves_of in (("last", (1, 1)), ("best", (5, 4))):
         for index, save in enumerate(saves_of):
             write(tmp_path / f"checkpoint_{name}-rank-{index}.pt", index, save)
@@ -120,7 +120,7 @@ def test_only_the_last_set_must_be_whole(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_a_full_disk_ends_the_run_before_what_is_needed_to_mend_is_removed(tmp_path, name):
+def test_a_full_disk_ends_the_run_and_keeps_the_files_needed_to_finish(tmp_path, name):
     for index in range(2):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1)
         write(tmp_path / f"checkpoint_{name}-rank-{index}.pt", index, save=2 - index)
@@ -152,7 +152,7 @@ def test_a_missing_file_is_named(tmp_path):
         saves(tmp_path)
 
 
-def test_another_number_of_ranks_is_told_how_to_convert(tmp_path):
+def test_another_number_of_ranks_is_refused_with_the_conversion_command(tmp_path):
     for index in range(4):
         write(tmp_path / f"checkpoint_last-rank-{index}.pt", index, save=1, size=4)
     with pytest.raises(ConfigurationError, match="over 4 ranks, but .* reshard IN OUT --expert-parallel-size 2"):

@@ -1,4 +1,4 @@
-"""Writing: killed at any moment, a checkpoint is the old one or the new one, and whole."""
+"""Writing checkpoints: after a kill at any moment, a checkpoint is the complete old or new file."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import CheckpointConfig
 from forks import in_child
 
-import fairseq_sparsemixer  # noqa: F401  fairseq writes by it from here on
+import fairseq_sparsemixer  # noqa: F401  from here on, fairseq writes with it
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import finish, unfinished_beside
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint, save_atomically, writing
@@ -30,7 +30,7 @@ def state(update: int):
 
 
 def save_as_fairseq_does(folder: Path, update: int) -> None:
-    """checkpoint_utils.save_checkpoint in the middle of an epoch: checkpoint_1_N.pt, and a copy of it, checkpoint_last.pt."""
+    """Call checkpoint_utils.save_checkpoint in mid-epoch: it writes checkpoint_1_N.pt and its copy checkpoint_last.pt."""
     trainer = SimpleNamespace(
         data_parallel_rank=0,
         should_save_checkpoint_on_current_rank=True,
@@ -60,7 +60,7 @@ def half_copied(source, target) -> None:
 
 
 def on_call(number: int, function: Callable, then: Callable) -> Callable:
-    """`function`, and at its n-th call `then` in its place."""
+    """`function`, replaced by `then` at its n-th call."""
     calls = iter(range(1, 1000))
     return lambda *args: (then if next(calls) == number else function)(*args)
 
@@ -72,13 +72,13 @@ def replaced_then_die(source, target) -> None:
 
 MOMENTS = {
     "half of the file is written": ("torch.save", half_saved, 1),
-    "the file is not on the disk": ("os.fsync", die, 1),
-    "the file has no name": ("os.replace", die, 1),
-    "the file just got its name": ("os.replace", replaced_then_die, 1),
+    "the file is not yet on disk": ("os.fsync", die, 1),
+    "the file is not yet renamed": ("os.replace", die, 1),
+    "the file was just renamed": ("os.replace", replaced_then_die, 1),
     "half of the copy is written": ("shutil.copyfile", half_copied, 1),
-    "the copy has no name": ("os.replace", die, 2),
-    "the copy just got its name": ("os.replace", replaced_then_die, 2),
-    "the old ones are being removed": ("os.remove", die, 1),
+    "the copy is not yet renamed": ("os.replace", die, 2),
+    "the copy was just renamed": ("os.replace", replaced_then_die, 2),
+    "old checkpoints are being removed": ("os.remove", die, 1),
 }
 FUNCTIONS = {
     "torch.save": torch.save,
@@ -90,7 +90,7 @@ FUNCTIONS = {
 
 
 def assert_all_whole(folder: Path, last: int) -> None:
-    """Every checkpoint in the folder can be read, and checkpoint_last.pt is of update `last` or the one before it."""
+    """Check that every checkpoint can be read, and checkpoint_last.pt is from update `last` or the one before."""
     for path in folder.glob("checkpoint*.pt"):
         found = read_checkpoint(str(path))
         assert torch.equal(found["model"]["weight"], torch.full((NUMBERS,), float(found["update"])))
@@ -98,7 +98,7 @@ def assert_all_whole(folder: Path, last: int) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_leaves_whole_checkpoints(tmp_path, moment):
+def test_a_kill_leaves_complete_checkpoints(tmp_path, moment):
     for update in (1, 2):
         save_as_fairseq_does(tmp_path, update)
     name, then, number = MOMENTS[moment]
@@ -117,7 +117,7 @@ def test_a_kill_leaves_whole_checkpoints(tmp_path, moment):
     assert read_checkpoint(str(tmp_path / "checkpoint_last.pt"))["update"] == 3
 
 
-def test_kills_at_random_moments_leave_whole_checkpoints(tmp_path):
+def test_kills_at_random_moments_leave_complete_checkpoints(tmp_path):
     save_as_fairseq_does(tmp_path, 0)
 
     def save_for_ever() -> None:
@@ -134,7 +134,7 @@ def test_kills_at_random_moments_leave_whole_checkpoints(tmp_path):
         assert_all_whole(tmp_path, last=newest)
 
 
-def test_a_failing_disk_is_tried_again_and_then_reported(tmp_path):
+def test_a_failing_disk_is_retried_and_then_reported(tmp_path):
     path = str(tmp_path / "checkpoint_last.pt")
     save_atomically(state(1), path)
     full = OSError(28, "No space left on device")
@@ -148,13 +148,13 @@ def test_a_failing_disk_is_tried_again_and_then_reported(tmp_path):
     assert read_checkpoint(path)["update"] == 2
 
 
-def test_a_copy_is_a_file_of_its_own(tmp_path):
+def test_a_copy_is_a_separate_file(tmp_path):
     save_as_fairseq_does(tmp_path, 1)
-    torch.save({"model": {}}, tmp_path / "checkpoint_1_1.pt")  # in place, as a careless script does it
+    torch.save({"model": {}}, tmp_path / "checkpoint_1_1.pt")  # in place, as a careless script would
     assert read_checkpoint(str(tmp_path / "checkpoint_last.pt"))["update"] == 1
 
 
-def test_writers_of_one_file_never_touch_each_others_half(tmp_path):
+def test_concurrent_writers_never_touch_each_others_unfinished_file(tmp_path):
     path = str(tmp_path / "checkpoint_last.pt")
     with unfinished_beside(path) as one, unfinished_beside(path) as other:
         assert one != other
@@ -166,7 +166,7 @@ def test_writers_of_one_file_never_touch_each_others_half(tmp_path):
     assert read_checkpoint(path)["update"] == 2 and [file.name for file in tmp_path.iterdir()] == ["checkpoint_last.pt"]
 
 
-def test_writers_in_processes_of_their_own_leave_a_whole_file(tmp_path):
+def test_writers_in_separate_processes_leave_a_complete_file(tmp_path):
     path = str(tmp_path / "checkpoint_last.pt")
 
     def save_often(update: int) -> None:
@@ -181,7 +181,7 @@ def test_writers_in_processes_of_their_own_leave_a_whole_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_last.pt"]
 
 
-def test_what_a_living_process_writes_is_not_removed_and_what_a_dead_one_wrote_is(tmp_path):
+def test_unfinished_files_are_removed_only_if_their_process_is_dead(tmp_path):
     path = str(tmp_path / "checkpoint_last.pt")
     ready, go = os.pipe()
 
@@ -193,7 +193,7 @@ def test_what_a_living_process_writes_is_not_removed_and_what_a_dead_one_wrote_i
 
     pid = in_child(half)
     os.read(ready, 1)
-    (tmp_path / "checkpoint_last.pt.tmp").write_bytes(b"of a version before")
+    (tmp_path / "checkpoint_last.pt.tmp").write_bytes(b"from an earlier version")
     (tmp_path / "checkpoint_last-rank-1.pt.staged").write_bytes(b"waits")
     (tmp_path / "checkpoint_notes.pt.mine.tmp").write_text("the user's")
     remove_unfinished(str(tmp_path))
@@ -205,7 +205,7 @@ def test_what_a_living_process_writes_is_not_removed_and_what_a_dead_one_wrote_i
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_notes.pt.mine.tmp"]
 
 
-def test_links_devices_pipes_and_folders_keep_their_places(tmp_path):
+def test_links_devices_pipes_and_folders_are_not_replaced(tmp_path):
     kept, link, pipe = tmp_path / "elsewhere" / "kept.pt", tmp_path / "link.pt", tmp_path / "pipe.pt"
     kept.parent.mkdir()
     link.symlink_to(kept)
@@ -225,7 +225,7 @@ def test_links_devices_pipes_and_folders_keep_their_places(tmp_path):
     assert Path("/dev/null").is_char_device() and pipe.is_fifo()
 
 
-def test_a_run_does_not_write_through_a_link_into_another_of_its_checkpoints(tmp_path):
+def test_a_link_to_another_checkpoint_of_the_run_is_not_followed(tmp_path):
     first, link = tmp_path / "checkpoint_1_1.pt", tmp_path / "checkpoint_best.pt"
     torch.save(state(1), first)
     link.symlink_to(first)
@@ -235,7 +235,7 @@ def test_a_run_does_not_write_through_a_link_into_another_of_its_checkpoints(tmp
     assert updates == {"checkpoint_1_1.pt": 1, "checkpoint_best.pt": 2, "checkpoint_last.pt": 2}
 
 
-def test_a_save_dir_that_cannot_be_used_gets_one_sentence_before_training(tmp_path):
+def test_an_unusable_save_dir_gives_a_one_line_error_before_training(tmp_path):
     (tmp_path / "file").write_text("the user's")
     for folder, reason in (
         (tmp_path / "file", "File exists"),
@@ -246,13 +246,13 @@ def test_a_save_dir_that_cannot_be_used_gets_one_sentence_before_training(tmp_pa
             checkpoint_utils.verify_checkpoint_directory(str(folder))
         assert "\n" not in str(error.value)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "dummy").write_text("the user's")  # the name that fairseq tries
+    (tmp_path / "run" / "dummy").write_text("the user's")  # the name that fairseq uses for its test file
     checkpoint_utils.verify_checkpoint_directory(str(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["dummy"]
     assert (tmp_path / "run" / "dummy").read_text() == (tmp_path / "file").read_text() == "the user's"
 
 
-def test_what_a_kill_leaves_of_the_trial_is_removed_as_well(tmp_path):
+def test_a_test_file_left_by_a_kill_is_also_removed(tmp_path):
     with patch("os.remove", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
@@ -260,11 +260,11 @@ def test_what_a_kill_leaves_of_the_trial_is_removed_as_well(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_save_dir_that_vanishes_or_turns_into_a_file_gets_one_sentence(tmp_path):
+def test_a_removed_save_dir_is_recreated_and_a_file_in_its_place_is_an_error(tmp_path):
     folder = tmp_path / "run"
     save_as_fairseq_does(folder, 1)
     shutil.rmtree(folder)
-    save_as_fairseq_does(folder, 2)  # made again
+    save_as_fairseq_does(folder, 2)  # the folder is recreated
     assert read_checkpoint(str(folder / "checkpoint_last.pt"))["update"] == 2
     shutil.rmtree(folder)
     folder.write_text("in the way")
@@ -272,14 +272,14 @@ def test_a_save_dir_that_vanishes_or_turns_into_a_file_gets_one_sentence(tmp_pat
         save_as_fairseq_does(folder, 3)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_save_dir_gets_one_sentence(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write anywhere")
+def test_a_read_only_save_dir_gives_a_one_line_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigurationError, match="cannot be written .Permission denied"):
         checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
 
 
-def test_paths_that_only_iopath_knows_are_left_to_fairseq(monkeypatch):
+def test_remote_paths_are_left_to_fairseq_and_iopath(monkeypatch):
     handed = []
     monkeypatch.setattr(writing.PathManager, "supports_rename", staticmethod(lambda path: "://" not in path))
     monkeypatch.setattr(writing, "persist_remotely", lambda *arguments: handed.append(arguments))

@@ -1,7 +1,7 @@
-"""What wrote the checkpoints in this folder: `PYTHONPATH=. python tests/plugin/compat/make_checkpoints.py NAME` in a clone.
+"""Writes the checkpoints in this folder: `PYTHONPATH=. python tests/plugin/compat/make_checkpoints.py NAME` in a clone.
 
-NAME is of the fairseq that is installed: `stock` for 0.12.2, `fixed` for fairseq-fixed. Its own `transformer` is trained without
-this package, for NAME-transformer.pt, then `transformer_moe`, for NAME-transformer_moe.pt. NAME.json says what they compute.
+NAME stands for the installed fairseq: `stock` for 0.12.2, `fixed` for fairseq-fixed. Trains fairseq's own `transformer` without
+this package (NAME-transformer.pt), then `transformer_moe` (NAME-transformer_moe.pt). NAME.json holds their outputs.
 """
 
 import json
@@ -35,18 +35,18 @@ def batch(words: Any) -> Dict[str, torch.Tensor]:
 
 
 def outputs(checkpoint: Path, data: Path) -> torch.Tensor:
-    """Log-probabilities of the words that are not padding [N, V], of one forward as in training (all dropout is 0)."""
+    """Log-probabilities [N, V] of non-padding words, from one forward in training mode (all dropout is 0)."""
     from fairseq import checkpoint_utils
 
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides={"data": str(data)})
     inputs = batch(task.source_dictionary)
-    with torch.no_grad():  # in training mode: fairseq 0.12.2's own transformer does not run under torch 2 in evaluation mode
+    with torch.no_grad():  # in training mode, because fairseq 0.12.2's own transformer fails under torch 2 in evaluation mode
         logits = model.train()(**inputs)[0]
     return logits[inputs["prev_output_tokens"].ne(task.source_dictionary.pad())].log_softmax(-1)
 
 
 def anonymous(state: Dict[str, Any]) -> Dict[str, Any]:
-    """The checkpoint without the folders of the machine that wrote it."""
+    """The checkpoint without folder names of the machine that wrote it."""
     model = vars(state["cfg"]["model"])
     for group in (model, *(group for group in state["cfg"].values() if isinstance(group, dict))):
         group.update({name: None for name in ("user_dir", "save_dir", "data") if name in group})

@@ -1,6 +1,6 @@
-"""Checkpoints that earlier versions of this package wrote are read as before.
+"""Checkpoints written by earlier versions of this package still work.
 
-before/ holds one of commit fc9b727: SparseMixer, two experts, capacity, a selection bias, after two updates; with its outputs.
+before/ holds one from commit fc9b727, with its outputs: SparseMixer, two experts, capacity, selection bias, two updates.
 """
 
 import json
@@ -20,7 +20,7 @@ FLAGS = (
 ).split()
 
 
-def test_an_earlier_checkpoint_computes_what_it_did(corpus):
+def test_an_earlier_checkpoint_gives_the_same_outputs(corpus):
     overrides = {"data": str(corpus)}
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(CHECKPOINT)], arg_overrides=overrides)
     source = torch.tensor([[5, 9, 12, 7, 2], [8, 6, 2, 1, 1]])
@@ -33,7 +33,7 @@ def test_an_earlier_checkpoint_computes_what_it_did(corpus):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_an_earlier_checkpoint(corpus, tmp_path):
+def test_training_resumes_from_an_earlier_checkpoint(corpus, tmp_path):
     assert len(runs.train(corpus, tmp_path, *FLAGS, "--restore-file", CHECKPOINT, updates=4)) == 2
     state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
     assert state["optimizer_history"][-1]["num_updates"] == 4

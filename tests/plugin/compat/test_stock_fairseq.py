@@ -1,7 +1,7 @@
-"""What must hold on any fairseq: stock 0.12.2 (Python 3.8 to 3.10), and those that came after it (3.11 and later).
+"""Tests for every supported fairseq: stock 0.12.2 (Python 3.8 to 3.10) and later distributions (3.11 and later).
 
-Models build, compute and learn with all their parameters; a run is resumed and translates; each fairseq reads what the other
-wrote (see make_checkpoints.py) and computes the same.
+Models build, compute and train all their parameters; runs resume and translate; each fairseq reads the other's checkpoints
+(see make_checkpoints.py) and computes the same.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ def build(translation_task, language_modeling_task, masked_lm_task):
     tasks = {"transformer_moe": translation_task, "transformer_lm_moe": language_modeling_task}
 
     def build(model, **flags):
-        arch = model if model == "transformer_lm_moe" else f"{model}_tiny"  # the first is made of its dataclass's defaults
+        arch = model if model == "transformer_lm_moe" else f"{model}_tiny"  # transformer_lm_moe uses its dataclass defaults
         return build_model(Namespace(arch=arch, **{**SIZES, **flags}), tasks.get(model, masked_lm_task))
 
     return build
@@ -49,7 +49,7 @@ def build(translation_task, language_modeling_task, masked_lm_task):
 
 @pytest.fixture
 def inputs(translation_batch, language_modeling_batch, masked_lm_batch):
-    """inputs(model) -> what its forward takes, with padding."""
+    """inputs(model) -> the arguments of its forward, with padding."""
 
     def inputs(model):
         if model == "transformer_moe":
@@ -64,7 +64,7 @@ def inputs(translation_batch, language_modeling_batch, masked_lm_batch):
 
 @pytest.mark.parametrize("flags", [*ROUTERS.values(), ENCODER_ONLY], ids=[*ROUTERS, "encoder only"])
 @pytest.mark.parametrize("model", ["transformer_moe", "transformer_lm_moe", "roberta_moe", "electra_moe"])
-def test_every_parameter_learns_and_evaluation_computes_what_training_does(model, flags, build, inputs):
+def test_every_parameter_gets_a_gradient_and_evaluation_agrees_with_training(model, flags, build, inputs):
     if "moe_encoder_only" in flags and model != "transformer_moe":
         pytest.skip("a flag of transformer_moe")
     built, batch = build(model, **flags), inputs(model)
@@ -73,16 +73,18 @@ def test_every_parameter_learns_and_evaluation_computes_what_training_does(model
     without = [name for name, p in built.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     restored = build(model, **flags)
-    restored.load_state_dict(built.state_dict())  # after which fairseq 0.12.2 would take its fused path in evaluation
-    batch.pop("target", None)  # of ELECTRA, the discriminator alone
+    restored.load_state_dict(built.state_dict())  # after that, fairseq 0.12.2 would use its fused path in evaluation
+    batch.pop("target", None)  # for ELECTRA, run only the discriminator
     with torch.no_grad():
         trained, evaluated = built.train()(**batch)[0], restored.eval()(**batch)[0]
-    torch.testing.assert_close(trained[:, :3], evaluated[:, :3], rtol=1e-5, atol=1e-5)  # what follows is padding in some
+    torch.testing.assert_close(
+        trained[:, :3], evaluated[:, :3], rtol=1e-5, atol=1e-5
+    )  # later positions are padding in some sentences
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["switch", "dense"])
-def test_a_run_is_resumed_with_the_same_losses_and_translates(router, corpus, tmp_path):
+def test_a_resumed_run_has_the_same_losses_and_translates(router, corpus, tmp_path):
     flags = ("--router", router, "--moe-freq", "2", "--store-ema")
     whole = runs.train(corpus, tmp_path / "whole", *flags, updates=4)
     first = runs.train(corpus, tmp_path / "parts", *flags, updates=2)
@@ -91,27 +93,27 @@ def test_a_run_is_resumed_with_the_same_losses_and_translates(router, corpus, tm
 
 
 @pytest.mark.parametrize("name, model", WRITTEN)
-def test_a_checkpoint_computes_what_it_did_where_it_was_written(name, model, corpus):
+def test_a_checkpoint_gives_the_same_outputs_on_any_fairseq(name, model, corpus):
     expected = torch.tensor(json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))[model])
     torch.testing.assert_close(make_checkpoints.outputs(HERE / f"{name}-{model}.pt", corpus), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stock", "fixed"])
-def test_a_run_goes_on_from_what_the_other_fairseq_wrote(name, corpus, tmp_path):
+def test_a_run_resumes_from_another_fairseqs_checkpoint(name, corpus, tmp_path):
     flags = [
         *make_checkpoints.SIZES[: make_checkpoints.SIZES.index("--optimizer")],
         *make_checkpoints.MODELS["transformer_moe"].split(),
     ]
     losses = runs.train(corpus, tmp_path, *flags, "--restore-file", HERE / f"{name}-transformer_moe.pt", updates=4)
-    assert len(losses) == 2  # the optimizer's state and its number of updates were taken over
+    assert len(losses) == 2  # optimizer state and number of updates were restored
     state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
     assert state["optimizer_history"][-1]["num_updates"] == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stock", "fixed"])
-def test_a_dense_checkpoint_is_taken_as_dense_and_upcycled(name, corpus, tmp_path):
+def test_a_dense_checkpoint_loads_as_dense_and_can_be_upcycled(name, corpus, tmp_path):
     state = torch.load(HERE / f"{name}-transformer.pt", weights_only=False)
     copies = [key for key in state["model"] if NAME_OF_COPY.fullmatch(key)]
     assert len(copies) == (8 if name == "stock" else 0)
@@ -121,7 +123,7 @@ def test_a_dense_checkpoint_is_taken_as_dense_and_upcycled(name, corpus, tmp_pat
     state = torch.load(HERE / f"{name}-transformer.pt", weights_only=False)
     torch.save(upcycle(state, MoEOptions(router="hash", num_experts=2, moe_freq=1)), tmp_path / "moe.pt")
     expected = torch.tensor(json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))["transformer"])
-    for file in ("dense.pt", "moe.pt"):  # of equal experts, hash weighs one by 1: the same function
+    for file in ("dense.pt", "moe.pt"):  # hash weights one of the equal experts by 1, so the function is the same
         torch.testing.assert_close(make_checkpoints.outputs(tmp_path / file, corpus), expected, rtol=0, atol=2e-6)
     figures = tmp_path / "figures.json"
     assert main(["inspect", str(HERE / f"{name}-transformer.pt"), "--json", str(figures)]) == 0
@@ -134,7 +136,7 @@ def parameters_of(checkpoint, data):
     return list(model.parameters())
 
 
-def test_dense_models_compile_to_torchscript_as_fairseqs_and_those_with_experts_say_why_not(build, inputs):
+def test_dense_models_compile_to_torchscript_and_models_with_experts_are_refused(build, inputs):
     batch = inputs("transformer_moe")
     dense = build("transformer_moe", router="dense").eval()
     arguments = batch["src_tokens"], batch["src_lengths"], batch["prev_output_tokens"]

@@ -1,4 +1,4 @@
-"""The architectures are fairseq's, with experts."""
+"""The architectures are fairseq's, with experts added."""
 
 from argparse import Namespace
 
@@ -29,14 +29,14 @@ def test_an_architecture_has_fairseqs_defaults_and_the_papers_experts(name):
     assert (ours.router, ours.num_experts, ours.moe_freq, ours.jitter_eps) == ("sparsemixer", 8, 2, 0.1)
 
 
-def test_a_flag_that_was_given_is_kept():
+def test_a_given_flag_is_kept():
     args = Namespace(num_experts=3)
     fill_defaults(args, MoEOptions)
     assert (args.num_experts, args.router) == (3, "sparsemixer")
 
 
-def test_a_hydra_config_is_filled_as_flags_are_and_keeps_what_it_says():
+def test_a_hydra_config_gets_the_same_defaults_as_flags_and_keeps_its_values():
     config, flags = OmegaConf.create({"encoder_layers": 3, "dropout": None}), Namespace(encoder_layers=3, dropout=None)
-    ARCH_CONFIG_REGISTRY["transformer_moe_tiny"](config)  # a config of omegaconf 2.0 answers None for what it has not
+    ARCH_CONFIG_REGISTRY["transformer_moe_tiny"](config)  # in omegaconf 2.0, a config returns None for missing keys
     ARCH_CONFIG_REGISTRY["transformer_moe_tiny"](flags)
     assert {name: config[name] for name in config} == {**vars(flags), "base_layers": 0}

@@ -1,4 +1,4 @@
-"""What must hold among the flags."""
+"""Checks of flags and their combinations."""
 
 import math
 import re
@@ -58,19 +58,19 @@ def test_each_bad_option_is_named_with_its_value(options, message):
     *((name, -1) for name in NUMBERS), *((name, "1") for name in NUMBERS), *((name, True) for name in NUMBERS),
     ("num_experts", 2.5), ("moe_freq", 0), ("expert_dropout", 1), ("capacity_factor", 0), ("expert_parallel_size", 0),
 ])  # fmt: skip
-def test_a_number_out_of_range_is_named_whatever_the_router(router, flag, value):
+def test_an_out_of_range_number_is_named_for_every_router(router, flag, value):
     options = MoEOptions(**{"router": router, flag: value})
     with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} {value} must be "):
         check_options(options)
 
 
-def test_every_number_among_the_flags_has_a_rule():
+def test_every_numeric_flag_has_a_range():
     numbers = {field.name for field in fields(MoEOptions) if field.type in (int, float, Optional[int], Optional[float])}
     assert numbers == set(NUMBERS)
 
 
 @pytest.mark.parametrize("flag", ["quant_noise_pq", "quant_noise_scalar"])
-def test_noise_of_quantization_which_would_miss_the_experts_is_refused(flag):
+def test_quantization_noise_is_refused_because_it_would_not_reach_experts(flag):
     for args in (Namespace(**vars(MoEOptions()), **{flag: 0.1}), TransformerMoEConfig.from_namespace(Namespace(**{flag: 0.1}))):
         with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.1 adds noise .* or use --router dense"):
             check_options(args)
@@ -79,7 +79,7 @@ def test_noise_of_quantization_which_would_miss_the_experts_is_refused(flag):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5])
-def test_fairseqs_dropouts_that_become_the_experts_are_checked(value):
+def test_fairseqs_dropouts_used_by_experts_are_checked(value):
     with pytest.raises(ConfigurationError, match=f"--activation-dropout {value} must be at least 0 and at most 1"):
         check_options(Namespace(**vars(MoEOptions()), activation_dropout=value))
 
@@ -90,11 +90,11 @@ def test_fairseqs_dropouts_that_become_the_experts_are_checked(value):
     dict(jitter_eps=float("inf")), dict(router="sparsemixer_v2", estimator_at_argmax=True),
     dict(router="dense_st", moe_bias_update_rate=0.001), dict(expert_activation="swiglu", num_shared_experts=2),
 ])  # fmt: skip
-def test_good_options_pass(options):
+def test_valid_options_are_accepted(options):
     check_options(MoEOptions(**options))
 
 
-def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
+def test_a_router_gets_the_options_it_supports_and_its_own_defaults():
     assert router_options(MoEOptions(router="switch", jitter_eps=0.2)) == {
         "jitter_eps": 0.2,
         "bias_update_rate": 0.0,
@@ -112,7 +112,7 @@ def test_a_router_gets_the_options_it_takes_and_its_own_defaults_otherwise():
 
 @pytest.fixture
 def router_of_ones_own():
-    """A registered router with two options of its own."""
+    """The name of a registered router with two options of its own."""
 
     class Tempered(Gate):
         def __init__(self, model_dim, num_experts, temperature=1.0, greedy=False, **balancing):
@@ -129,7 +129,7 @@ def router_of_ones_own():
     del GATES["tempered"]
 
 
-def test_options_of_a_router_of_ones_own_reach_it(router_of_ones_own, build_translation_model):
+def test_router_option_sets_the_options_of_a_custom_router(router_of_ones_own, build_translation_model):
     model = build_translation_model(router=router_of_ones_own, router_option="temperature=0.5, greedy=true")
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     assert gates and all((gate.temperature, gate.greedy) == (0.5, True) for gate in gates)
@@ -143,7 +143,7 @@ def test_options_of_a_router_of_ones_own_reach_it(router_of_ones_own, build_tran
     ("capacity_factor=2", "--router-option capacity_factor=2 has its own flag; give --capacity-factor 2"),
     ("temperature=-1", "temperature=-1 must be positive"),
 ])  # fmt: skip
-def test_router_options_that_make_no_router(router_of_ones_own, given, sentence):
+def test_invalid_router_options_are_refused(router_of_ones_own, given, sentence):
     with pytest.raises(ConfigurationError, match=re.escape(sentence)):
         check_options(MoEOptions(router=router_of_ones_own, router_option=given))
 
@@ -155,7 +155,7 @@ def test_a_router_without_further_options_says_so():
         check_options(MoEOptions(router="switch", router_option="temperature=1"))
 
 
-def test_the_core_speaks_of_parameters_and_the_plugin_of_flags():
+def test_the_cores_errors_name_parameters_and_the_plugins_name_flags():
     with pytest.raises(ValueError, match="^num_experts=0 must be at least 1$"):
         build_gate("gshard", 4, 0)
     with pytest.raises(ConfigurationError) as error, in_flags():

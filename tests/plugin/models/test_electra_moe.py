@@ -1,4 +1,4 @@
-"""ELECTRA: shared embeddings, sizes, sampling, what is fine-tuned."""
+"""ELECTRA: shared embeddings, sizes, sampling, fine-tuning."""
 
 from argparse import Namespace
 
@@ -33,8 +33,8 @@ def test_generator_and_discriminator_share_their_embeddings(build, dictionary):
     model = build()
     seen, small = model.encoder.sentence_encoder.embed_tokens, model.generator.sentence_encoder.embed_tokens
     assert seen.shared is small.shared
-    assert seen.shared.tokens.weight.shape == (len(dictionary) + 1, 32)  # and <mask>
-    assert model.generator.lm_head.weight is seen.shared.tokens.weight  # the generator's output is tied, too
+    assert seen.shared.tokens.weight.shape == (len(dictionary) + 1, 32)  # the dictionary and <mask>
+    assert model.generator.lm_head.weight is seen.shared.tokens.weight  # the generator's output is tied as well
     assert (widths(model.encoder), widths(model.generator)) == ((64, 128, 2), (32, 64, 1))
 
 
@@ -46,7 +46,7 @@ def test_only_the_discriminator_has_experts(build):
     "architecture, expected, generator",
     [(electra_moe.small, (12, 256, 1024, 4, 128), (64, 256, 1)), (electra_moe.base, (12, 768, 3072, 12, 768), (256, 1024, 4))],
 )
-def test_sizes_are_those_of_the_paper(architecture, expected, generator):
+def test_sizes_equal_the_papers(architecture, expected, generator):
     """Table 6 of arXiv 2003.10555: layers, hidden size, FFN, heads, embedding size; generator size 1/4 and 1/3."""
     args = args_of(architecture)
     small = electra_moe.generator_args(args)
@@ -56,7 +56,7 @@ def test_sizes_are_those_of_the_paper(architecture, expected, generator):
     assert small.encoder_layers == args.encoder_layers
 
 
-def test_samples_follow_the_generators_softmax_and_never_are_padding(dictionary):
+def test_samples_follow_the_generators_softmax_and_are_never_padding(dictionary):
     pad, size, draws = dictionary.pad(), len(dictionary), 40_000
     logits = torch.randn(1, size).index_fill(1, torch.tensor(pad), 5.0).expand(draws, size)
     source = torch.full((draws, 1), dictionary.unk())
@@ -66,7 +66,7 @@ def test_samples_follow_the_generators_softmax_and_never_are_padding(dictionary)
     share = torch.bincount(tokens.flatten(), minlength=size) / draws
     assert share[pad] == 0
     assert (share - expected).abs().max() < 4 * (0.25 / draws) ** 0.5  # four standard deviations of a share
-    assert torch.equal(replaced, tokens != 7)  # a sample that is the original word is original
+    assert torch.equal(replaced, tokens != 7)  # a sample equal to the original word counts as original
 
 
 def test_only_masked_tokens_change(dictionary):
@@ -98,7 +98,7 @@ def test_padding_is_never_routed_and_changes_no_score(build, masked_lm_batch):
     torch.testing.assert_close(model(tokens)[0][1:, :4], model(tokens[1:, :4])[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_classification_head_takes_the_pretrained_discriminator_and_drops_the_generator(build, masked_lm_batch):
+def test_a_classification_head_uses_the_pretrained_discriminator_without_generator(build, masked_lm_batch):
     pretrained, model = build().eval(), build().eval()
     model.register_classification_head("glue", num_classes=3)
     model.load_state_dict(pretrained.state_dict())
@@ -109,12 +109,12 @@ def test_a_classification_head_takes_the_pretrained_discriminator_and_drops_the_
 
 
 @pytest.mark.parametrize("size", [0.01, 0.75])
-def test_a_generator_size_that_makes_no_model_ends_in_one_sentence(build, size):
+def test_an_invalid_generator_size_gives_a_one_line_error(build, size):
     with pytest.raises(ConfigurationError, match=f"--generator-size {size}"):
         build(encoder_embed_dim=66, encoder_attention_heads=6, generator_size=size)
 
 
-def test_a_hydra_config_builds_the_model_and_its_names_are_checked(masked_lm_task):
+def test_a_hydra_config_builds_the_model_and_unknown_names_are_refused(masked_lm_task):
     model = build_model(OmegaConf.create({"_name": "electra_moe_tiny", "num_experts": 2}), masked_lm_task)
     assert [layer.gate.num_experts for _, layer in named_moe_layers(model)] == [2]
     with pytest.raises(ConfigurationError, match="did you mean num_experts"):

@@ -1,4 +1,4 @@
-"""Encoder layers where fairseq's have a second set of weights, as those of 0.12.2: stand-ins for them, so that any will do."""
+"""Encoder layers of a fairseq with a second set of weights, like 0.12.2; simulated, so that the tests run on any fairseq."""
 
 from argparse import Namespace
 
@@ -14,7 +14,7 @@ from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConf
 
 
 class StockLayer(TransformerEncoderLayerBase):
-    """What fairseq 0.12.2 adds to its layer: it reads the weights of fc1 and fc2, and copies them when a state is loaded."""
+    """Simulates fairseq 0.12.2's layer, which reads the weights of fc1 and fc2, and copies them when a state is loaded."""
 
     def __init__(self, cfg, return_fc=False):
         super().__init__(cfg, return_fc=return_fc)
@@ -35,7 +35,7 @@ class StockLayer(TransformerEncoderLayerBase):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.load_to_BT = True
         for name in ("fc1", "fc2"):
-            state_dict[f"{prefix}{name}_weight"] = state_dict[f"{prefix}{name}.weight"]  # of an MoE layer: a KeyError
+            state_dict[f"{prefix}{name}_weight"] = state_dict[f"{prefix}{name}.weight"]  # a KeyError for an MoE layer
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -77,7 +77,7 @@ def test_a_layer_loads_states_with_and_without_copies(layer_class, with_copies):
     assert torch.equal(layer.eval()(x, None), other.eval()(x, None))
 
 
-def test_a_layer_that_has_no_copies_stays_fairseqs():
+def test_a_layer_without_copies_equals_fairseqs():
     ours, theirs = DenseEncoderLayer(config()), TransformerEncoderLayerBase(config())
     ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if name not in COPIES})
     x, padding = torch.randn(3, 2, 8), torch.tensor([[False, False, True], [False, False, False]])
@@ -85,7 +85,7 @@ def test_a_layer_that_has_no_copies_stays_fairseqs():
     assert ours.dropout_module.module_name == theirs.dropout_module.module_name == "TransformerEncoderLayerBase"
 
 
-def test_the_names_of_copies_are_no_others():
+def test_only_the_names_of_copies_are_removed():
     state = {
         "encoder.layers.0.fc1_weight": 1,
         "encoder.sentence_encoder.layers.11.in_proj_bias": 2,
@@ -95,7 +95,7 @@ def test_the_names_of_copies_are_no_others():
     assert without_copies({**state, **kept}) == kept
 
 
-def test_dense_models_of_fairseq_with_copies_load_into_ours(build_translation_model, translation_task, translation_batch):
+def test_fairseqs_dense_models_with_copies_load_into_ours(build_translation_model, translation_task, translation_batch):
     sizes = dict(encoder_layers=2, decoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=2)
     args = Namespace(**sizes, decoder_embed_dim=16, decoder_ffn_embed_dim=32, decoder_attention_heads=2, dropout=0.0)
     transformer_legacy.tiny_architecture(args)

@@ -1,4 +1,4 @@
-"""A checkpoint whose experts are not those of the flags ends with one sentence."""
+"""A checkpoint with other experts than the flags gives a one-line error."""
 
 from argparse import Namespace
 
@@ -25,7 +25,7 @@ from fairseq_sparsemixer.plugin.models.loading import check_checkpoint_fits
     (dict(router_bias=True), dict(), "flags has .*projection.bias, .* give the --router, with or without --router-bias, the"),
     (dict(), dict(encoder_ffn_embed_dim=48), "is .* in the checkpoint, but .* by the flags; give the embedding and feed-forward"),
 ])  # fmt: skip
-def test_a_mismatch_names_what_differs_and_what_to_do(build_translation_model, ours, theirs, message):
+def test_a_mismatch_is_named_with_the_remedy(build_translation_model, ours, theirs, message):
     state = build_translation_model(**theirs).state_dict()
     model = build_translation_model(**ours)
     with pytest.raises(ConfigurationError, match="^fairseq-sparsemixer: .*" + message):
@@ -33,7 +33,7 @@ def test_a_mismatch_names_what_differs_and_what_to_do(build_translation_model, o
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(router="switch", moe_freq=1), dict(router="dense")])
-def test_what_the_same_flags_made_fits(build_translation_model, flags):
+def test_a_checkpoint_made_with_the_same_flags_fits(build_translation_model, flags):
     state = build_translation_model(**flags).state_dict()
     model = build_translation_model(**flags)
     check_checkpoint_fits(model, state)
@@ -42,7 +42,9 @@ def test_what_the_same_flags_made_fits(build_translation_model, flags):
 
 @pytest.mark.parametrize("moe_freq", [1, 2, 3])
 @pytest.mark.parametrize("kept", ["0,2,3", "1,3", "3", "2,0"])
-def test_a_pruned_model_is_the_whole_one_without_the_other_layers(build_translation_model, translation_batch, moe_freq, kept):
+def test_a_pruned_model_equals_the_whole_model_without_the_other_layers(
+    build_translation_model, translation_batch, moe_freq, kept
+):
     flags = dict(encoder_layers=4, decoder_layers=4, moe_freq=moe_freq, router="switch")
     whole = build_translation_model(**flags).eval()
     pruned = build_translation_model(**flags, encoder_layers_to_keep=kept, decoder_layers_to_keep=kept).eval()
@@ -62,7 +64,7 @@ def test_a_pruned_model_is_the_whole_one_without_the_other_layers(build_translat
     ("-1", "--encoder-layers-to-keep -1 must list layer numbers"),
     ([0, 1], r"--encoder-layers-to-keep \[0, 1\] must list layer numbers"),
 ])  # fmt: skip
-def test_layers_to_keep_that_there_are_not_are_named(build_translation_model, kept, message):
+def test_invalid_layers_to_keep_are_named(build_translation_model, kept, message):
     state = build_translation_model().state_dict()
     with pytest.raises(ConfigurationError, match=message):
         pruned = build_translation_model(encoder_layers_to_keep=kept)

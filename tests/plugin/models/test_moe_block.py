@@ -1,4 +1,4 @@
-"""fairseq's layers around experts."""
+"""fairseq's transformer layers with experts."""
 
 from argparse import Namespace
 
@@ -19,7 +19,7 @@ def small_config(**flags):
 
 
 def copy_weights(ours, dense):
-    """The single expert and everything around it become those of fairseq's layer."""
+    """Copy the weights of fairseq's layer to ours, including its single expert."""
     experts = ours.fc1.moe.experts
     for name, parameter in ours.named_parameters():
         if not name.startswith("fc1."):
@@ -30,7 +30,7 @@ def copy_weights(ours, dense):
 
 
 @pytest.mark.parametrize("normalize_before", [False, True])
-def test_one_expert_is_fairseqs_encoder_layer(normalize_before):
+def test_with_one_expert_the_layer_equals_fairseqs_encoder_layer(normalize_before):
     cfg = small_config()
     cfg.encoder.normalize_before = normalize_before
     ours, dense = MoEEncoderLayer(cfg), TransformerEncoderLayerBase(cfg)
@@ -41,7 +41,7 @@ def test_one_expert_is_fairseqs_encoder_layer(normalize_before):
     torch.testing.assert_close(ours(x, padding)[real], dense(x, padding)[real])
 
 
-def test_one_expert_is_fairseqs_decoder_layer():
+def test_with_one_expert_the_layer_equals_fairseqs_decoder_layer():
     cfg = small_config()
     ours, dense = MoEDecoderLayer(cfg), TransformerDecoderLayerBase(cfg)
     copy_weights(ours, dense)
@@ -49,7 +49,7 @@ def test_one_expert_is_fairseqs_decoder_layer():
     torch.testing.assert_close(ours(x, memory)[0], dense(x, memory)[0])
 
 
-def test_the_layer_routes_what_is_not_padding_and_what_is_not_masked():
+def test_the_layer_routes_only_non_padding_tokens():
     layer = MoEEncoderLayer(small_config(num_experts=4))
     padding = torch.tensor([[False, False, True], [False, True, True]])
     layer(torch.randn(3, 2, 8), padding)
@@ -59,7 +59,7 @@ def test_the_layer_routes_what_is_not_padding_and_what_is_not_masked():
     assert layer.fc1.moe.routing.statistics()["tokens"].item() == 6
 
 
-def test_activation_and_its_dropout_happen_inside_the_experts_alone():
+def test_activation_and_its_dropout_are_applied_only_inside_experts():
     layer = MoEDecoderLayer(small_config(activation_dropout=0.4))
     assert isinstance(layer.activation_dropout_module, nn.Identity) and isinstance(layer.fc2, nn.Identity)
     x = torch.randn(3)
@@ -70,6 +70,6 @@ def test_activation_and_its_dropout_happen_inside_the_experts_alone():
 @pytest.mark.parametrize("own, activation, relu, expected", [
     (0.4, 0.1, 0.2, 0.4), (0.0, 0.1, 0.2, 0.0), (None, 0.1, 0.2, 0.1), (None, 0.0, 0.2, 0.2), (None, 0.0, 0.0, 0.0),
 ])  # fmt: skip
-def test_an_experts_dropout_is_its_own_or_that_of_fairseqs_layers(own, activation, relu, expected):
+def test_expert_dropout_defaults_to_fairseqs_activation_and_relu_dropout(own, activation, relu, expected):
     cfg = Namespace(expert_dropout=own, activation_dropout=activation, relu_dropout=relu)
     assert expert_dropout(cfg) == expected

@@ -1,4 +1,4 @@
-"""Every router in the translation model: it trains, its checkpoint loads, it generates."""
+"""Every router in the translation model: training, loading, generation."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def moe_layers(model):
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_it_trains_and_loads_and_generates(router, build_translation_model, translation_task, translation_batch):
+def test_a_model_with_the_router_trains_loads_and_generates(router, build_translation_model, translation_task, translation_batch):
     model = build_translation_model(**flags_of(router))
     cfg = MoECrossEntropyCriterionConfig(sentence_avg=False, moe_z_loss_weight=0.001)
     criterion = MoECrossEntropyCriterion.build_criterion(cfg, translation_task)
@@ -43,7 +43,7 @@ def test_it_trains_and_loads_and_generates(router, build_translation_model, tran
     assert len(hypotheses) == 3 and all(h[0]["tokens"].numel() for h in hypotheses)
 
 
-def test_hash_routes_by_token_ids_in_training_and_token_by_token(build_translation_model, translation_batch):
+def test_hash_routes_by_token_ids_in_training_and_incremental_decoding(build_translation_model, translation_batch):
     model = build_translation_model(router="hash").eval()
     sample = translation_batch(4, 4)
     inputs = sample["net_input"]
@@ -83,7 +83,7 @@ def test_shared_experts_are_active_parameters(build_translation_model):
     assert [b - a for a, b in zip(parameter_counts(plain), parameter_counts(shared))] == [added, added]
 
 
-def test_glam_is_gshard_with_gated_experts_in_every_other_layer():
+def test_the_glam_architecture_is_gshard_with_gated_experts_in_every_other_layer():
     from argparse import Namespace
 
     from fairseq_sparsemixer.plugin.models.transformer_moe import glam

@@ -1,4 +1,4 @@
-"""The language model: which layers route, padding, incremental decoding, and a real text."""
+"""The language model: layers with experts, padding, incremental decoding, and training on real text."""
 
 import re
 from argparse import Namespace
@@ -30,14 +30,14 @@ def build(task, architecture=transformer_lm_moe.tiny, **flags):
     return TransformerLanguageModelMoE.build_model(flags_of(architecture, **{**TINY, **flags}), task)
 
 
-def test_every_second_layer_routes_from_the_first_on(language_modeling_task, language_modeling_batch):
+def test_every_second_layer_has_experts_starting_with_the_first(language_modeling_task, language_modeling_batch):
     model = build(language_modeling_task)
     assert [name for name, _ in named_moe_layers(model)] == ["decoder.layers.0", "decoder.layers.2"]
     logits, _ = model(language_modeling_batch(5, 3)["net_input"]["src_tokens"])
     assert logits.shape == (2, 5, len(language_modeling_task.dictionary))
 
 
-def test_router_dense_is_the_plain_model(language_modeling_task, language_modeling_batch):
+def test_router_dense_equals_fairseqs_model(language_modeling_task, language_modeling_batch):
     model = build(language_modeling_task, router="dense")
     plain = TransformerLanguageModel.build_model(flags_of(transformer_lm_moe.tiny, **TINY), language_modeling_task)
     plain.load_state_dict(model.state_dict())
@@ -55,7 +55,7 @@ def test_incremental_decoding_equals_full_context(language_modeling_task, langua
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-5, atol=1e-6)
 
 
-def test_padding_is_never_routed_and_changes_no_token(language_modeling_task, language_modeling_batch):
+def test_padding_is_never_routed_and_affects_no_token(language_modeling_task, language_modeling_batch):
     model = build(language_modeling_task).eval()
     tokens = language_modeling_batch(9, 4)["net_input"]["src_tokens"]
     together, _ = model(tokens)
@@ -83,14 +83,14 @@ def test_activation_checkpointing_changes_no_gradient(language_modeling_task, la
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_gpt_sizes_are_those_of_the_papers():
+def test_gpt_sizes_equal_the_papers():
     """GPT-2 (Radford et al., 2019), Table 2: 12 x 768 and 24 x 1024; each feed-forward network is four times as wide."""
     for architecture, layers, width in ((transformer_lm_moe.gpt, 12, 768), (transformer_lm_moe.gpt2_small, 24, 1024)):
         cfg = flags_of(architecture)
         assert (cfg.decoder_layers, cfg.decoder_embed_dim, cfg.decoder_ffn_embed_dim) == (layers, width, 4 * width)
 
 
-def test_expert_dropout_is_the_experts_own(language_modeling_task):
+def test_expert_dropout_applies_only_to_experts(language_modeling_task):
     for flags, expected in ((dict(activation_dropout=0.2), 0.2), (dict(activation_dropout=0.2, expert_dropout=0.4), 0.4)):
         model = build(language_modeling_task, **flags)
         assert [layer.experts.dropout for _, layer in named_moe_layers(model)] == [expected, expected]
@@ -101,19 +101,19 @@ def test_expert_dropout_is_the_experts_own(language_modeling_task):
     "flags, named",
     [({"expert_dropout": 1.0}, "--expert-dropout 1.0"), ({"scale_fc": True}, "--scale-fc"), ({"router": "x"}, "--router x")],
 )
-def test_bad_options_end_in_one_sentence(language_modeling_task, flags, named):
+def test_bad_options_give_a_one_line_error(language_modeling_task, flags, named):
     with pytest.raises(ConfigurationError, match=named):
         build(language_modeling_task, **flags)
 
 
 def words_of(split, folder):
-    """The words of a split and its line ends, by number."""
+    """The word indices of a split, including line ends."""
     text = (folder.parent / f"{split}.txt").read_text(encoding="utf-8").replace("\n", " </s> ")
     return Dictionary.load(str(folder / "dict.txt")).encode_line(text, add_if_not_exist=False, append_eos=False).long()
 
 
 def unigram_bits(folder):
-    """Bits a token of `valid` under the relative frequencies of `train` (add-one): what counting words alone can do."""
+    """Bits per token of `valid` with add-one unigram frequencies of `train`: the baseline of counting words."""
     valid, train = words_of("valid", folder), words_of("train", folder)
     counts = torch.bincount(train, minlength=len(Dictionary.load(str(folder / "dict.txt")))) + 1
     return -(counts / counts.sum()).log2()[valid].mean().item()
@@ -139,12 +139,12 @@ def test_training_beats_word_counts_and_evaluation_agrees(run_fairseq, wikitext,
     by_block = run_fairseq(*evaluate, "--tokens-per-sample", 64)["loss"].item()
     in_context = run_fairseq(*evaluate, "--tokens-per-sample", 64, "--context-window", 32)["loss"].item()
     assert by_block < unigram_bits(wikitext) - 0.5
-    assert by_block == pytest.approx(state["extra_state"]["val_loss"], abs=0.01)  # which is rounded
-    assert in_context == pytest.approx(by_block, abs=0.05)  # so small a model makes little of context
+    assert by_block == pytest.approx(state["extra_state"]["val_loss"], abs=0.01)  # val_loss is rounded
+    assert in_context == pytest.approx(by_block, abs=0.05)  # a model this small gains little from context
 
 
 @pytest.mark.slow
-def test_perplexity_of_words_is_that_of_the_pieces_they_are_put_together_from(run_fairseq, wikitext, trained, tmp_path):
+def test_word_perplexity_follows_from_the_loss_of_its_pieces(run_fairseq, wikitext, trained, tmp_path):
     for path in wikitext.glob("valid*"):
         (tmp_path / path.name).symlink_to(path)
     words = re.sub("^the ", "the@@ ", (wikitext / "dict.txt").read_text(encoding="utf-8"), flags=re.M)
@@ -155,12 +155,12 @@ def test_perplexity_of_words_is_that_of_the_pieces_they_are_put_together_from(ru
     by_word = run_fairseq(*evaluate, "--post-process", "@@ ")["loss"].item()
     pieces = words_of("valid", wikitext)
     joined = pieces.eq(Dictionary.load(str(tmp_path / "dict.txt")).index("the@@"))
-    joined[63::64] = False  # the last of a block has nothing behind it
+    joined[63::64] = False  # the last piece of a block has no successor
     assert by_word == pytest.approx(by_piece * len(pieces) / (len(pieces) - joined.sum().item()), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_generation_goes_on_from_prompts_whatever_the_batch(run_fairseq, wikitext, trained, tmp_path, capsys):
+def test_generation_continues_prompts_independently_of_the_batch(run_fairseq, wikitext, trained, tmp_path, capsys):
     prompts = ["the first game of", "in", "he was"]
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The translation model, whole: padding, checkpointed activations, decoding, precision, copies."""
+"""The whole translation model: padding, activation checkpointing, decoding, precision, copies."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ def moe_layers(model):
 
 
 def run(model, sample):
-    """The summed negative log-likelihood of the target, padding left out."""
+    """The negative log-likelihood of the target, summed over non-padding tokens."""
     logits, _ = model(**sample["net_input"])
     losses = -logits.log_softmax(-1).gather(-1, sample["target"].unsqueeze(-1)).squeeze(-1)
     return losses[sample["target"] != model.decoder.padding_idx].sum()
@@ -37,7 +37,7 @@ def assert_same_gradients(ours, theirs, **tolerance):
         torch.testing.assert_close(gradient, theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-def test_every_second_layer_routes_from_the_first_on(build_translation_model, translation_batch):
+def test_every_second_layer_has_experts_starting_with_the_first(build_translation_model, translation_batch):
     model = build_translation_model(encoder_layers=3, decoder_layers=2)
     assert list(moe_layers(model)) == ["encoder.layers.0.fc1.moe", "encoder.layers.2.fc1.moe", "decoder.layers.0.fc1.moe"]
     logits, _ = model(**translation_batch(3, 5)["net_input"])
@@ -53,13 +53,13 @@ def test_moe_freq_chooses_the_layers_and_dense_has_none(build_translation_model)
 @pytest.mark.parametrize("flags", [
     dict(moe_freq=0), dict(num_experts=0), dict(router="none"), dict(moe_top_k=5), dict(jitter_eps=-1.0),
 ])  # fmt: skip
-def test_options_that_make_no_model_end_before_one_is_built(build_translation_model, flags):
+def test_invalid_options_are_refused_before_building_a_model(build_translation_model, flags):
     with pytest.raises(ConfigurationError, match="--" + next(iter(flags)).replace("_", "-")):
         build_translation_model(**flags)
 
 
 class SharedNoise:
-    """The same noise for the same token of the same sentence, wherever it stands: set `places` before each forward.
+    """The same noise for the same token of the same sentence, in any batch: call `put` before each forward.
 
     places: {"encoder", "decoder"} -> (sentence, position) of each row that the gates see, None for padding.
     """
@@ -77,7 +77,7 @@ class SharedNoise:
         return type(table)(*(noise[rows] for noise in table)) if isinstance(table, tuple) else table[rows]
 
     def put(self, sample, pad, sentences):
-        """Where the tokens of a sample stand, whose rows are those sentences; layers see time first."""
+        """Set `places` for a sample with these sentences as rows; layers see time first."""
         net_input = sample["net_input"]
         for stack, tokens in (("encoder", net_input["src_tokens"]), ("decoder", net_input["prev_output_tokens"])):
             position = (tokens != pad).cumsum(1) - 1
@@ -90,7 +90,7 @@ class SharedNoise:
 
 @pytest.fixture
 def attention_in_full_precision(monkeypatch):
-    """fairseq rounds attention to float32, in sums whose order depends on the CPU and on the padding: keep a model's float64."""
+    """Keep attention in float64. fairseq computes it in float32, with rounding that depends on the CPU and on padding."""
     monkeypatch.setattr(fairseq.utils, "softmax", lambda x, dim, onnx_trace=False: x.softmax(dim))
 
 
@@ -115,7 +115,7 @@ def test_a_padded_batch_equals_its_sentences_alone(
     noise = SharedNoise(model, longest=9, sentences=3, num_experts=4)
 
     def results(samples):
-        """Loss, gradients and summed statistics over batches."""
+        """Loss, gradients and statistics, summed over batches."""
         model.zero_grad()
         total, statistics = 0.0, {}
         for batch in samples:
@@ -136,7 +136,7 @@ def test_a_padded_batch_equals_its_sentences_alone(
         torch.testing.assert_close(value, alone[2][name])
 
 
-def test_more_padding_changes_no_auxiliary_loss(build_translation_model, translation_batch, dictionary):
+def test_more_padding_does_not_change_auxiliary_losses(build_translation_model, translation_batch, dictionary):
     model = build_translation_model(router="switch", jitter_eps=0.0)
     sample = translation_batch(3, 6)
     run(model, sample)
@@ -154,10 +154,10 @@ def test_more_padding_changes_no_auxiliary_loss(build_translation_model, transla
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("offload", [False, True])
-def test_checkpointed_activations_recompute_the_same_routing_and_change_no_gradient(
+def test_activation_checkpointing_recomputes_the_same_routing_and_gradients(
     build_translation_model, translation_batch, router, offload
 ):
-    """Dropout and sampling included; every second layer is dense and goes through fairseq's own wrapper."""
+    """With dropout and sampling. Every second layer is dense and uses fairseq's own wrapper."""
     plain = build_translation_model(router=router, dropout=0.2)
     checkpointed = build_translation_model(router=router, dropout=0.2, checkpoint_activations=True, offload_activations=offload)
     checkpointed.load_state_dict(plain.state_dict())
@@ -179,7 +179,7 @@ def test_checkpointed_activations_recompute_the_same_routing_and_change_no_gradi
         assert torch.equal(first, again)
 
 
-def test_the_auxiliary_loss_alone_reaches_the_router_through_a_checkpoint(build_translation_model, translation_batch):
+def test_the_auxiliary_loss_reaches_the_router_through_activation_checkpointing(build_translation_model, translation_batch):
     model = build_translation_model(router="switch", checkpoint_activations=True)
     model(**translation_batch(3, 6)["net_input"])
     sum(layer.routing.aux_losses["balance"] for layer in moe_layers(model).values()).backward()
@@ -201,7 +201,7 @@ def test_incremental_beam_search_equals_forced_decoding(build_translation_model,
             previous = torch.cat([tokens.new_tensor([[dictionary.eos()]]), tokens[:, :-1]], 1)
             logits, _ = model(source, torch.tensor([source.size(1)]), previous)
             forced = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).flatten()
-            # the generator forbids padding, which moves no other score; the last word was forced to be </s>
+            # the generator only forbids padding, which does not change other scores; the last word is forced to be </s>
             torch.testing.assert_close(hypothesis["positional_scores"], forced, rtol=1e-5, atol=1e-5)
 
 
@@ -226,7 +226,7 @@ def test_a_sentence_is_translated_the_same_in_any_batch(build_translation_model,
     dict(activation_fn="gelu", activation_dropout=0.1, moe_freq=1),
     dict(encoder_layerdrop=0.5, decoder_layerdrop=0.5),
 ], ids=lambda flags: next(iter(flags)))  # fmt: skip
-def test_fairseqs_variants_train(build_translation_model, translation_batch, router, flags):
+def test_fairseqs_model_variants_train(build_translation_model, translation_batch, router, flags):
     model = build_translation_model(router=router, **flags)
     for _ in range(10 if "encoder_layerdrop" in flags else 1):
         run(model, translation_batch(3, 6)).backward()
@@ -247,14 +247,14 @@ def test_bf16_trains_and_routes_in_float32(build_translation_model, translation_
         assert layer.experts.weight_in.grad.abs().sum() > 0
 
 
-def test_the_experts_take_fairseqs_activation_and_its_dropout(build_translation_model):
+def test_experts_use_fairseqs_activation_and_activation_dropout(build_translation_model):
     model = build_translation_model(activation_fn="gelu", activation_dropout=0.3)
     for layer in moe_layers(model).values():
         assert layer.experts.activation(torch.tensor([-1.0])).item() == pytest.approx(-0.1587, abs=1e-4)
         assert layer.experts.dropout == 0.3
 
 
-def test_a_model_is_copied_and_saved_after_a_forward(build_translation_model, translation_batch):
+def test_a_model_can_be_copied_and_saved_after_a_forward(build_translation_model, translation_batch):
     model = build_translation_model()
     sample = translation_batch(3, 6)
     run(model, sample)
