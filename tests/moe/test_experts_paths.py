@@ -149,6 +149,8 @@ def test_activations_with_parameters_and_invalid_dropout_are_refused():
         Experts(2, 3, 4, activation=torch.nn.PReLU())
     with pytest.raises(ValueError, match=r"dropout=1.5 must lie in \[0, 1\]"):
         Experts(2, 3, 4, dropout=1.5)
+    with pytest.raises(ValueError, match=r"dropout=-0.5 must lie in \[0, 1\]"):
+        Experts(2, 3, 4, dropout=-0.5)
 
 
 def test_rounded_row_counts_have_few_sizes_and_little_waste():
@@ -259,3 +261,28 @@ def test_second_derivatives_are_refused_rather_than_wrong(path):
     (grad,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("path", [feed_forward_by_expert, pytest.param(feed_forward_grouped, marks=needs_grouped_mm)])
+def test_freezing_rows_or_weights_does_not_change_the_other_gradients(path):
+    rows, weights, upstream = torch.randn(5, 8, requires_grad=True), make_weights(2, 8, 16), torch.randn(5, 8)
+    counts = [2, 3] if path is feed_forward_by_expert else torch.tensor([2, 3])
+    _, grad_rows, *grads = run(path, rows, weights, counts, F.relu, upstream)
+    frozen_rows = path(rows.detach(), weights, counts, F.relu)
+    torch.testing.assert_close(torch.autograd.grad(frozen_rows, weights, upstream), tuple(grads))
+    frozen_weights = path(rows, Weights(*(weight.detach() for weight in weights)), counts, F.relu)
+    torch.testing.assert_close(torch.autograd.grad(frozen_weights, rows, upstream), (grad_rows,))
+
+
+@pytest.mark.parametrize("activation, inner", [("relu", 24), ("swiglu", 48)])
+def test_every_width_of_the_experts_decides_whether_counts_stay_on_the_device(activation, inner, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("fairseq_sparsemixer.moe.experts.can_group", lambda device, dtype, *widths: sizes.extend(widths))
+    Experts(3, 16, 24, activation).takes_device_counts(torch.zeros(2, 16))
+    assert set(sizes) == {16, 24, inner}
+
+
+@pytest.mark.parametrize("device, capability, leaves", [("cuda", (9, 0), False), ("cuda", (10, 0), True), ("cpu", None, False)])
+def test_blackwell_leaves_the_gradients_of_idle_experts_uninitialised(device, capability, leaves, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert grouped._leaves_garbage(torch.device(device)) is leaves

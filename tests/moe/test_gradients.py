@@ -65,3 +65,18 @@ def test_all_ranks_see_an_overflow_in_one_ranks_expert():
     assert run_ranks(2, overflow_on_one_rank, float("inf")) == [False, False]
     assert run_ranks(2, overflow_on_one_rank, float("nan")) == [False, False]
     assert run_ranks(2, overflow_on_one_rank, 1.0) == [True, True]
+
+
+def finite_gradients_after_sharing():
+    """Whether sharing the overflow leaves gradients without one unchanged."""
+    model, ranks = spread_model(2)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    share_overflow(model, ranks)
+    return all(torch.equal(parameter.grad, grad) for parameter, grad in zip(model.parameters(), before))
+
+
+@pytest.mark.distributed
+def test_without_an_overflow_no_gradient_changes():
+    assert run_ranks(2, finite_gradients_after_sharing) == [True, True]

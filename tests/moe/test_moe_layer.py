@@ -162,6 +162,8 @@ def test_mismatched_shapes_are_named():
     layer = build_moe_layer("switch", 4, 6, 3)
     with pytest.raises(ValueError, match="x has width 5, but the layer was built for model_dim=4"):
         layer(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="x has width 5"):
+        layer(torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match=r"padding_mask of shape \(3, 2\) does not match x of \(2, 3, 4\)"):
         layer(torch.zeros(2, 3, 4), torch.zeros(3, 2, dtype=torch.bool))
 

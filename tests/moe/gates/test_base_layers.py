@@ -163,3 +163,11 @@ def test_up_to_two_places_per_expert_go_to_scipy_and_more_to_the_auction(tokens,
     monkeypatch.setattr(base_layers, "assign_by_scipy", lambda scores: "scipy")
     monkeypatch.setattr(base_layers, "assign_by_auction", lambda scores: "auction")
     assert assign_by_size(torch.randn(tokens, 4)) == solver
+
+
+@pytest.mark.parametrize("shift", [-1e8, 1e8])
+def test_logits_far_from_zero_keep_their_differences_within_reach_of_the_auction(shift):
+    logits = torch.randn(64, 8, dtype=torch.float64) + shift
+    near = base_layers.within_reach(logits)
+    assert near.abs().max() <= 1000 * (logits.max() - logits.min())
+    torch.testing.assert_close(near - near[0, 0], logits - logits[0, 0], rtol=0, atol=1e-6)

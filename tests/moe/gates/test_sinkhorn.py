@@ -59,3 +59,23 @@ def test_padding_does_not_affect_other_tokens_and_large_logits_stay_finite():
     assert sinkhorn(logits, padding)[padding].abs().sum() == 0
     assert sinkhorn(200 * torch.randn(12, 4)).isfinite().all()
     assert sinkhorn(logits, torch.ones(12, dtype=torch.bool)).abs().sum() == 0
+
+
+def settled_by_hand(logits):
+    """Megatron-Core's loop: row factors, then column factors, until these change by at most 1e-4 on average."""
+    kernel = [[math.exp(value) for value in row] for row in logits]
+    size, width = len(kernel), len(kernel[0])
+    column, change = [1.0] * width, math.inf
+    while change > 1e-4:
+        before = column
+        row = [1 / size / sum(v * c for v, c in zip(values, column)) for values in kernel]
+        column = [1 / width / sum(values[e] * r for values, r in zip(kernel, row)) for e in range(width)]
+        change = sum(abs(new - old) for new, old in zip(column, before)) / width
+    return [[v * c * r for v, c in zip(values, column)] for values, r in zip(kernel, row)]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_scaling_stops_where_megatron_core_stops(scale):
+    logits = scale * torch.randn(16, 4, dtype=torch.float64)
+    expected = torch.tensor(settled_by_hand(logits.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(sinkhorn(logits), expected, rtol=1e-6, atol=0)

@@ -85,3 +85,4 @@ def test_with_estimator_at_argmax_each_draws_argmax_also_uses_the_estimators_nod
 def test_defaults_are_grins_two_experts_and_heuns_third_order_method():
     gate = build_gate("sparsemixer_v2", 6, 4)
     assert (gate.top_k, gate.estimator.name) == (2, "heun3") and not hasattr(gate, "omega")
+    assert gate.estimator.first_order_argmax
