@@ -9,8 +9,8 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 # must match the registrations in moe/gates, moe/estimators.py and moe/experts.py
 ROUTERS = (
-    "dense, base, default_moe, dense_st, expert_choice, gshard, hash, noisy_topk, remoe, sinkhorn, sparsemixer,"
-    " sparsemixer_v2, switch, topk"
+    "dense, base, default_moe, dense_st, expert_choice, expert_threshold, gshard, hash, noisy_topk, remoe, sinkhorn,"
+    " sparsemixer, sparsemixer_v2, switch, topk"
 )
 ESTIMATORS = "switch, euler, midpoint, heun3, inf"
 ACTIVATIONS = "relu, gelu, silu, geglu, swiglu"

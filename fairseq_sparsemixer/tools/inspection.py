@@ -27,7 +27,8 @@ PARTS = ("generator", "encoder", "decoder")
 NO_MATRIX = re.compile(
     r"\.(embed_tokens|embed_positions|shared\.tokens|shared\.positions|embeddings\.\d+\.0|embeddings\.[1-9]\d*\.1)\.weight$|\.bias\w*$"
 )
-BUFFERS = (".version", "._float_tensor", ".balancer.bias", ".l1.value", ".average.vectors")  # suffixes of state entries that are not parameters
+STATES = (".balancer.bias", ".l1.value", ".average.vectors", ".threshold.value", ".threshold.updates")  # of gates
+BUFFERS = (".version", "._float_tensor", *STATES)  # suffixes of state entries that are not parameters
 MASKED_LM_HEAD, CLASSIFICATION_HEADS = ".lm_head.", "classification_heads."
 
 

@@ -171,6 +171,7 @@ def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
         (["--seed", str(2**70)], r"must be at least 0 and below 2\*\*63"),
         (["--num-experts", "0"], "--num-experts 0 must be at least 1"),
         (["--router", "default_moe"], "--router default_moe adds running means of the experts' outputs"),
+        (["--router", "expert_threshold"], "--router expert_threshold weighs tokens differently even if all experts are equal"),
         (["--router", "remoe"], "--router remoe weighs tokens differently even if all experts are equal"),
     ],
 )

@@ -168,6 +168,7 @@ def test_what_depends_on_loads_is_the_same_on_two_ranks(flags, five_batches):
 
 STATES = {  # of a router's gate: flags, the end of the state's name, its value before training
     "default_moe": ("--router-option default_decay=0.5", ".average.vectors", 0.0),
+    "expert_threshold": ("--router-option threshold_decay=0.5,warmup_updates=2", ".threshold.value", 0.0),
     "remoe": ("--router-option l1_coefficient=0.01", ".l1.value", 0.01),
 }
 

@@ -18,7 +18,7 @@ S, M, H, E = 64, 16, 32, 8
 ROUTERS = sorted(set(GATES) - {"base"})  # base's solvers read the scores
 PRECISIONS = ("float32", "float16", "bfloat16", "autocast")
 WAITS = {"sinkhorn": 1}  # in training: one an iteration, by which it sees that it has converged
-ROWS_UNKNOWN = {"remoe"}  # tokens have different numbers of experts: one wait, to read the number of rows
+ROWS_UNKNOWN = {"expert_threshold", "remoe"}  # tokens have different numbers of experts: one wait, to read the number of rows
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 
@@ -108,6 +108,7 @@ LAUNCHES = {  # of one layer, forward and backward; a change that needs more say
     "dense_st": 108,
     "topk": 119,
     "remoe": 126,
+    "expert_threshold": 117,
     "default_moe": 118,
     "sparsemixer": 134,
     "gshard": 159,

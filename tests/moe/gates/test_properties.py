@@ -14,7 +14,7 @@ from fairseq_sparsemixer.moe.gates import GATES, gate_options
 few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 LEAST_EXPERTS = {"gshard": 2}  # two different experts a token
 UNBOUNDED = {"remoe"}  # combine weights above one
-MAYBE_NONE = {"expert_choice", "remoe"}  # a token may get no expert
+MAYBE_NONE = {"expert_choice", "expert_threshold", "remoe"}  # a token may get no expert
 
 
 @st.composite
