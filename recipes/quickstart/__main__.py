@@ -66,7 +66,9 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--raw-dir", type=Path, help="folder with Multi30k's raw files (default: make the CLDR corpus)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/quickstart, or runs/multi30k)")
     parser.add_argument("--targets", nargs="+", choices=MANY, default=MANY, metavar="LANGUAGE", help=targets)
-    parser.add_argument("--updates", type=int, help="updates of each model (default: 400, or 3,000 for Multi30k)")
+    parser.add_argument(
+        "--updates", type=int, help="updates of each model (default: 1,000; 400 for one target, 3,000 for Multi30k)"
+    )
     parser.add_argument("--pairs", type=int, help="training pairs of the CLDR corpus (default: 64,000, or 24,000 for one target)")
     parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
@@ -135,12 +137,18 @@ def cldr(targets: Sequence[str], pairs: int, seed: int, budget: Dict[str, Any]) 
         languages, flags = ("en", targets[0]), {**one_target(targets[0]), **budget}
         return Text(f"Unicode CLDR, English-{name}", languages, read, source, 1000, {}, 4, flags)
     title = f"Unicode CLDR, English into {len(targets)} languages"
-    return Text(title, ("en", TOGETHER), read, source, 4000, {"user_defined_symbols": [*map(tag, targets)]}, 8, budget)
+    return Text(title, ("en", TOGETHER), read, source, 2000, {"user_defined_symbols": [*map(tag, targets)]}, 8, budget)
 
 
 def one_target(language: str) -> Dict[str, Any]:
-    """Flags for one target language, which gives experts less to divide: every other layer has them."""
-    return {"target-lang": language, "moe-freq": 2}
+    """Flags for one target language: a wider model, since a token needs more of it, with experts in every other layer."""
+    sides = ("encoder", "decoder")
+    width = {
+        f"{side}-{part}": size
+        for side in sides
+        for part, size in (("embed-dim", 128), ("ffn-embed-dim", 512), ("attention-heads", 4))
+    }
+    return {"target-lang": language, **width, "moe-freq": 2, "lr": 0.003, "max-update": 400}
 
 
 def write_study(options: argparse.Namespace, text: Text, path: Path) -> Study:

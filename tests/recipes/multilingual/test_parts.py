@@ -1,0 +1,141 @@
+"""SparseMixer taken apart: the router made of its parts, the plan of the study, and the effects read off it."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import recipes.multilingual
+from fairseq_sparsemixer import build_gate
+from recipes.multilingual.effects import PARTS, fit, parts_of
+from recipes.multilingual.effects import effects as effects_of
+
+FOLDER = Path(recipes.multilingual.__file__).parent
+SWITCH = dict(sampled=False, jitter_eps=math.inf, gain=1, coin=False, scale=False, balance="whole")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def user_dir():
+    """The study's user-dir, imported as fairseq does."""
+    sys.path.insert(0, str(FOLDER))
+    import sparsemixer_parts  # noqa: F401
+
+    sys.path.remove(str(FOLDER))
+
+
+def routed(router, **options):
+    """(routing, gradient of the tokens) of one training pass under fixed seeds."""
+    torch.manual_seed(0)
+    gate = build_gate(router, 8, 6, **options).train()
+    torch.manual_seed(1)
+    tokens = torch.randn(60, 8, requires_grad=True)
+    upstream = torch.randn(60, 1)
+    routing = gate(tokens)
+    (gradient,) = torch.autograd.grad((routing.combine_weight * upstream).sum() + routing.aux_losses["balance"], tokens)
+    return routing, gradient
+
+
+@pytest.mark.parametrize("router, own, parts", [
+    ("sparsemixer", {}, {}),
+    ("sparsemixer", {"gradient_estimator": "euler"}, {"coin": False}),
+    ("sparsemixer", {"jitter_eps": 0.5}, {"jitter_eps": 0.5}),
+    ("switch", {"jitter_eps": 0.0}, SWITCH),
+    ("switch", {"jitter_eps": 0.1}, {**SWITCH, "noise": 0.1}),
+])  # fmt: skip
+def test_with_all_parts_it_is_sparsemixer_and_without_any_switch(router, own, parts):
+    theirs, their_gradient = routed(router, **own)
+    ours, our_gradient = routed("sparsemixer_parts", **parts)
+    assert torch.equal(theirs.expert_index, ours.expert_index)
+    torch.testing.assert_close(theirs.combine_weight, ours.combine_weight)
+    torch.testing.assert_close(their_gradient, our_gradient)
+    assert (theirs.output_scale is None) == (ours.output_scale is None)
+
+
+def test_a_value_of_one_leaves_the_gradient_of_p():
+    plain, one = routed("sparsemixer_parts", **SWITCH), routed("sparsemixer_parts", **SWITCH, value="one")
+    torch.testing.assert_close(one[0].combine_weight, torch.ones(60, 1))
+    torch.testing.assert_close(one[1], plain[1])
+
+
+def test_a_scaled_value_is_e_times_p_in_value_and_gradient():
+    plain, scaled = routed("sparsemixer_parts", **SWITCH), routed("sparsemixer_parts", **SWITCH, value="scaled")
+    torch.testing.assert_close(scaled[0].combine_weight, 6 * plain[0].combine_weight)
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="value=two must be one of p, scaled, one"):
+        build_gate("sparsemixer_parts", 4, 2, value="two")
+
+
+class Spec:
+    """The committed study, without its data."""
+
+    def __init__(self):
+        content = yaml.safe_load((FOLDER / "study_parts.yaml").read_text())
+        self.flags = {"router": "sparsemixer_parts"}
+        self.routers = content["variants"]
+
+
+def plan():
+    """[16, 8] of -1 and 1: the eight parts as the variants set them, whether they can act or not."""
+    rows = []
+    for flags in Spec().routers.values():
+        if "router-option" in flags:
+            options = dict(pair.split("=") for pair in flags["router-option"].split(","))
+            on = [
+                options["sampled"] == "1", flags["jitter-eps"] != "inf", options["value"] == "one", options["gain"] == "2",
+                options["coin"] == "1", options["scale"] == "1", options["balance"] == "masked", options["noise"] != "0",
+            ]  # fmt: skip
+            rows.append([1 if part else -1 for part in on])
+    return np.array(rows)
+
+
+def test_the_plan_is_orthogonal_and_of_resolution_four():
+    design = plan()
+    assert design.shape == (16, 8)
+    assert np.array_equal(design.T @ design, 16 * np.eye(8))
+    for a, b in itertools.combinations(range(8), 2):
+        assert not (design.T @ (design[:, a] * design[:, b])).any()  # no part is confounded with an interaction of two
+
+
+def test_the_letters_of_a_variant_name_its_parts():
+    names = [name for name, flags in Spec().routers.items() if "router-option" in flags]
+    for name, row in zip(names, plan()):
+        assert "".join(letter for letter, on in zip("SMVGCWBN", row) if on > 0) == name.replace("none", "")
+
+
+def test_the_coin_counts_where_experts_are_sampled_and_the_balance_where_there_is_a_mask():
+    spec = Spec()
+    assert parts_of(spec, "VCBN")["coin"] is False and parts_of(spec, "VCBN")["balance"] is False
+    assert parts_of(spec, "SMVC")["coin"] is True and parts_of(spec, "MGCB")["balance"] is True
+    assert parts_of(spec, "switch") is None
+
+
+def test_effects_are_found_again_in_losses_made_of_them():
+    spec = Spec()
+    truth = dict(zip(PARTS, (-0.1, 0.05, -0.2, 0.01, 0.03, 0.0, 0.07, -0.02)))
+    runs = []
+    for seed, level in ((1, 2.0), (2, 2.5)):
+        for variant in spec.routers:
+            parts = parts_of(spec, variant)
+            if parts:
+                loss = level + sum(truth[part] for part, on in parts.items() if on)
+                runs.append({"router": variant, "seed": seed, "curve": {"updates": [50, 100], "losses": [9.0, loss]}})
+    for effect in effects_of(spec, runs, 100):
+        assert effect.mean == pytest.approx(truth[effect.part], abs=1e-9)
+        assert effect.high - effect.low == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_is_the_pooled_t_interval_of_two_groups():
+    without, having = [1.0, 1.2, 1.1, 1.5], [0.8, 0.9, 1.1]
+    design = np.array([[1.0, 0.0]] * 4 + [[1.0, 1.0]] * 3)
+    _, (mean, low, high) = fit(design, np.array(without + having))
+    pooled = (sum((x - 1.2) ** 2 for x in without) + sum((x - 14 / 15) ** 2 for x in having)) / 5
+    half = 2.570581836 * math.sqrt(pooled * (1 / 4 + 1 / 3))  # Student's t, 5 degrees of freedom
+    assert mean == pytest.approx(14 / 15 - 1.2)
+    assert (low, high) == (pytest.approx(mean - half), pytest.approx(mean + half))
