@@ -31,7 +31,7 @@ def as_arguments(flags: Dict[str, Any]) -> List[str]:
 def train_command(study: Study, run: Run, folder: Path) -> List[str]:
     """fairseq-train for one run, everything it writes below `folder`."""
     ours = {
-        "user-dir": USER_DIR,
+        "user-dir": study.user_dir or USER_DIR,
         "num-experts": run.num_experts,
         "seed": run.seed,
         "save-dir": folder / CHECKPOINTS,
@@ -47,8 +47,13 @@ def test_command(study: Study, folder: Path) -> List[str]:
     """What scores the best checkpoint of a run on the test split."""
     assert study.test is not None
     program = PROGRAMS[study.test.metric]
-    ours = {"user-dir": USER_DIR, "path": folder / BEST, "gen-subset": "test", "cpu": not torch.cuda.is_available()}
-    ours["task"] = study.flags.get("task")
+    ours = {
+        "user-dir": study.user_dir or USER_DIR,
+        "path": folder / BEST,
+        "gen-subset": "test",
+        "cpu": not torch.cuda.is_available(),
+        "task": study.flags.get("task"),
+    }
     return [program, str(study.data), *as_arguments({**ours, **study.test.flags})]
 
 

@@ -62,7 +62,7 @@ class Tune:
 
 @dataclass(frozen=True)
 class Study:
-    """See spec.py. chosen: of the models that were tuned, the chosen values, by group."""
+    """See spec.py. user_dir: fairseq's, None for this package. chosen: the values of the models that were tuned, by group."""
 
     title: str
     data: Path
@@ -74,6 +74,7 @@ class Study:
     wide: Optional[str] = None
     tune: Optional[Tune] = None
     test: Optional[Test] = None
+    user_dir: Optional[Path] = None
     chosen: Dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> List[Run]:

@@ -29,9 +29,9 @@ from fairseq_sparsemixer.tools.resume import locked
 from fairseq_sparsemixer.tools.runs import TRAIN_LOG
 from fairseq_sparsemixer.tools.study.claims import claim_all, is_finished, note_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT, executable, test_command, train_command
+from fairseq_sparsemixer.tools.study.grid import Run, Study
 from fairseq_sparsemixer.tools.study.scores import score
 from fairseq_sparsemixer.tools.study.tuning import DIVERGED, tuned, untunable
-from fairseq_sparsemixer.tools.study.grid import Run, Study
 
 REFRESH = 0.5  # seconds between two looks at a log
 LOCK = "lock"  # in the folder of a run

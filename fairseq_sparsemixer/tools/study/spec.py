@@ -21,9 +21,11 @@ test:                           # optional: how the best checkpoint of each run 
   reference: test.de            # bleu: plain text, a sentence a line
   languages: test.en            # bleu, optional: scores by language; tagged source sentences (<2de> ...), or a language a line
   flags: {beam: 5, remove-bpe: sentencepiece}
+user-dir: my_moe                # optional: a folder with routers or models of your own, as fairseq's --user-dir
 base: other.yaml                # optional: a study that this one builds on, see spec_file.py
 """
 
+from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Dict
@@ -48,7 +50,7 @@ from fairseq_sparsemixer.tools.study.spec_values import (
     listed,
 )
 
-OPTIONAL = ("wide", "tune", "test")  # keys
+OPTIONAL = ("wide", "tune", "test", "user-dir")  # keys
 OURS_IN_TEST = ("path", "user-dir", "results-path")  # of the program that scores
 
 
@@ -59,6 +61,7 @@ def read_study(path: Path) -> Study:
     variants = variants_key(content)
     known = {entry.name.replace("_", "-") for entry in fields(Study)} - {ROUTERS, "chosen"} | {variants}
     check_keys(path, "", content, known, OPTIONAL)
+    user_dir = None if content.get("user-dir") is None else _user_dir(path, content["user-dir"])  # before its routers are met
     seeds = as_integers(path, "seeds", content["seeds"])
     study = Study(
         title=" ".join(str(content["title"]).split()),
@@ -74,6 +77,7 @@ def read_study(path: Path) -> Study:
         wide=None if content.get("wide") is None else str(content["wide"]),
         tune=None if content.get("tune") is None else _tune(path, as_mapping(path, "tune", content["tune"]), seeds[0]),
         test=None if content.get("test") is None else _test(path, as_mapping(path, "test", content["test"])),
+        user_dir=user_dir,
     )
     require(path, study.routers, f"names no {variants}")
     for name in study.routers:
@@ -108,6 +112,20 @@ def check_flags(path: Path, study: Study) -> None:
             ) from None
         where = "flags" if unknown in study.flags and program == "fairseq-train" else key
         require(path, unknown is None, f"has {where}: {unknown}, and {program} has no such flag; give its whole name")
+
+
+def _user_dir(path: Path, value: Any) -> Path:
+    """Import the folder as fairseq does, so that what it registers is known."""
+    folder = as_path(path, "user-dir", value)
+    require(path, is_there(Path.is_dir, folder), f"has user-dir: {shown(value)}, and there is no folder {shown(folder)}")
+    from fairseq.utils import import_user_module  # takes seconds
+
+    try:
+        import_user_module(Namespace(user_dir=str(folder)))
+    except Exception as error:  # whatever the user's code raises
+        reason = shown(f"{type(error).__name__}: {error}", 300)
+        require(path, False, f"has user-dir: {shown(value)}, which cannot be imported ({reason})")
+    return folder
 
 
 def _check_names(path: Path, study: Study, variants: str) -> None:

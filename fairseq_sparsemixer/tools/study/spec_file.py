@@ -14,7 +14,7 @@ from fairseq_sparsemixer.tools.study.yaml_file import BadYaml, read_yaml
 
 BASE = "base"
 VARIANTS, ROUTERS = "variants", "routers"  # two names of one key
-TEST_FILES = ("reference", "languages")  # keys of `test`
+PATHS, TEST_FILES = ("data", "user-dir"), ("reference", "languages")  # keys of a study and of its `test`
 SHOWN = 100  # characters of a value in a message
 
 
@@ -87,7 +87,7 @@ def _absolute(path: Path, content: Dict[str, Any]) -> Dict[str, Any]:
     def beside(value: Any) -> Any:
         return os.path.join(os.path.realpath(path.parent), value) if isinstance(value, str) else value
 
-    content = {**content, **({"data": beside(content["data"])} if "data" in content else {})}
+    content = {**content, **{key: beside(content[key]) for key in PATHS if key in content}}
     if isinstance(content.get("test"), dict):
         files = {key: beside(content["test"][key]) for key in TEST_FILES if key in content["test"]}
         content["test"] = {**content["test"], **files}

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.study.commands import test_command as score_command  # a name that pytest does not collect
+from fairseq_sparsemixer.tools.study.commands import train_command
 from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
 
 GOOD = {
@@ -200,6 +202,40 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     for name in ("pipe", "x" * 300, "y" * 5000, ".", "a\0b"):
         with pytest.raises(ConfigurationError, match="the study .* cannot be read"):
             read_study(tmp_path / name)
+
+
+USER_DIR = """
+from fairseq_sparsemixer.moe.gates import register_gate
+from fairseq_sparsemixer.moe.gates.switch import SwitchGate
+
+@register_gate("of_a_study")
+class OfAStudy(SwitchGate):
+    pass
+"""
+
+
+def test_a_user_dir_brings_its_routers(spec, tmp_path):
+    (tmp_path / "moe_of_a_study").mkdir()
+    (tmp_path / "moe_of_a_study" / "__init__.py").write_text(USER_DIR)
+    routers = {"switch": {"router": "switch"}, "own": {"router": "of_a_study"}}
+    with pytest.raises(ConfigurationError, match="--router of_a_study is unknown"):
+        read_study(spec(routers=routers))
+    path = spec(routers=routers, user_dir="moe_of_a_study", test={"metric": "perplexity"})
+    study = read_study(path)
+    check_flags(path, study)
+    for command in (train_command(study, study.runs()[0], tmp_path), score_command(study, tmp_path)):
+        assert command[command.index("--user-dir") + 1] == str((tmp_path / "moe_of_a_study").resolve())
+
+
+@pytest.mark.parametrize("name, complaint", [
+    ("nowhere", "has user-dir: nowhere, and there is no folder"),
+    ("broken_of_a_study", r"has user-dir: broken_of_a_study, which cannot be imported \(ValueError: not today\)"),
+])  # fmt: skip
+def test_a_user_dir_that_cannot_be_imported_is_refused(spec, tmp_path, name, complaint):
+    (tmp_path / "broken_of_a_study").mkdir()
+    (tmp_path / "broken_of_a_study" / "__init__.py").write_text("raise ValueError('not today')")
+    with pytest.raises(ConfigurationError, match=complaint):
+        read_study(spec(user_dir=name))
 
 
 def test_keys_may_be_merged(spec):
