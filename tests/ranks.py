@@ -1,6 +1,6 @@
-"""Real ranks for tests: W processes with a gloo group between them, forked from a server that has imported everything.
+"""Real ranks for tests: W processes in a gloo group, forked from a server that has imported everything.
 
-A rank costs milliseconds instead of the seconds that torch and fairseq take to import, and a hung one is killed.
+Starting a rank takes milliseconds instead of the seconds to import torch and fairseq, and a hung rank is killed.
 """
 
 import multiprocessing
@@ -24,13 +24,13 @@ _context.set_forkserver_preload(["pytest", "torch", "fairseq_cli.train", "fairse
 
 
 class Rank:
-    """One rank under way."""
+    """A running rank."""
 
     def __init__(self, process: multiprocessing.Process, connection: Connection):
         self.process, self.connection = process, connection
 
     def result(self) -> Any:
-        """What the function returned. Raises AssertionError with the rank's traceback when it failed, or its exit status."""
+        """The function's result. Raises AssertionError with the rank's traceback or exit status if it failed."""
         try:
             failed, value = pickle.loads(self.connection.recv_bytes())
         except EOFError:
@@ -40,12 +40,12 @@ class Rank:
         return value
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send this rank a signal; by default it dies on the spot."""
+        """Send this rank a signal; the default kills it immediately."""
         os.kill(self.process.pid, number)
 
 
 def start_ranks(world_size: int, function: Callable, *args: Any, group: bool = True) -> List[Rank]:
-    """Start function(*args) on W ranks; with `group`, torch.distributed is ready when it is called."""
+    """Start function(*args) on W ranks; with `group`, torch.distributed is initialised first."""
     meeting = tempfile.mktemp(prefix="ranks-")
     ranks = []
     for rank in range(world_size):
@@ -61,13 +61,13 @@ def start_ranks(world_size: int, function: Callable, *args: Any, group: bool = T
 
 
 def run_ranks(world_size: int, function: Callable, *args: Any, group: bool = True, deadline: float = 120) -> List[Any]:
-    """The results of function(*args) on W ranks. Raises AssertionError when one fails, or none may finish: a deadlock."""
+    """The results of function(*args) on W ranks. Raises AssertionError if a rank fails, or at the deadline: a deadlock."""
     ranks = start_ranks(world_size, function, *args, group=group)
     return collect(ranks, deadline)
 
 
 def collect(ranks: List[Rank], deadline: float) -> List[Any]:
-    """The results of all ranks, within `deadline` seconds; see run_ranks."""
+    """The results of all ranks; `deadline` in seconds; see run_ranks."""
     end = time.monotonic() + deadline
     results = {}
     try:
@@ -85,19 +85,19 @@ def collect(ranks: List[Rank], deadline: float) -> List[Any]:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
+    """A TCP port that is currently unused."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def meeting_place() -> str:
-    """A URL where ranks can find each other, as `launch` gives them one."""
+    """A rendezvous URL for ranks, like that of `launch`."""
     return f"file://{tempfile.mktemp(prefix='ranks-')}"
 
 
 def rank_number() -> int:
-    """This process's rank, also before there is a group."""
+    """This process's rank, also before the group is initialised."""
     return int(multiprocessing.current_process().name.split()[-1])
 
 
@@ -111,7 +111,7 @@ def _serve(rank: int, world_size: int, meeting: str, connection: Connection, fun
             )
         answer = False, function(*args)
         if meeting:
-            dist.barrier()  # nobody leaves while another still talks to it
+            dist.barrier()  # no rank exits while another still communicates with it
     except BaseException:
         answer = True, traceback.format_exc()
     connection.send_bytes(pickle.dumps(answer))

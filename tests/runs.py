@@ -1,4 +1,4 @@
-"""Training runs for tests of what fairseq's own commands do: a tiny translation corpus, fairseq-train in this process."""
+"""Training runs for tests of fairseq's own commands: a tiny translation corpus, and fairseq-train in this process."""
 
 import random
 import sys
@@ -18,7 +18,7 @@ EXPERTS = "--num-experts 4 --moe-freq 1 --router switch --jitter-eps 0".split()
 
 
 def make_corpus(folder: Path, sentences: int = 64) -> Path:
-    """Binarised translation data of random words in folder/bin, a `train` and a `valid` part."""
+    """Binarise translation data of random words into folder/bin, with splits `train` and `valid`."""
     from fairseq_cli import preprocess
 
     draw = random.Random(1)
@@ -35,13 +35,13 @@ def make_corpus(folder: Path, sentences: int = 64) -> Path:
 
 @contextmanager
 def arguments(*words) -> Iterator[None]:
-    """For this while, the command line of the process."""
+    """Set the command line of the process while the context is open."""
     with patch.object(sys, "argv", ["fairseq", *map(str, words)]):
         yield
 
 
 def run(main, *words) -> None:
-    """A fairseq command in this process."""
+    """Run a fairseq command in this process."""
     with arguments(*words):
         main()
 
@@ -49,9 +49,9 @@ def run(main, *words) -> None:
 def train(
     data: Path, save_dir: Path, *flags, updates: int, ranks: int = 1, rank: int = 0, port: int = 0, moe: bool = True
 ) -> List[float]:
-    """fairseq-train up to that number of updates; the loss of each update this run made, as fairseq logs it.
+    """Run fairseq-train up to `updates` updates. Returns the loss of each update of this run, as logged by fairseq.
 
-    moe: False for a model of fairseq's own, which has no flags for experts.
+    moe: False for fairseq's own models, which have no flags for experts.
     """
     import fairseq_cli.train
     from fairseq import checkpoint_utils
@@ -59,7 +59,7 @@ def train(
 
     import fairseq_sparsemixer
 
-    checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects a process to train once
+    checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once per process
     losses: List[float] = []
     distributed = []
     if ranks > 1:
@@ -84,12 +84,12 @@ def train(
 
 
 def initialised(state: Dict[str, Any]) -> Dict[str, Any]:
-    """A model's state without the buffer that fairseq 0.12.2 leaves as it finds the memory, and reads the type of alone."""
+    """A model's state without the buffer that fairseq 0.12.2 leaves uninitialised, because it uses only its dtype."""
     return {name: value for name, value in state.items() if not name.endswith("._float_tensor")}
 
 
 def generate(data: Path, checkpoint: Path, results: Path) -> List[str]:
-    """fairseq-generate on the `valid` part; each line is a hypothesis with its score and number."""
+    """Run fairseq-generate on `valid`. Returns the lines of hypotheses, with score and number."""
     from fairseq_cli import generate
 
     import fairseq_sparsemixer

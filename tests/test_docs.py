@@ -1,4 +1,4 @@
-"""The Markdown of the repository: links lead somewhere, and programs understand the command lines."""
+"""The repository's Markdown: links have targets, and programs can parse the command lines."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ PARSERS = {
     "fairseq-eval-lm": options.get_eval_lm_parser,
     "fairseq-validate": options.get_validation_parser,
 }
-MODELS = {"fairseq-train": ["--arch", "transformer_moe"]}  # where a command is abbreviated
+MODELS = {"fairseq-train": ["--arch", "transformer_moe"]}  # for abbreviated commands
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
@@ -37,7 +37,7 @@ def prose(page):
 
 
 def anchors(page):
-    """What GitHub makes of the page's headings."""
+    """The anchors that GitHub makes from the page's headings."""
     found = []
     for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", TEXT[page]), re.M):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -47,7 +47,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_within_the_repository_lead_somewhere(page):
+def test_links_within_the_repository_have_targets(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", TEXT[page])):
         if re.match(r"https?:", link):
             continue
@@ -58,21 +58,21 @@ def test_links_within_the_repository_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_of_the_documentation_is_in_its_index():
+def test_every_documentation_page_is_in_the_index():
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / link.split("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", TEXT[index])}
     assert {page for page in PAGES if page.parent == index.parent} <= linked | {index}
 
 
 def command_lines(page):
-    """The lines of a page's shell commands, fenced or indented, continued ones put together."""
+    """The lines of a page's shell commands, fenced or indented, with continued lines joined."""
     fenced = [code for language, code in FENCE.findall(TEXT[page]) if language in ("bash", "")]
     indented = re.findall(r"(?:^    .*\n)+", FENCE.sub("", TEXT[page]), re.M)
     return [line.strip().lstrip("$ ") for code in fenced + indented for line in re.sub(r"\\\n", " ", code).splitlines()]
 
 
 def programs():
-    """(page, program, its words) for each command line that names a program of ours or of fairseq's."""
+    """(page, program, *words) for each command line with one of our programs or fairseq's."""
     found = []
     for page in PAGES:
         for line in command_lines(page):
@@ -88,13 +88,13 @@ def programs():
 
 
 def arguments_of(program, words):
-    """A program's words behind what starts it (torchrun, srun, launch)."""
+    """A program's arguments, without a launcher such as torchrun, srun or launch."""
     place = max(place for place, word in enumerate(words) if word == program)
     return words[place + 1 :]
 
 
 @pytest.mark.parametrize("command", programs(), ids=" ".join)
-def test_a_command_line_is_understood(command):
+def test_a_command_line_can_be_parsed(command):
     page, *words = command
     if "--report-mcc" in words and not TASKS["CoLA"].has_score():
         pytest.skip("this fairseq has no --report-mcc, as docs/tasks.md says")
@@ -107,7 +107,7 @@ def test_a_command_line_is_understood(command):
     for program in sorted(PARSERS):
         if program in words:
             arguments = arguments_of(program, words)
-            if "--user-dir" in arguments:  # ours is imported; a folder of the page's own is not there
+            if "--user-dir" in arguments:  # ours is imported already; the page's own folder does not exist
                 place = arguments.index("--user-dir")
                 if arguments[place + 1] != "USER_DIR":
                     return

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import pytest
 from fairseq_sparsemixer.files import overwritten, write_whole
 
 
-def test_the_old_text_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_the_old_text_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
     write_whole(path, "old")
 
@@ -25,7 +25,7 @@ def test_the_old_text_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_a_link_stays_one_and_what_it_names_gets_the_text(tmp_path):
+def test_a_link_is_kept_and_its_target_is_written(tmp_path):
     kept, link = tmp_path / "elsewhere" / "kept.json", tmp_path / "link.json"
     kept.parent.mkdir()
     link.symlink_to(kept)
@@ -33,14 +33,14 @@ def test_a_link_stays_one_and_what_it_names_gets_the_text(tmp_path):
     assert link.is_symlink() and kept.read_text() == "text" and os.listdir(kept.parent) == ["kept.json"]
 
 
-def test_a_device_is_written_to_and_a_full_one_is_an_error():
+def test_a_device_can_be_written_and_a_full_one_is_an_error():
     write_whole(Path("/dev/null"), "text")
     with pytest.raises(OSError, match="No space left"):
         write_whole(Path("/dev/full"), "text")
     assert Path("/dev/null").is_char_device() and Path("/dev/full").is_char_device()
 
 
-def test_a_pipe_is_written_to_where_it_is_read_and_is_an_error_where_not(tmp_path):
+def test_a_pipe_can_be_written_if_it_has_a_reader_and_is_an_error_otherwise(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(OSError, match="No such device"):
@@ -50,14 +50,14 @@ def test_a_pipe_is_written_to_where_it_is_read_and_is_an_error_where_not(tmp_pat
     assert os.read(reader, 100) == b"text" and pipe.is_fifo()
 
 
-def test_writers_that_overlap_leave_one_whole_text(tmp_path):
+def test_concurrent_writers_leave_one_complete_text(tmp_path):
     texts = [str(number) * 10_000 for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: write_whole(tmp_path / "figures.json", text), texts * 5))
     assert (tmp_path / "figures.json").read_text() in texts and os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_a_file_under_another_name_counts_as_overwritten(tmp_path):
+def test_a_file_with_another_name_counts_as_overwritten(tmp_path):
     source, other = tmp_path / "in.pt", tmp_path / "other.pt"
     source.write_text("in")
     other.write_text("other")

@@ -1,4 +1,4 @@
-"""Imports run one way only, between packages and within the seconds that a command may take."""
+"""Imports: one direction between packages, and no heavy libraries in light commands."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ from fairseq_sparsemixer import options
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fairseq_sparsemixer"
-SHARED = {"errors", "files", "names", "options", "ranges"}  # modules beside the packages, which import none of them
-MAY_IMPORT = {  # besides itself and SHARED
+SHARED = {"errors", "files", "names", "options", "ranges"}  # modules next to the packages, which import none of them
+MAY_IMPORT = {  # in addition to itself and SHARED
     "moe": set(),
     "criterions": {"moe"},
     "plugin": {"moe", "criterions"},
@@ -29,7 +29,7 @@ def modules(package: str):
 
 
 def imported(tree: ast.AST):
-    """The dotted names that a module imports, anywhere in it."""
+    """The dotted names that a module imports anywhere."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -38,7 +38,7 @@ def imported(tree: ast.AST):
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
-def test_a_package_imports_only_those_above_it(package):
+def test_a_package_imports_only_allowed_packages(package):
     found = modules(package)
     assert found
     for path, tree in found:
@@ -48,19 +48,19 @@ def test_a_package_imports_only_those_above_it(package):
 
 
 @pytest.mark.parametrize("name", sorted(SHARED))
-def test_what_all_share_needs_none_of_them(name):
+def test_shared_modules_import_no_package(name):
     tree = ast.parse((ROOT / PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     others = {other for other in imported(tree) if other.startswith(PACKAGE) or other.split(".")[0] in ("torch", "fairseq")}
     assert others <= {f"{PACKAGE}.errors"}
 
 
-def test_the_core_names_no_fairseq():
+def test_the_core_does_not_import_fairseq():
     for path, tree in modules("moe"):
         assert not [name for name in imported(tree) if name.split(".")[0] in ("fairseq", "fairseq_cli")], path
 
 
 def python(program: str) -> str:
-    """What a program prints, in a Python of its own."""
+    """The output of a program in a new Python process."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -88,7 +88,7 @@ except SystemExit as done:
     assert python(program).splitlines()[-1] == "loaded:"
 
 
-def test_the_package_alone_loads_nothing():
+def test_importing_the_package_loads_no_library():
     assert python(f"import sys, fairseq_sparsemixer\n{HEAVY}") == "loaded:"
 
 
@@ -113,20 +113,20 @@ print("registered")
     "import fairseq_sparsemixer, importlib.util; importlib.util.find_spec('fairseq'); import fairseq",
     "from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint",
 ])  # fmt: skip
-def test_everything_is_registered_in_whatever_order(first):
+def test_everything_is_registered_in_any_import_order(first):
     assert python(first + "\n" + REGISTERED) == "registered"
 
 
 @pytest.mark.parametrize("name", sorted(fairseq_sparsemixer.__all__))
-def test_public_names_are_there(name):
+def test_public_names_exist(name):
     assert getattr(fairseq_sparsemixer, name) is not None
 
 
-def test_sharding_answers_to_its_former_name():
+def test_the_former_name_of_shard_experts_still_works():
     assert fairseq_sparsemixer.spread_experts is fairseq_sparsemixer.shard_experts
 
 
-def test_help_texts_name_all_that_is_registered():
+def test_help_texts_list_everything_registered():
     from fairseq_sparsemixer.moe.estimators import ESTIMATORS
     from fairseq_sparsemixer.moe.experts import ACTIVATIONS, GATED_ACTIVATIONS
     from fairseq_sparsemixer.moe.gates import DENSE, registry
@@ -137,7 +137,7 @@ def test_help_texts_name_all_that_is_registered():
     assert options.ACTIVATIONS == ", ".join([*ACTIVATIONS, *GATED_ACTIVATIONS])
 
 
-def test_the_flags_of_fidelity_are_those_of_its_tools():
+def test_the_flags_of_fidelity_match_its_tools():
     from fairseq_sparsemixer.cli import fidelity
     from fairseq_sparsemixer.tools.fidelity.losses import LOSSES, STEP
     from fairseq_sparsemixer.tools.fidelity.methods import METHODS
@@ -145,10 +145,10 @@ def test_the_flags_of_fidelity_are_those_of_its_tools():
 
     assert list(fidelity.LOSSES) == list(LOSSES)
     assert fidelity.METHODS.split(",") == list(dict.fromkeys(method.name for method in METHODS))
-    assert (STEP, SYNTHETIC_TOKENS, TRAINED_TOKENS) == (2, 16, 64)  # as its help says
+    assert (STEP, SYNTHETIC_TOKENS, TRAINED_TOKENS) == (2, 16, 64)  # as in its help text
 
 
-def test_flags_of_options_are_those_that_fairseq_makes():
+def test_our_flags_equal_those_generated_by_fairseq():
     from argparse import ArgumentParser
 
     from fairseq.dataclass import FairseqDataclass

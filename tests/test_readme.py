@@ -1,4 +1,4 @@
-"""What the README says is run: its commands and its Python; its figures are those of the results. Its links: test_docs.py."""
+"""Runs the README's commands and Python, and compares its figures with the results. Links: test_docs.py."""
 
 import logging
 import os
@@ -20,12 +20,12 @@ SMALL = (
 
 
 def blocks(language):
-    """The code blocks of a language."""
+    """The code blocks in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
 
 
 def commands(program):
-    """The words of the README's shell commands that start with a program, variables filled in."""
+    """The words of the README's shell commands for a program, with variables substituted."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").replace("$USER_DIR", str(ROOT / "fairseq_sparsemixer")).splitlines()
     found = [words for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == [program]]
     assert found, f"the README has no {program} command"
@@ -37,7 +37,7 @@ def test_make_targets_exist_and_install_first(target):
     outside = {
         name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
     }
-    plan = subprocess.run(  # `make test` runs this, too, and a make within a make speaks of itself
+    plan = subprocess.run(  # `make test` also runs this test, and a nested make prints messages about itself
         ["make", "--no-print-directory", "--dry-run", target], cwd=ROOT, env=outside, capture_output=True, text=True
     )
     assert plan.returncode == 0, plan.stderr
@@ -45,19 +45,19 @@ def test_make_targets_exist_and_install_first(target):
 
 
 def run_as_script(monkeypatch, entry_point, words):
-    """A console script's function, called with the words of a command."""
+    """Call a console script's function with the words of a command."""
     monkeypatch.setattr(sys, "argv", words)
     entry_point()
 
 
-def test_the_commands_for_ones_own_data_train_translate_and_plot(monkeypatch, tmp_path, capsys, caplog):
+def test_the_commands_train_translate_and_plot(monkeypatch, tmp_path, capsys, caplog):
     from fairseq import checkpoint_utils
     from fairseq_cli import generate, preprocess, train
 
     from fairseq_sparsemixer.cli import main
 
-    caplog.set_level(logging.INFO)  # as fairseq's scripts have it, where no test runner was first: train.log needs it
-    checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once in a process
+    caplog.set_level(logging.INFO)  # the level in fairseq's scripts without a test runner; needed for train.log
+    checkpoint_utils.save_checkpoint.__dict__.pop("best", None)  # fairseq expects to train once per process
     monkeypatch.chdir(tmp_path)
     os.mkdir("corpus")
     os.mkdir("run")
@@ -70,23 +70,23 @@ def test_the_commands_for_ones_own_data_train_translate_and_plot(monkeypatch, tm
     (words,) = commands("fairseq-generate")
     run_as_script(monkeypatch, generate.cli_main, words[: words.index(">")] + ["--cpu", "--num-workers", "0"])
     translated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("H-")]
-    assert len(translated) == 9  # a multiple of 8 and one: none is dropped
+    assert len(translated) == 9  # not a multiple of 8, and no sentence is dropped
     (words,) = commands("fairseq-sparsemixer")
     assert main(words[1:]) == 0
     assert Path("run", "valid_loss.png").is_file()
 
 
-def test_the_python_runs():
+def test_the_python_code_runs():
     for code in blocks("python"):
         exec(code, {})
 
 
 def cells(text):
-    """The cells of each table row, without spaces around them."""
+    """The cells of each table row, stripped."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_results_are_those_of_the_study():
+def test_results_match_the_study():
     study = ROOT / "recipes" / "multi30k_en_de" / "results" / "routers" / "results.md"
     measured = {(row[0], row[1]): row for row in cells(study.read_text(encoding="utf-8"))}
     shown = cells(README[README.index("\n## Results\n") : README.index("\n## Speed\n")])[2:]

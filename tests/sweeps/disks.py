@@ -1,4 +1,4 @@
-"""A small file system in memory, which can be filled, emptied, and made read-only."""
+"""A small in-memory file system that can be filled, emptied and made read-only."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ FILLER = "filler"
 
 @contextmanager
 def small_disk(place: Path, mebibytes: int) -> Iterator[Path]:
-    """A new file system of that size there; skips the test where this process may mount none."""
+    """Mount a new file system of this size at `place`; skips the test if this process cannot mount."""
     place.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(place)], capture_output=True, text=True
@@ -27,7 +27,7 @@ def small_disk(place: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def leave_free(disk: Path, size: int) -> None:
-    """Fill it but for about that many bytes."""
+    """Fill the disk up to about `size` free bytes."""
     filler = disk / FILLER
     filler.unlink(missing_ok=True)
     about = os.statvfs(disk)
@@ -39,7 +39,7 @@ def leave_free(disk: Path, size: int) -> None:
 
 @contextmanager
 def read_only(disk: Path) -> Iterator[None]:
-    """For this while nothing can be written to it."""
+    """Make the disk read-only while the context is open."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:
         yield

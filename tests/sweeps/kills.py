@@ -1,4 +1,4 @@
-"""Trainings of one or two ranks that are killed: at the n-th thing they do to a file of their --save-dir, or at a random time."""
+"""Training runs of one or two ranks that are killed at their n-th operation on a file in --save-dir, or at a random time."""
 
 import os
 import random
@@ -29,15 +29,15 @@ FLAGS = [
     "--keep-best-checkpoints", "2", "--collective-timeout", "15",
 ]  # fmt: skip
 ENDLESS = 100_000  # updates
-PATIENCE = 120  # seconds: only what hangs takes so long
+PATIENCE = 120  # seconds; only a hung process takes longer
 OWN_NAME = re.compile(r"checkpoint(\d+|_\d+_\d+|_last|_best|\.best_loss_[\d.]+)(-rank-\d)?\.pt")
 HALF = re.compile(r"checkpoint.*\.pt(\.staged)?(\.\d+-[0-9a-f]+\.tmp)?")
 
 
 class Fate(NamedTuple):
-    """Which rank is killed, at which of its file operations, before or after that; together: the other rank in the same moment.
+    """The rank to kill, and the file operation before or after which to kill it. together: also kill the other rank then.
 
-    operation: None for a kill from outside, `delay` seconds after the start.
+    operation: None to kill it from outside, `delay` seconds after the start.
     """
 
     victim: int
@@ -48,7 +48,7 @@ class Fate(NamedTuple):
 
     @classmethod
     def draw(cls, draw: random.Random, ranks: int, writers: int, operations: int, seconds: float) -> "Fate":
-        """Three of four are aimed at the files, which the first `writers` ranks write; operations, seconds: how many to try."""
+        """A random Fate: three of four at a file operation of the first `writers` ranks. operations, seconds: upper limits."""
         aimed = draw.random() < 0.75
         operation = draw.randrange(1, operations + 1) if aimed else None
         victim = draw.randrange(writers if aimed else ranks)
@@ -60,7 +60,7 @@ class Fate(NamedTuple):
 
 
 class _Counter:
-    """Counts the operations on the folder, and meets the fate."""
+    """Counts file operations in the folder, and kills the process at that of `fate`."""
 
     def __init__(self, fate: Fate, folder: Path, pids: Path):
         self.fate, self.folder, self.pids, self.count = fate, os.path.realpath(folder), pids, 0
@@ -77,7 +77,7 @@ class _Counter:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, name: str, function: Callable, place: Callable) -> Callable:
-        """The function; place(its arguments) is the file. What has half a state stops there, where it is killed after it."""
+        """`function`, counted; place(*arguments) is its file. A kill after a save or copy leaves half of the file."""
 
         def counted(*arguments: Any, **options: Any) -> Any:
             where = place(*arguments)
@@ -98,7 +98,7 @@ class _Counter:
         return counted
 
 
-OPERATIONS = {  # what the file is, of the arguments
+OPERATIONS = {  # the file among a function's arguments
     (os, "replace"): lambda source, target: target,
     (os, "fsync"): lambda descriptor: descriptor,
     (os, "remove"): lambda path: path,
@@ -109,7 +109,7 @@ OPERATIONS = {  # what the file is, of the arguments
 
 @contextmanager
 def met(fate: Optional[Fate], folder: Path, pids: Path) -> Iterator[None]:
-    """For this while, the fate is on its way."""
+    """Apply the fate, if it is at a file operation, while the context is open."""
     with ExitStack() as patches:
         if fate is not None and fate.operation is not None:
             counter = _Counter(fate, folder, pids)
@@ -119,14 +119,14 @@ def met(fate: Optional[Fate], folder: Path, pids: Path) -> Iterator[None]:
 
 
 def kill_all(pids: Path) -> None:
-    """SIGKILL to the ranks that are noted there, but not to this process."""
+    """Send SIGKILL to the ranks noted in the folder, except this process."""
     for note in pids.glob("rank*"):
         if int(note.read_text()) != os.getpid():
             os.kill(int(note.read_text()), signal.SIGKILL)
 
 
 def train_rank(data: Path, save_dir: Path, place: Path, ranks: int, meeting: str, fate: Optional[Fate], *flags: str) -> str:
-    """How fairseq-train ends on this rank: "done", or a sentence. place: the folder of its output, and of the ranks' numbers."""
+    """Run fairseq-train on this rank. Returns "done" or its error. place: folder for the output and the ranks' process ids."""
     import fairseq_cli.train
 
     rank = rank_number() if ranks > 1 else 0
@@ -145,14 +145,14 @@ def train_rank(data: Path, save_dir: Path, place: Path, ranks: int, meeting: str
 
 
 def start(data: Path, save_dir: Path, place: Path, ranks: int, *flags: str, fate: Optional[Fate] = None) -> List[Rank]:
-    """Start fairseq-train on that many ranks."""
+    """Start fairseq-train on `ranks` ranks."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     return start_ranks(ranks, train_rank, data, save_dir, place, ranks, meeting_place(), fate, *flags, group=False)
 
 
 def meet(fate: Fate, ranks: List[Rank], place: Path) -> List[str]:
-    """Wait for the kill, or do it. What the ranks that are left end with."""
+    """Wait for the kill, or do it. Returns how the remaining ranks end."""
     if fate.operation is None:
         time.sleep(fate.delay)
         for rank in ranks if fate.together else [ranks[fate.victim]]:
@@ -169,22 +169,22 @@ def meet(fate: Fate, ranks: List[Rank], place: Path) -> List[str]:
 
 
 def output(place: Path) -> str:
-    """Of all ranks."""
+    """The output of all ranks."""
     return "".join(path.read_text(errors="replace") for path in sorted(place.glob("output*")))
 
 
 @dataclass
 class Found:
-    """A folder after a kill: updates behind its last checkpoint (0: none), and what is wrong with it."""
+    """A folder after a kill: the updates of its last checkpoint (0: none), and its faults."""
 
     updates: int
     faults: List[str]
 
 
 def examine(folder: Path, size: int, copy: Path) -> Found:
-    """Every checkpoint is whole, and the last one, after what the next run does to a set half replaced, is of one save.
+    """Check that every checkpoint is complete, and that the last one, once the next run has finished it, is from one save.
 
-    size: files of a checkpoint. That is done in `copy`: the folder itself is left for the next run.
+    size: files per checkpoint. Works in `copy`, so that the folder itself is left for the next run.
     """
     faults = [fault for path in sorted(folder.glob("checkpoint*.pt")) for fault in faults_of(path)]
     if faults:
@@ -206,7 +206,7 @@ def examine(folder: Path, size: int, copy: Path) -> Found:
 
 
 def faults_of(path: Path) -> List[str]:
-    """What is wrong with a file: torch verifies no checksum, so these are read, too."""
+    """The faults of a file, including wrong checksums, which torch does not verify."""
     try:
         damaged = zipfile.ZipFile(path).testzip()
         read_checkpoint(str(path))
@@ -221,7 +221,7 @@ def leftovers(folder: Path, own: List[str]) -> List[str]:
 
 
 def surplus(folder: Path, ranks_of_file: int) -> List[str]:
-    """Kinds of checkpoints of which there are more than the flags keep, or of which a rank's file is missing."""
+    """Kinds of checkpoints with more files than the flags keep, or with a missing rank file."""
     found = [OWN_NAME.fullmatch(path.name) for path in folder.iterdir()]
     kinds = {"updates": r"_\d+_\d+", "epochs": r"\d+", "best": r"\.best.*"}
     faults = []
@@ -234,5 +234,5 @@ def surplus(folder: Path, ranks_of_file: int) -> List[str]:
 
 
 def half_files(folder: Path) -> List[str]:
-    """Those that the product has not given their names."""
+    """Unfinished checkpoint files, which have not been renamed."""
     return [path.name for path in folder.iterdir() if HALF.fullmatch(path.name) and not OWN_NAME.fullmatch(path.name)]

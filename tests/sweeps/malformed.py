@@ -1,7 +1,7 @@
-"""Malformed inputs, generated from what the programs accept: flags, paths, checkpoints, study specs, TSV files, logs.
+"""Malformed inputs, generated from valid ones: flags, paths, checkpoints, study specs, TSV files, logs.
 
-Each Case is a command line of `fairseq-sparsemixer` that must end non-zero with one sentence, or, where `may_pass`, may also
-succeed: a damaged byte can leave a file readable, and 0 is a good seed.
+Each Case is a command line of `fairseq-sparsemixer` that must fail with a one-line error or, with `may_pass`, may also
+succeed: a file with a damaged byte may be readable, and 0 is a valid seed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ INFINITY_IS_A_VALUE = {("fidelity", "--jitter-eps"), ("upcycle", "--jitter-eps")
 
 
 class Case(NamedTuple):
-    """What to run, words of which one must be in the message, and whether success is an answer, too."""
+    """The arguments, the words of which the message must contain one, and whether success is allowed."""
 
     name: str
     arguments: List[str]
@@ -34,9 +34,9 @@ class Case(NamedTuple):
 
 
 def number_flags(commands: Dict[str, List[str]]) -> Iterator[Case]:
-    """Every number flag of every command, with what is not a number, no finite number, or an extreme one.
+    """Every numeric flag of every command with values that are not a number, not finite, or extreme.
 
-    commands: for each command, arguments with which it succeeds.
+    commands: valid arguments for each command.
     """
     parsers = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
     for command, arguments in commands.items():
@@ -59,9 +59,9 @@ def number_flags(commands: Dict[str, List[str]]) -> Iterator[Case]:
 
 
 def paths(commands: Dict[str, List[str]], files: Dict[str, List[str]], folder: Path) -> Iterator[Case]:
-    """Every input file of every command replaced by what is no such file.
+    """Every input file of every command replaced by something that is not such a file.
 
-    files: for each command, those of its arguments that are files to read.
+    files: for each command, its arguments that are input files.
     """
     (folder / "empty").write_bytes(b"")
     (folder / "junk").write_bytes(random.Random(1).randbytes(4096))
@@ -86,7 +86,7 @@ def paths(commands: Dict[str, List[str]], files: Dict[str, List[str]], folder: P
 
 
 def full_device(path: Path) -> str:
-    """A device that takes no byte. Root, who could replace the machine's own, gets one to lose."""
+    """A device that is always full. Root could replace /dev/full, so it gets a separate device."""
     if os.access("/dev", os.W_OK):
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 7))
         return str(path)
@@ -94,9 +94,9 @@ def full_device(path: Path) -> str:
 
 
 def outputs(commands: Dict[str, List[str]], flags: Dict[str, List[str]], folder: Path) -> Iterator[Case]:
-    """Every output of every command sent where nothing can be written.
+    """Every output of every command directed to a place that cannot be written.
 
-    flags: for each command, its output flags; "" stands for the last word of its arguments.
+    flags: for each command, its output flags; "" stands for its last argument.
     """
     (folder / "a file").write_text("mine\n")
     (folder / "full folder").mkdir()
@@ -113,7 +113,7 @@ def outputs(commands: Dict[str, List[str]], flags: Dict[str, List[str]], folder:
                 "",
             ):
                 if target == full and command == "upcycle" and flag:
-                    continue  # a device fails when it is written, when OUT is whole
+                    continue  # writing to the device fails only after OUT is complete
                 path = target if target.startswith("/") or not target else str(folder / target)
                 changed = [*arguments[:-1], path] if flag == "" else [*arguments, f"{flag}={path}"]
                 yield Case(
@@ -127,7 +127,7 @@ def outputs(commands: Dict[str, List[str]], flags: Dict[str, List[str]], folder:
 def checkpoints(good: Path, folder: Path, commands: Dict[str, List[str]], count: int) -> Iterator[Case]:
     """Damaged checkpoints for every command that reads one; `good` in its arguments is replaced.
 
-    Each is cut, has bytes changed, or holds values of wrong types at a random place, under a fixed seed.
+    Each is truncated, has changed bytes, or has values of wrong types at a random place, with a fixed seed.
     """
     draw = random.Random(1)
     whole = good.read_bytes()
@@ -140,7 +140,7 @@ def checkpoints(good: Path, folder: Path, commands: Dict[str, List[str]], count:
 
 
 def _damage(draw: random.Random, good: Path, whole: bytes, path: Path) -> Tuple[str, bool]:
-    """Write a damaged copy; what was done, and whether no command can have use for the file."""
+    """Write a damaged copy. Returns the damage, and whether every command must refuse the file."""
     kind = draw.choice(["cut", "bytes", "without", "type", "top"])
     if kind == "cut":
         size = draw.randrange(len(whole) - 30)
@@ -174,9 +174,9 @@ def _damage(draw: random.Random, good: Path, whole: bytes, path: Path) -> Tuple[
 
 
 def specs(good: Dict[str, Any], folder: Path) -> Iterator[Case]:
-    """Study specs with a key missing or of another kind, at every depth, and YAML that is none."""
+    """Study specs with a missing or wrongly typed key, at every depth, and invalid YAML."""
     wrong = (None, True, 3, -1, float("nan"), "x" * 5000, [], [None], {}, {"a": None}, [[1]], [True], [1.5], ["1"])
-    optional_values = {"title"}  # any text will do
+    optional_values = {"title"}  # any text is valid
     number = 0
     for place in _places(good):
         for value in ("missing", *wrong):
@@ -186,7 +186,7 @@ def specs(good: Dict[str, Any], folder: Path) -> Iterator[Case]:
                 holder = holder[key]
             if value == "missing":
                 del holder[place[-1]]
-            elif type(value) is type(holder[place[-1]]) and value:  # the same kind may be as good
+            elif type(value) is type(holder[place[-1]]) and value:  # another value of the same type may be valid
                 continue
             else:
                 holder[place[-1]] = value
@@ -230,7 +230,7 @@ def _places(value: Any, place: Tuple = ()) -> Iterator[Tuple]:
 
 
 def logs(train_log: List[Dict[str, Any]], load_log: List[Dict[str, Any]], folder: Path) -> Iterator[Case]:
-    """Runs for `plot` whose log or load file holds odd values: each field of each line, replaced."""
+    """Runs for `plot` with invalid values in the log or load file: each field of each line is replaced."""
     wrong = (None, "x", [], {}, True, -1, float("nan"), float("inf"), "nan", [[]], [["a"]], 1e308, 10**400)
     number = 0
     for file, lines in (("train.log", train_log), ("load.jsonl", load_log)):

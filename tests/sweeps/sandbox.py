@@ -1,4 +1,4 @@
-"""Runs one malformed input in this process, and says what is wrong with how it ended."""
+"""Runs a malformed input in this process, and reports faults in how it ends."""
 
 import contextlib
 import hashlib
@@ -10,12 +10,12 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 from malformed import Case
 
-PATIENCE = 120  # seconds: only what hangs takes so long
-LONGEST = 1500  # characters of a sentence
+PATIENCE = 120  # seconds; only a hung case takes longer
+LONGEST = 1500  # characters of an error message
 
 
 class Hung(BaseException):
-    """A case that does not end."""
+    """The case did not end in time."""
 
 
 def files_below(folder: Path) -> Dict[str, str]:
@@ -31,7 +31,7 @@ def files_below(folder: Path) -> Dict[str, str]:
 
 
 def fault_of(case: Case, folder: Path, run: Callable[[List[str]], Optional[int]]) -> Tuple[str, str]:
-    """("refused" or "passed" or "fault", what was said or what is wrong) of a case. The files in `folder` must survive."""
+    """("refused", "passed" or "fault"; the message or the fault) of a case. Files in `folder` must stay unchanged."""
     before = files_below(folder)
     said = io.StringIO()
     status, message = 0, ""
@@ -60,7 +60,7 @@ def fault_of(case: Case, folder: Path, run: Callable[[List[str]], Optional[int]]
         return "fault", f"changes {lost[0]}"
     new = [path for path in after if path not in before]
     if not status:
-        for path in new:  # the next case finds the folder as it was
+        for path in new:  # restore the folder for the next case
             os.remove(path)
         return ("passed", message) if case.may_pass else ("fault", "succeeds")
     if new:

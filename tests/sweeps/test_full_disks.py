@@ -1,6 +1,6 @@
-"""Disks that are full, read-only or gone: every command and training ends with one sentence, and what was there stays whole.
+"""Full, read-only or removed disks: every command and training run gives a one-line error, and keeps existing files.
 
-Programs run in processes of their own: one that writes to a mapped file on a full disk is killed by the system.
+Programs run in separate processes, because the system kills a process that writes to a mapped file on a full disk.
 """
 
 import json
@@ -57,7 +57,7 @@ def say(capsys, name: str, outcomes: Counter, faults: List[str]) -> None:
 
 
 def quietly(action: Callable[..., Any], errors: str, *arguments: Any) -> str:
-    """How the action ends: "done", a sentence, or what is no sentence. What it prints on stderr is in the file `errors`."""
+    """Run the action. Returns "done", its error, or how else it ends. Its stderr goes to the file `errors`."""
     with open(os.devnull, "w") as nowhere, open(errors, "w") as said:
         os.dup2(nowhere.fileno(), 1), os.dup2(said.fileno(), 2)
     try:
@@ -73,7 +73,7 @@ def quietly(action: Callable[..., Any], errors: str, *arguments: Any) -> str:
 
 
 def ended(errors: Path, action: Callable[..., Any], *arguments: Any) -> str:
-    """The same, in a process of its own; a death by a signal is an answer, too."""
+    """`quietly` in a separate process, which may also end by a signal."""
     try:
         (said,) = collect(start_ranks(1, quietly, action, str(errors), *arguments, group=False), kills.PATIENCE)
     except AssertionError as error:
@@ -82,7 +82,7 @@ def ended(errors: Path, action: Callable[..., Any], *arguments: Any) -> str:
 
 
 def is_sentence(said: str, disk: Path) -> bool:
-    """One line, that names something on the disk, and has advice."""
+    """Whether the message is a one-line error that names a path on the disk and a remedy."""
     return (
         said.startswith("fairseq-sparsemixer: ")
         and "\n" not in said
@@ -93,7 +93,7 @@ def is_sentence(said: str, disk: Path) -> bool:
 
 
 def budgets(draw: random.Random, need: int, count: int) -> List[int]:
-    """Bytes to leave free: none, hardly any, and up to what is needed."""
+    """Bytes to leave free: none, very few, and random amounts up to a little more than needed."""
     return [0, 4096, *(int(draw.uniform(0, 1.1) * need) for _ in range(count - 2))]
 
 
@@ -104,7 +104,7 @@ def played_study(player: str, arguments: List[str]) -> int:
 
 @pytest.fixture(scope="module")
 def inputs(corpus, tmp_path_factory) -> Path:
-    """What the commands read, on a disk with room."""
+    """The commands' inputs, on a disk with space."""
     folder = tmp_path_factory.mktemp("inputs")
     runs.train(corpus, folder / "moe", *theirs.FLAGS, updates=1)
     runs.train(corpus, folder / "dense", "--router", "dense", updates=1)
@@ -122,7 +122,7 @@ def inputs(corpus, tmp_path_factory) -> Path:
 
 
 def commands(inputs: Path, corpus: Path, disk: Path):
-    """By name, the command that writes to the disk."""
+    """The commands that write to the disk, by name."""
     moe = str(inputs / "moe" / LAST)
     glue = ["glue", "STS-B", "--raw-dir", str(inputs), "--dict", str(corpus / "dict.de.txt"), "--dest-dir", str(disk / "glue")]
     study = ["study", str(inputs / "study.yaml"), "--out", str(disk / "study"), "--workers", "1"]
@@ -151,18 +151,18 @@ NAMES = (
     "glue",
     "study",
 )
-KEEPS = ("study",)  # what goes on from half of its work, which it leaves
-FIRST = {"fidelity": "out.json"}  # a file that is whole before the next one is begun
+KEEPS = ("study",)  # commands that resume, and therefore keep unfinished work
+FIRST = {"fidelity": "out.json"}  # files that are complete before the next one is started
 
 
 def quick_retries(action: Callable[..., Any], *arguments: Any) -> Any:
-    """Where the product waits for a disk to recover, it does not wait."""
+    """Run the action without the pauses between attempts to write."""
     with patch.object(writing, "PAUSE", 0.05):
         return action(*arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_commands(name, inputs, corpus, tmp_path, capsys):
+def test_commands_on_a_full_disk(name, inputs, corpus, tmp_path, capsys):
     draw, outcomes, faults = random.Random(name), Counter(), []
     with disks.small_disk(tmp_path / "disk", 64) as disk:
         call = commands(inputs, corpus, disk)[name]
@@ -171,11 +171,11 @@ def test_commands(name, inputs, corpus, tmp_path, capsys):
         need = (before - os.statvfs(disk).f_bfree) * os.statvfs(disk).f_frsize
         made = files_below(disk)
         for budget in budgets(draw, need, 10):
-            again = draw.random() < 0.5  # over files of the same names
+            again = draw.random() < 0.5  # overwrite existing files
             if not again:
                 empty(disk)
             elif name in KEEPS:
-                shutil.rmtree(disk / "study" / "runs")  # all was done
+                shutil.rmtree(disk / "study" / "runs")  # all runs were finished
             disks.leave_free(disk, budget)
             before = files_below(disk)
             said = ended(tmp_path / "errors", quick_retries, *call)
@@ -191,7 +191,7 @@ def test_commands(name, inputs, corpus, tmp_path, capsys):
                 faults.append(f"{when}ends with {said!r}")
             outcomes["done" if said == "done" else "refused"] += 1
             (disk / disks.FILLER).unlink(missing_ok=True)
-            said = ended(tmp_path / "errors", quick_retries, *call)  # with room
+            said = ended(tmp_path / "errors", quick_retries, *call)  # with free space
             faults += [f"{when}afterwards {said!r}"] if said != "done" else []
     say(capsys, f"{name} on a full disk", outcomes, faults)
 
@@ -207,8 +207,8 @@ def quickstart(out: str) -> None:
     recipe(["--out", out, "--pairs", "1000", "--updates", "20", "--routers", "sparsemixer"])
 
 
-def test_a_recipe(tmp_path, capsys):
-    """Started again with more room each time, it goes on where it ended, until it is done."""
+def test_a_recipe_on_a_full_disk(tmp_path, capsys):
+    """Rerun with more space each time, the recipe resumes until it is done."""
     outcomes, faults = Counter(), []
     with disks.small_disk(tmp_path / "disk", 128) as disk:
         for budget in (0, 30_000, 200_000, 3_000_000, 128 << 20):
@@ -218,12 +218,12 @@ def test_a_recipe(tmp_path, capsys):
                 faults.append(f"{budget:,} bytes free: ends with {said!r}")
             faults += [f"{budget:,} bytes free: leaves {path}" for path in disk.rglob("*.tmp")]
             faults += [fault for path in disk.rglob("*.pt") for fault in kills.faults_of(path)]
-            outcomes["done" if said == "done" else "ended by a sentence"] += 1
+            outcomes["done" if said == "done" else "ended with an error"] += 1
     say(capsys, "a recipe on a full disk", outcomes, faults)
     assert said == "done"
 
 
-QUICK = ["--max-update", "2", "--collective-timeout", "8"]  # a rank that ends early is waited for
+QUICK = ["--max-update", "2", "--collective-timeout", "8"]  # ranks wait for one that ends early
 
 
 def test_commands_on_a_read_only_disk(inputs, corpus, tmp_path, capsys):
@@ -249,11 +249,11 @@ def train_impatiently(*arguments: Any) -> str:
     return quick_retries(kills.train_rank, *arguments)
 
 
-LOST_CONTACT = re.compile(r"fairseq-sparsemixer: rank \d lost contact with another rank \(.+\); start again.*")
+LOST_CONTACT = re.compile(r"fairseq-sparsemixer: rank \d lost contact with another rank \(.+\); restart.*")
 
 
 @pytest.mark.parametrize("kind, count", [("single", 14), ("two ranks", 6), ("two ranks sharded", 6)])
-def test_trainings(kind, count, corpus, tmp_path, capsys):
+def test_training_on_a_full_disk(kind, count, corpus, tmp_path, capsys):
     draw, outcomes, faults = random.Random(kind), Counter(), []
     ranks, flags = 1 if kind == "single" else 2, ["--sharded-checkpoints"] if "sharded" in kind else []
     runs.train(corpus, tmp_path / "one", updates=1)
@@ -285,12 +285,12 @@ def test_trainings(kind, count, corpus, tmp_path, capsys):
             left = [name for name in kills.leftovers(save_dir, own) if not name.endswith(".staged")]
             faults += [f"{when}leaves {name}" for name in left]
             faults += [f"{when}notes.txt is lost"] if (save_dir / "notes.txt").read_text() != "mine" else []
-            outcomes["done" if ends == ["done"] * ranks else "ended by a sentence"] += 1
+            outcomes["done" if ends == ["done"] * ranks else "ended with an error"] += 1
             updates = found.updates
             if draw.random() < 0.4:
-                continue  # the next run finds what this one left on a full disk
+                continue  # the next run starts with the leftovers on a full disk
             ends = trained(corpus, save_dir, tmp_path / "place", ranks, found.updates + 1, flags)
-            faults += [f"{when}with room again {ends}"] if ends != ["done"] * ranks else []
+            faults += [f"{when}with free space again {ends}"] if ends != ["done"] * ranks else []
             faults += [f"{when}left {name}" for name in kills.leftovers(save_dir, own)]
             updates = found.updates + 1
             if draw.random() < 0.4:
@@ -300,7 +300,7 @@ def test_trainings(kind, count, corpus, tmp_path, capsys):
 
 
 def trained(corpus: Path, save_dir: Path, place: Path, ranks: int, updates: int, flags: List[str]) -> List[str]:
-    """How a training ends on each rank, whatever that is."""
+    """Train, and return how each rank ends."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     meeting = kills.meeting_place()
@@ -309,7 +309,7 @@ def trained(corpus: Path, save_dir: Path, place: Path, ranks: int, updates: int,
 
 
 def ends_of(ranks: List[Rank]) -> List[str]:
-    """What each rank returned, or the end of how it failed."""
+    """Each rank's result, or the end of its error."""
     ends = []
     for rank in ranks:
         try:
@@ -320,16 +320,16 @@ def ends_of(ranks: List[Rank]) -> List[str]:
 
 
 def complaints(ends: List[str], disk: Path, place: Path) -> List[str]:
-    """What is wrong with the ends of the ranks: a traceback, no sentence about the disk, or sentences about something else."""
+    """Faults in how the ranks end: a traceback, an unrelated error, or no error about the disk."""
     if ends == ["done"] * len(ends):
         return []
     wrong = [said for said in ends if not (said == "done" or is_sentence(said, disk) or LOST_CONTACT.fullmatch(said))]
     told = any(is_sentence(said, disk) and not LOST_CONTACT.fullmatch(said) for said in ends)
-    return [f"ends with {said!r}" for said in wrong] + ([] if told else [f"nobody names the disk: {ends}"])
+    return [f"ends with {said!r}" for said in wrong] + ([] if told else [f"no error names the disk: {ends}"])
 
 
 @pytest.mark.parametrize("kind, count", [("single", 12), ("two ranks", 5), ("two ranks sharded", 5)])
-def test_a_folder_that_vanishes(kind, count, corpus, tmp_path, capsys):
+def test_removing_the_save_dir_during_training(kind, count, corpus, tmp_path, capsys):
     draw, outcomes, faults = random.Random(kind), Counter(), []
     ranks, flags = 1 if kind == "single" else 2, ["--sharded-checkpoints"] if "sharded" in kind else []
     for number in range(count):
@@ -344,7 +344,7 @@ def test_a_folder_that_vanishes(kind, count, corpus, tmp_path, capsys):
         faults += complaints(ends, tmp_path, tmp_path / "place")
         faults += whole(save_dir) if save_dir.exists() else []
         faults += [f"left {name}" for name in (kills.leftovers(save_dir, []) if save_dir.exists() else [])]
-        outcomes["trains on in a new one" if ends == ["done"] * ranks else "ended by a sentence"] += vanished
+        outcomes["continues in a new folder" if ends == ["done"] * ranks else "ended with an error"] += vanished
     say(capsys, f"a folder that vanishes, {kind}", outcomes, faults)
 
 

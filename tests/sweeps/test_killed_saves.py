@@ -1,4 +1,4 @@
-"""Trainings that save after every update, killed at any moment: nothing is lost, and the next run goes on and tidies up."""
+"""Training runs that save after every update, killed at any moment: nothing is lost, and the next run resumes and cleans up."""
 
 import random
 import re
@@ -13,18 +13,18 @@ from ranks import collect
 
 pytestmark = pytest.mark.sweep
 
-KILLS = 36  # of each kind
-SECONDS = 3.0  # after its start, within which a random kill comes
+KILLS = 36  # per kind
+SECONDS = 3.0  # random kills come within this time after the start
 KINDS = {"single portable": (1, []), "two ranks portable": (2, []), "two ranks sharded": (2, ["--sharded-checkpoints"])}
-MINE = {  # names of a user's own, near those of the product
+MINE = {  # a user's own files, with names similar to ours
     "notes.txt": "mine", "checkpoint_notes.pt.mine.tmp": "mine", "thesis.tmp": "mine", "notes.staged": "mine",
     "checkpoint_last.json": "{}", ".hidden": "mine",
 }  # fmt: skip
-LOST_CONTACT = re.compile(r"fairseq-sparsemixer: rank \d lost contact with another rank \(.+\); start again.*")
+LOST_CONTACT = re.compile(r"fairseq-sparsemixer: rank \d lost contact with another rank \(.+\); restart.*")
 
 
 class Chain:
-    """One folder through kills and resumed runs. `faults` says what went wrong."""
+    """A folder through a series of kills and resumed runs; `faults` lists what went wrong."""
 
     def __init__(self, kind: str, data: Path, folder: Path):
         self.ranks, self.flags = KINDS[kind]
@@ -41,7 +41,7 @@ class Chain:
         self.faults += [f"{when}: {fault}" for fault in faults]
 
     def kill(self, fate: Fate) -> None:
-        """A training that meets its fate. What it had saved before stays, or is replaced by what is newer."""
+        """Run a training that is killed. Its earlier saves must stay, or be replaced by newer ones."""
         ranks = kills.start(
             self.data, self.save_dir, self.place, self.ranks, "--max-update", str(ENDLESS), *self.flags, fate=fate
         )
@@ -60,7 +60,7 @@ class Chain:
         self.check_mine(when)
 
     def resume(self) -> None:
-        """A training that goes on from there and ends: its folder is as if nobody had been killed."""
+        """Run a training that resumes and ends. The folder must look as if no process had been killed."""
         goal, when = self.updates + 2, f"run from update {self.updates}"
         ranks = kills.start(self.data, self.save_dir, self.place, self.ranks, "--max-update", str(goal), *self.flags)
         ends = collect(ranks, kills.PATIENCE)
@@ -68,7 +68,7 @@ class Chain:
             return self.complain([f"ends with {ends}"], when)
         loaded = re.findall(rf"Loaded checkpoint \S+/{LAST[:-3]}\S* \(epoch \d+ @ (\d+) updates\)", kills.output(self.place))
         if (self.updates and not loaded) or {int(update) for update in loaded} - {self.updates}:
-            self.complain([f"went on from {loaded or 'nothing'}"], when)
+            self.complain([f"resumed from {loaded or 'nothing'}"], when)
         found = kills.examine(self.save_dir, self.size, self.copy)
         self.complain(found.faults or ([] if found.updates == goal else [f"ended at update {found.updates}"]), when)
         self.complain([f"left {name}" for name in kills.leftovers(self.save_dir, list(MINE))], when)
@@ -85,16 +85,16 @@ def kept(path: Path, text: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_training_goes_on_where_it_was(kind, corpus, tmp_path, capsys):
+def test_a_killed_training_run_resumes_from_its_last_save(kind, corpus, tmp_path, capsys):
     draw = random.Random(kind)
     faults, outcomes, moments = [], Counter(), Counter()
-    for number in range(4):  # folders, each through a first save, and kills of runs that mend what the one before left
+    for number in range(4):  # folders; each has a first save, and kills of runs that finish the save of the run before
         (tmp_path / str(number)).mkdir()
         chain = Chain(kind, corpus, tmp_path / str(number))
         for _ in range(KILLS // 4):
             chain.kill(Fate.draw(draw, chain.ranks, chain.size, operations=45, seconds=SECONDS))
             if chain.faults:
-                break  # what follows is about the same
+                break  # further faults would have the same cause
             if draw.random() < 0.5:
                 chain.resume()
         if not chain.faults:

@@ -1,4 +1,4 @@
-"""Malformed input of every kind ends in one sentence that names the flag or file, and no file of the user's is lost."""
+"""Any malformed input gives a one-line error that names the flag or file, and no file of the user is lost."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ LOAD_LOG = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, corpus):
-    """(folder, commands, files): what every command succeeds with, and which of its arguments are files it reads."""
+    """(folder, commands, files): valid arguments for every command, and those of them that are input files."""
     import runs
 
     folder = tmp_path_factory.mktemp("inputs")
@@ -67,7 +67,7 @@ def inputs(tmp_path_factory, corpus):
 
 
 def assert_sentences(cases, folder: Path, capsys) -> None:
-    """Run all cases, print the counts, and fail with every fault."""
+    """Run all cases, print the counts, and fail with a list of all faults."""
     counts, faults = {"refused": 0, "passed": 0, "fault": 0}, []
     for case in cases:
         verdict, said = fault_of(case, folder, main)

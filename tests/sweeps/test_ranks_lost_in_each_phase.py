@@ -1,6 +1,6 @@
-"""Ranks that are killed or stopped in every phase of a training: the others end with one sentence, and nobody is left.
+"""Ranks killed or stopped in every phase of training: the others exit with a one-line error, and no process is left.
 
-The deadline of `collect` is the time-out and a margin for a machine with other work. `python -m pytest -m sweep` runs them.
+The deadline of `collect` is the timeout plus a margin for a busy machine. Run with `python -m pytest -m sweep`.
 """
 
 import os
@@ -31,7 +31,7 @@ FLAGS = [
     *(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, "--required-batch-size-multiple", "1",
     "--no-progress-bar", "--max-update", "4", "--save-interval-updates", "2", "--collective-timeout", str(TIMEOUT),
 ]  # fmt: skip
-PHASES = {  # where a rank meets its fate: before the n-th call of a function
+PHASES = {  # where a rank gets its signal: before the n-th call of a function
     "rendezvous": (lost_ranks, "fairseq_init", 1),
     "start": (MoETrainer, "__init__", 1),
     "load": (MoETrainer, "load_checkpoint", 1),
@@ -51,7 +51,7 @@ SPREADS = {
 
 @contextmanager
 def fate_at(phase: str, number: int) -> Iterator[None]:
-    """This process gets the signal when it comes to the phase."""
+    """Send this process the signal when it reaches the phase."""
     owner, name, count = PHASES[phase]
     function, calls = getattr(owner, name), []
 
@@ -66,7 +66,7 @@ def fate_at(phase: str, number: int) -> Iterator[None]:
 
 
 def train(data: Path, save_dir: Path, meeting: str, phase: str, number: int, victim: int, *flags: str) -> str:
-    """How fairseq-train ends on this rank, one of two."""
+    """Run fairseq-train on one of two ranks. Returns "done" or its error."""
     import fairseq_cli.train
 
     rank = rank_number()
@@ -83,9 +83,9 @@ def train(data: Path, save_dir: Path, meeting: str, phase: str, number: int, vic
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_other_rank_ends_with_a_sentence(phase, spread, number, victim, corpus, tmp_path):
+def test_the_other_rank_exits_with_a_one_line_error(phase, spread, number, victim, corpus, tmp_path):
     if phase == "save" and spread != "sharded" and victim == 1:
-        pytest.skip("rank 0 alone writes")
+        pytest.skip("only rank 0 writes")
     ranks = start_ranks(2, train, corpus, tmp_path, meeting_place(), phase, number, victim, *SPREADS[spread], group=False)
     try:
         (sentence,) = collect([ranks[1 - victim]], TIMEOUT + MARGIN)
@@ -101,9 +101,9 @@ def children(process: int) -> List[int]:
     return [int(word) for word in listed.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts processes by ps")
+@pytest.mark.skipif(sys.platform != "linux", reason="counts processes with ps")
 @pytest.mark.parametrize("seed", range(8))
-def test_launch_leaves_nobody_behind_whatever_happens_when(seed, corpus, tmp_path):
+def test_launch_leaves_no_process_behind(seed, corpus, tmp_path):
     draw = random.Random(seed)
     number, group_size = draw.choice([signal.SIGSTOP, signal.SIGKILL]), draw.choice(["1", "2"])
     command = [
@@ -119,7 +119,7 @@ def test_launch_leaves_nobody_behind_whatever_happens_when(seed, corpus, tmp_pat
         while len(children(launcher.pid)) < 2:
             time.sleep(0.05)
         ranks = children(launcher.pid)
-        time.sleep(draw.uniform(0, 25))  # imports, the rendezvous, or training: as it happens on this machine
+        time.sleep(draw.uniform(0, 25))  # during imports, rendezvous or training, depending on the machine
         victim = draw.choice(ranks)
         os.kill(victim, number)
         status = launcher.wait(timeout=TIMEOUT + 2 * MARGIN)

@@ -1,4 +1,4 @@
-"""Two writers of one folder, started at random times: one goes on, the other ends in one sentence, and every file is whole."""
+"""Two writers in one folder, started at random times: one continues, the other gives a one-line error, files are complete."""
 
 import os
 import random
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.sweep
 BY = r"by process \d+ on \S+, which (is training|is writing a checkpoint there); wait.*"
 IN_USE = rf"fairseq-sparsemixer: --save-dir \S+ is in use {BY}"
 OVERWRITTEN = rf"fairseq-sparsemixer: \S+ may be overwritten {BY}"
-# of a training that reads what a command wrote
-NO_MATCH = r"fairseq-sparsemixer: (\S+ does not go with this run|the flags have|the router of the checkpoint has) .*"
+# errors of a training run that reads a command's output
+NO_MATCH = r"fairseq-sparsemixer: (\S+ does not fit this run|the flags have|the router of the checkpoint has) .*"
 
 
 def say(capsys, name: str, outcomes: Counter, faults: List[str]) -> None:
@@ -38,12 +38,12 @@ def say(capsys, name: str, outcomes: Counter, faults: List[str]) -> None:
 
 
 def whole(folder: Path) -> List[str]:
-    """What is wrong with the checkpoints of a folder."""
+    """The faults of the checkpoints in a folder."""
     return [fault for path in folder.glob("*.pt") for fault in kills.faults_of(path)]
 
 
 def goes_on(folder: Path, ranks: List[Rank]) -> bool:
-    """Whether a training saves once more."""
+    """Whether a training run saves again."""
     before, end = last_save(folder), time.monotonic() + kills.PATIENCE
     while time.monotonic() < end and all(rank.process.is_alive() for rank in ranks):
         if last_save(folder) > before:
@@ -53,7 +53,7 @@ def goes_on(folder: Path, ranks: List[Rank]) -> bool:
 
 
 def last_save(folder: Path) -> int:
-    """When the last checkpoint got its name; 0: there is none."""
+    """The mtime of the last checkpoint in nanoseconds; 0 if there is none."""
     return max((path.stat().st_mtime_ns for path in folder.glob("checkpoint_last*.pt")), default=0)
 
 
@@ -65,11 +65,14 @@ def end(ranks: List[Rank]) -> None:
 
 
 @pytest.mark.parametrize("kind, pairs", [("single", 14), ("two ranks", 5), ("two ranks sharded", 5)])
-def test_two_trainings(kind, pairs, corpus, tmp_path, capsys):
+def test_two_training_runs(kind, pairs, corpus, tmp_path, capsys):
     draw, outcomes, faults = random.Random(kind), Counter(), []
     ranks, flags = 1 if kind == "single" else 2, ["--sharded-checkpoints"] if "sharded" in kind else []
     for number in range(pairs):
-        save_dir, offset = tmp_path / f"run{number // 2}", draw.choice([0, draw.uniform(0, 3)])  # new ones, and those of a run
+        save_dir, offset = (
+            tmp_path / f"run{number // 2}",
+            draw.choice([0, draw.uniform(0, 3)]),
+        )  # every folder is used twice: new, and with an existing run
         first = kills.start(corpus, save_dir, tmp_path / "first", ranks, "--max-update", str(ENDLESS), *flags)
         time.sleep(offset)
         second = kills.start(corpus, save_dir, tmp_path / "second", ranks, "--max-update", str(ENDLESS), *flags)
@@ -79,19 +82,19 @@ def test_two_trainings(kind, pairs, corpus, tmp_path, capsys):
         when = f"{offset:.2f} s apart"
         faults += [f"{when}: ends with {sentence!r}" for sentence in said if not re.fullmatch(IN_USE, sentence)]
         if not goes_on(save_dir, won):
-            faults.append(f"{when}: the other does not go on: {kills.output(tmp_path / 'first')[-500:]}")
+            faults.append(f"{when}: the other does not continue: {kills.output(tmp_path / 'first')[-500:]}")
         end(won)
         found = kills.examine(save_dir, 2 if flags else 1, tmp_path / "copy")
         faults += [f"{when}: {fault}" for fault in found.faults]
-        outcomes["first goes on" if won is first else "second goes on"] += 1
+        outcomes["first continues" if won is first else "second continues"] += 1
     last = kills.start(corpus, save_dir, tmp_path / "last", ranks, "--max-update", str(found.updates + 1), *flags)
     faults += [f"then: {sentence}" for sentence in collect(last, kills.PATIENCE) if sentence != "done"]
     faults += [f"left {name}" for name in kills.leftovers(save_dir, [])]
-    say(capsys, f"two trainings, {kind}", outcomes, faults)
+    say(capsys, f"two training runs, {kind}", outcomes, faults)
 
 
 def command(arguments: List[str]) -> str:
-    """How a command of fairseq-sparsemixer ends."""
+    """Run a fairseq-sparsemixer command. Returns "done" or its error."""
     with open(os.devnull, "w") as out:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     try:
@@ -102,7 +105,7 @@ def command(arguments: List[str]) -> str:
 
 @pytest.fixture(scope="module")
 def sources(corpus, tmp_path_factory):
-    """Commands that write a checkpoint, by name; the target comes last."""
+    """Commands that write a checkpoint, by name; the target is appended."""
     folder = tmp_path_factory.mktemp("sources")
     runs.train(corpus, folder / "moe", *theirs.FLAGS, updates=1)
     runs.train(corpus, folder / "dense", "--router", "dense", updates=1)
@@ -116,7 +119,7 @@ def sources(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["reshard", "upcycle", "convert"])
-def test_a_command_and_a_training(name, corpus, sources, tmp_path, capsys):
+def test_a_command_and_a_training_run(name, corpus, sources, tmp_path, capsys):
     draw, outcomes, faults = random.Random(name), Counter(), []
     for number in range(8):
         save_dir, offset = tmp_path / f"run{number}", draw.uniform(-0.5, 2.5)
@@ -132,14 +135,14 @@ def test_a_command_and_a_training(name, corpus, sources, tmp_path, capsys):
         (said,) = collect([tool], kills.PATIENCE)
         when = f"{offset:.2f} s after the training's start"
         if goes_on(save_dir, ranks):
-            trained = "goes on"
+            trained = "continues"
         else:
             (trained,) = collect(ranks, kills.PATIENCE)
         end(ranks)
         faults += [f"{when}: {fault}" for fault in whole(save_dir)]
-        faults += [f"{when}: left {file}" for file in kills.half_files(save_dir) if said == "done" and trained != "goes on"]
+        faults += [f"{when}: left {file}" for file in kills.half_files(save_dir) if said == "done" and trained != "continues"]
         refused, stopped = re.fullmatch(OVERWRITTEN, said), re.fullmatch(f"{IN_USE}|{NO_MATCH}", trained)
-        if not (refused and trained == "goes on" or said == "done" and (stopped or trained == "goes on")):
+        if not (refused and trained == "continues" or said == "done" and (stopped or trained == "continues")):
             faults.append(f"{when}: {name} ends with {said!r}, the training {trained!r}")
         outcomes["the command was refused" if refused else f"the command wrote, then the training {trained[:60]}"] += 1
     say(capsys, f"{name} and a training", outcomes, faults)
@@ -154,8 +157,8 @@ def test_two_commands(sources, tmp_path, capsys):
         (second,) = start_ranks(1, command, [*sources[draw.choice(sorted(sources))], target], group=False)
         said = collect([first, second], kills.PATIENCE)
         faults += [sentence for sentence in said if sentence != "done" and not re.fullmatch(OVERWRITTEN, sentence)]
-        faults += [f"pair {number}: nobody wrote"] if "done" not in said else []
-        outcomes["both, one after the other" if said == ["done"] * 2 else "one was refused"] += 1
+        faults += [f"pair {number}: neither wrote"] if "done" not in said else []
+        outcomes["both wrote, one after the other" if said == ["done"] * 2 else "one was refused"] += 1
         faults += [*whole(tmp_path), *(f"left {path.name}" for path in tmp_path.iterdir() if path.name != LAST)]
     say(capsys, "two commands", outcomes, faults)
 
@@ -185,7 +188,7 @@ def study(corpus, tmp_path) -> Path:
 
 
 def test_two_studies(study, tmp_path, capsys):
-    """Each run is trained by one of them, and the other waits for it: both end well."""
+    """Each run is trained by one study while the other waits for it, and both succeed."""
     draw, outcomes, faults = random.Random(1), Counter(), []
     for number in range(3):
         out, offset = tmp_path / f"out{number}", draw.uniform(0, 15)
@@ -199,12 +202,12 @@ def test_two_studies(study, tmp_path, capsys):
         faults += [f"{offset:.1f} s apart: {sentence}" for sentence in said if sentence != "done"]
         faults += [f"{offset:.1f} s apart: {text.count('done training')} trainings"] if text.count("done training") != 1 else []
         faults += [*whole(run / "checkpoints"), *(f"left {path}" for path in out.rglob("*.tmp"))]
-        outcomes["both end well"] += said == ["done"] * 2
+        outcomes["both succeed"] += said == ["done"] * 2
     say(capsys, "two studies", outcomes, faults)
 
 
 def run_played(spec: Path, out: Path, player: Path) -> str:
-    """How a study ends whose fairseq is PLAYER."""
+    """Run a study with PLAYER instead of fairseq. Returns "done" or its error."""
     runner.executable, runner.REFRESH = lambda words: [sys.executable, str(player), *words], 0.02
     try:
         return "; ".join(runner.run_study(read_study(spec), out, workers=1)) or "done"
@@ -212,7 +215,7 @@ def run_played(spec: Path, out: Path, player: Path) -> str:
         return str(error)
 
 
-def test_two_studies_of_other_flags(study, tmp_path, capsys):
+def test_two_studies_with_different_flags(study, tmp_path, capsys):
     draw, outcomes, faults = random.Random(1), Counter(), []
     (tmp_path / "player.py").write_text(PLAYER)
     (tmp_path / "reference.en").write_text("w1\n")
@@ -231,4 +234,4 @@ def test_two_studies_of_other_flags(study, tmp_path, capsys):
             faults.append(f"pair {number}: {said}")
         faults += [f"left {path}" for path in out.rglob("*.tmp")]
         outcomes["one was refused"] += len(refused) == 1
-    say(capsys, "two studies of other flags", outcomes, faults)
+    say(capsys, "two studies with different flags", outcomes, faults)

@@ -1,4 +1,4 @@
-"""A checkpoint as microsoft/SparseMixer's example writes it, made from one of ours: `convert` the other way."""
+"""Makes a checkpoint in the format of microsoft/SparseMixer's example from one of ours: the inverse of `convert`."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,11 @@ import torch
 
 from fairseq_sparsemixer.plugin.checkpoints.converting import EXPERTS, _their_names
 
-FLAGS = ["--moe-freq", "2", "--router", "sparsemixer", "--router-bias"]  # what ours is to be trained with
+FLAGS = ["--moe-freq", "2", "--router", "sparsemixer", "--router-bias"]  # flags for training our checkpoint
 
 
 def write_theirs(ours: Path, path: Path, num_experts: int = 4) -> None:
-    """Weights and arguments alone: it has no optimizer's state."""
+    """Write weights and arguments, without optimizer state."""
     state = torch.load(ours, weights_only=True)
     model = {}
     for name, value in state["model"].items():

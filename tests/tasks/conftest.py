@@ -1,4 +1,4 @@
-"""Data and models that the tests of decoding and of kept weights share, each trained once."""
+"""Shared data and models for the tests of decoding and of averaged weights; each model is trained once."""
 
 from pathlib import Path
 from typing import Dict
@@ -10,7 +10,7 @@ from texts import draw_sentences, write_dictionary, write_sentences
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
-    """German to English, 48 and 8 pairs of random words, and the English side as a text of its own; one dictionary."""
+    """48 + 8 German-English pairs of random words, and the English side as monolingual text, with one dictionary."""
     folder = tmp_path_factory.mktemp("pairs")
     for name in ("dict.de.txt", "dict.en.txt", "dict.txt"):
         dictionary = write_dictionary(folder / name)
@@ -23,7 +23,7 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(pairs, tmp_path_factory) -> Dict[str, Run]:
-    """Runs by name; each run's last checkpoint is what path_of gives. `target` is a language model."""
+    """Runs by name; path_of gives their last checkpoints. `target` is a language model."""
     flags = {
         "switch": [*TRANSLATION, *EXPERTS],
         "sparsemixer": [*TRANSLATION, *EXPERTS, "--router", "sparsemixer", "--jitter-eps", 0.1],
@@ -42,5 +42,5 @@ def trained(pairs, tmp_path_factory) -> Dict[str, Run]:
 
 @pytest.fixture(scope="session")
 def path_of(trained):
-    """path_of(name) -> the checkpoint of that run."""
+    """path_of(name) -> the run's last checkpoint."""
     return lambda name: Path(trained[name].trainer.cfg.checkpoint.save_dir) / "checkpoint_last.pt"

@@ -1,4 +1,4 @@
-"""fairseq-generate and fairseq-interactive in this process, and scores of their hypotheses by hand."""
+"""fairseq-generate and fairseq-interactive in this process, and independently computed scores of hypotheses."""
 
 import copy
 import math
@@ -12,16 +12,16 @@ import torch
 from runs import run
 from torch import Tensor, nn
 
-EOS, PAD = 2, 1  # of every fairseq dictionary
+EOS, PAD = 2, 1  # in every fairseq dictionary
 
 
 @dataclass
 class Hypothesis:
-    """As the generator gave it, with what fairseq printed: the score a token, in bits; the text."""
+    """A hypothesis of the generator, with the score per token in bits and the text as printed by fairseq."""
 
     number: int
     source: Tensor  # [length], without padding
-    tokens: Tensor  # [length], the end included
+    tokens: Tensor  # [length], including </s>
     score: float
     text: str
     alignment: str
@@ -29,7 +29,7 @@ class Hypothesis:
 
 @contextmanager
 def _watching(module: Any, seen: List[Any]) -> Iterator[None]:
-    """For this while, keep what the task's inference_step is given and gives."""
+    """Record inputs and outputs of the task's inference_step while the context is open."""
     setup_task = module.tasks.setup_task
 
     def watched(*args, **kwargs):
@@ -52,7 +52,7 @@ def _watching(module: Any, seen: List[Any]) -> Iterator[None]:
 
 
 def decode(data: Path, path: Any, results: Path, *flags) -> List[Hypothesis]:
-    """fairseq-generate on the `valid` part, the best hypothesis of each sentence, in the order of the data."""
+    """Run fairseq-generate on `valid`. Returns the best hypothesis of each sentence, in the order of the data."""
     from fairseq_cli import generate
 
     from fairseq_sparsemixer import __file__ as package
@@ -75,7 +75,7 @@ def decode(data: Path, path: Any, results: Path, *flags) -> List[Hypothesis]:
 
 
 def interact(data: Path, path: Any, text: Path, *flags) -> List[Hypothesis]:
-    """fairseq-interactive on a file, the best hypothesis of each line; score and text are not as printed."""
+    """Run fairseq-interactive on a file. Returns the best hypothesis of each line; score and text are from the generator."""
     from fairseq_cli import interactive
 
     from fairseq_sparsemixer import __file__ as package
@@ -93,9 +93,9 @@ def interact(data: Path, path: Any, text: Path, *flags) -> List[Hypothesis]:
 
 
 def log_probabilities(model: nn.Module, source: Optional[Tensor], tokens: Tensor, first: int = EOS) -> Tensor:
-    """log p(word | source, tokens before it), [length, words], in float64; `first` stands before the tokens.
+    """log p(word | source, preceding tokens), [length, words], in float64; `first` precedes the tokens.
 
-    A language model has source None.
+    source: None for a language model.
     """
     model = copy.deepcopy(model).double().eval()
     given = torch.cat([tokens.new_tensor([first]), tokens[:-1]]).unsqueeze(0)
@@ -108,12 +108,12 @@ def log_probabilities(model: nn.Module, source: Optional[Tensor], tokens: Tensor
 
 
 def bits_per_token(chances: Tensor, tokens: Tensor) -> float:
-    """The score that fairseq prints of a hypothesis: log2 p a token, from log-probabilities [length, words]."""
+    """The score that fairseq prints for a hypothesis: mean log2 p per token, from log-probabilities [length, words]."""
     return chances.gather(-1, tokens.unsqueeze(-1)).mean().item() / math.log(2)
 
 
 def check_scores(hypotheses: Sequence[Hypothesis], chances: Callable[[Tensor, Tensor], Tensor], tolerance: float = 2e-5) -> None:
-    """Assert that each printed score is that of chances(source, tokens)."""
+    """Assert that each printed score follows from the log-probabilities chances(source, tokens)."""
     assert hypotheses
     for hypothesis in hypotheses:
         expected = bits_per_token(chances(hypothesis.source, hypothesis.tokens), hypothesis.tokens)

@@ -1,4 +1,4 @@
-"""fairseq-train in this process on tiny models, with all that a test needs to work out a run's figures by hand."""
+"""fairseq-train in this process on tiny models, with everything needed to recompute a run's metrics."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ TRANSLATION = (
     f"--arch transformer_moe_tiny {LAYER.format('encoder')} {LAYER.format('decoder')} --criterion moe_cross_entropy".split()
 )
 NO_DROPOUT = "--dropout 0 --attention-dropout 0".split()
-# what a Switch gate without noise does in training, it does at inference: losses can be worked out from the model alone
+# a Switch gate without noise behaves the same in training and at inference, so losses can be computed from the model alone
 EXPERTS = "--num-experts 2 --moe-freq 1 --router switch --jitter-eps 0".split()
 TRAINING = (
     "--optimizer adam --lr 0.01 --clip-norm 1.0 --seed 1 --num-workers 0 --cpu --no-progress-bar --log-interval 1"
@@ -26,7 +26,7 @@ TRAINING = (
 
 @dataclass
 class Run:
-    """What a training leaves: the loss in bits, as logged, and the batches of each update; the model before it and at the end."""
+    """A training run: logged loss (bits) and batches of each update, and the models before each update and at the end."""
 
     trainer: Any = None
     losses: List[float] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Run:
 
 
 def fit(data: Path, save_dir: Path, *flags, updates: int, user_dir: Optional[Path] = None) -> Run:
-    """fairseq-train up to that number of updates; flags override those above, but for the architecture and its sizes."""
+    """Run fairseq-train up to `updates` updates. Later flags override those above, except architecture and sizes."""
     import fairseq_cli.train
     from fairseq import checkpoint_utils
     from fairseq.logging import metrics
@@ -44,7 +44,7 @@ def fit(data: Path, save_dir: Path, *flags, updates: int, user_dir: Optional[Pat
     from fairseq_sparsemixer import __file__ as package
     from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
-    for name in ("best", "num_runs"):  # fairseq expects a process to train once
+    for name in ("best", "num_runs"):  # fairseq expects to train once per process
         checkpoint_utils.save_checkpoint.__dict__.pop(name, None)
         fairseq_cli.train.should_stop_early.__dict__.pop(name, None)
     recorded = Run()
@@ -74,7 +74,7 @@ def fit(data: Path, save_dir: Path, *flags, updates: int, user_dir: Optional[Pat
 
 
 def bits(model: nn.Module, sample: Dict[str, Any], padding: int) -> float:
-    """Cross-entropy of a batch's targets, in bits a target: log-softmax of the model's output, in float64."""
+    """Cross-entropy of a batch in bits per target word, from the log-softmax of the model's output in float64."""
     model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         logits = model(**sample["net_input"])[0]
@@ -85,5 +85,5 @@ def bits(model: nn.Module, sample: Dict[str, Any], padding: int) -> float:
 
 def weights(checkpoint: Path) -> Dict[str, Tensor]:
     """The tensors of a checkpoint's model."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # a file that this test has made
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # a file written by this test
     return initialised(state["model"])

@@ -1,4 +1,4 @@
-"""What fairseq-generate and fairseq-interactive print for models with experts, against probabilities worked out by hand."""
+"""The output of fairseq-generate and fairseq-interactive for models with experts, compared with explicit probabilities."""
 
 import copy
 import math
@@ -14,13 +14,13 @@ CONSTRAINTS = {"w1 w2 w3": ["w7", "w9"], "w4 w4": ["w11"], "w5 w0 w8 w2": ["w3",
 
 
 @pytest.mark.parametrize("name", ["sparsemixer", "switch", "dense"])
-def test_a_score_is_the_log_probability_whatever_else_is_in_the_batch(name, pairs, trained, path_of, tmp_path):
+def test_a_score_is_the_log_probability_in_any_batch(name, pairs, trained, path_of, tmp_path):
     found = decode(pairs, path_of(name), tmp_path, "--beam", 3)
-    assert len({len(hypothesis.source) for hypothesis in found}) > 1, "sentences of one length are never padded"
+    assert len({len(hypothesis.source) for hypothesis in found}) > 1, "without different lengths, nothing is padded"
     check_scores(found, partial(log_probabilities, trained[name].models[-1]))
 
 
-def test_an_ensemble_of_experts_and_dense_takes_the_mean_of_probabilities(pairs, trained, path_of, tmp_path):
+def test_an_ensemble_of_experts_and_dense_averages_probabilities(pairs, trained, path_of, tmp_path):
     names = ("sparsemixer", "dense", "switch")
 
     def mean(source, tokens):
@@ -31,10 +31,10 @@ def test_an_ensemble_of_experts_and_dense_takes_the_mean_of_probabilities(pairs,
     check_scores(found, mean)
     one = found[0]
     alone = bits_per_token(log_probabilities(trained["sparsemixer"].models[-1], one.source, one.tokens), one.tokens)
-    assert abs(alone - one.score) > 1e-3, "the members do not differ"
+    assert abs(alone - one.score) > 1e-3, "the ensemble's members do not differ"
 
 
-def test_fusion_adds_the_weighted_language_model(pairs, trained, path_of, tmp_path):
+def test_fusion_adds_the_weighted_log_probabilities_of_the_language_model(pairs, trained, path_of, tmp_path):
     weight = 0.3
 
     def fused(source, tokens):
@@ -68,7 +68,7 @@ def test_constraints_are_in_the_hypothesis(order, pairs, trained, path_of, tmp_p
     for hypothesis, words in zip(found, CONSTRAINTS.values()):
         placed = iter(hypothesis.text.split())
         if order == "ordered":
-            assert all(word in placed for word in words), "each after the one before"
+            assert all(word in placed for word in words), "each after the previous one"
         else:
             placed = list(placed)
             assert all(placed.count(word) >= words.count(word) for word in words)
@@ -76,7 +76,7 @@ def test_constraints_are_in_the_hypothesis(order, pairs, trained, path_of, tmp_p
     check_scores(found, partial(log_probabilities, trained["sparsemixer"].models[-1]))
 
 
-def test_samples_are_drawn_by_the_model_and_repeat_with_the_seed(pairs, trained, path_of, tmp_path):
+def test_samples_are_drawn_from_the_model_and_reproducible_by_seed(pairs, trained, path_of, tmp_path):
     draw = partial(decode, pairs, path_of("sparsemixer"), tmp_path, "--beam", 1, "--sampling", "--sampling-topk", 3, "--seed")
     first, again, other = draw(1), draw(1), draw(2)
     assert [one.text for one in first] == [one.text for one in again] != [one.text for one in other]
@@ -84,8 +84,8 @@ def test_samples_are_drawn_by_the_model_and_repeat_with_the_seed(pairs, trained,
     check_scores(first, chances)
     for one in first:
         steps = chances(one.source, one.tokens)
-        steps[0, EOS] = -math.inf  # no hypothesis is empty
-        drawn = zip(one.tokens[:-1], steps.topk(3).indices)  # the last one may be the end because of --max-len-b
+        steps[0, EOS] = -math.inf  # hypotheses are never empty
+        drawn = zip(one.tokens[:-1], steps.topk(3).indices)  # the last token may be </s> because of --max-len-b
         assert all(token in candidates for token, candidates in drawn)
 
 
@@ -98,12 +98,12 @@ def test_an_alignment_is_the_strongest_attention_of_each_word(pairs, trained, pa
         with torch.no_grad():
             extra = model(one.source.unsqueeze(0), torch.tensor([len(one.source)]), given.unsqueeze(0))[1]
         attention = extra["attn"][0][0]  # [target, source], the mean over heads
-        expected = attention[:-1, :-1].argmax(-1)  # ends of sentences are not aligned
+        expected = attention[:-1, :-1].argmax(-1)  # </s> is not aligned
         assert one.alignment == " ".join(f"{source}-{target}" for target, source in enumerate(expected.tolist()))
 
 
-def test_retained_dropout_draws_anew_and_without_it_there_is_none(pairs, path_of, tmp_path):
-    override = ("--model-overrides", "{'activation_dropout': 0.5}")  # in the experts alone
+def test_retained_dropout_depends_on_the_seed_and_is_off_by_default(pairs, path_of, tmp_path):
+    override = ("--model-overrides", "{'activation_dropout': 0.5}")  # only in the experts
     translate = partial(decode, pairs, path_of("switch"), tmp_path, "--beam", 1, *override)
 
     def scores(*flags):
@@ -115,7 +115,7 @@ def test_retained_dropout_draws_anew_and_without_it_there_is_none(pairs, path_of
     assert all(abs(one - other) > 1e-3 for one, other in zip(first, scores("--retain-dropout", "--seed", 2)))
 
 
-def test_a_model_pruned_at_inference_is_the_one_without_those_layers(pairs, trained, path_of, tmp_path):
+def test_a_model_pruned_at_inference_equals_one_without_those_layers(pairs, trained, path_of, tmp_path):
     pruned = copy.deepcopy(trained["sparsemixer"].models[-1])
     del pruned.encoder.layers[0], pruned.decoder.layers[1]
     kept = "{'encoder_layers_to_keep': '1', 'decoder_layers_to_keep': '0'}"

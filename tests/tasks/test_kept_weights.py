@@ -1,4 +1,4 @@
-"""Weights that fairseq keeps beside a run or puts together from it: moving averages, means of checkpoints, models from Python."""
+"""Averaged and reloaded weights: exponential moving averages, means of checkpoints, models loaded in Python."""
 
 import copy
 import json
@@ -21,8 +21,8 @@ FLAGS = [*TRANSLATION, *EXPERTS, "--batch-size", 8, "--disable-validation", "--n
 DECAY = 0.75
 AVERAGED = {
     "every update": [],
-    "from the third on": ["--ema-start-update", 3],
-    "every second": ["--ema-update-freq", 2],
+    "from the third update on": ["--ema-start-update", 3],
+    "every second update": ["--ema-update-freq", 2],
     "in float32": ["--ema-fp32"],
     "with a bias": ["--moe-bias-update-rate", 0.01, "--moe-balance-loss-weight", 0],
 }
@@ -31,7 +31,7 @@ AVERAGED = {
 def moving_average(models, start: int = 0, every: int = 1):
     """The recurrence a <- d a + (1 - d) w over the models after each update, in float64.
 
-    It starts from the model after the first update, since fairseq makes its copy when it first needs one.
+    It starts from the model after the first update, because fairseq makes its copy when it is first needed.
     """
     average = {name: value.double() for name, value in models[1].state_dict().items()}
     for update, model in enumerate(models[1:], 1):
@@ -51,7 +51,7 @@ def check_average(found, expected) -> None:
 
 
 @pytest.mark.parametrize("case", AVERAGED)
-def test_a_moving_average_is_the_recurrence_over_all_weights(case, pairs, tmp_path):
+def test_the_moving_average_follows_the_recurrence_for_all_weights(case, pairs, tmp_path):
     from fairseq.checkpoint_utils import load_ema_from_checkpoint
 
     flags = dict(zip(AVERAGED[case][::2], AVERAGED[case][1::2]))
@@ -62,21 +62,21 @@ def test_a_moving_average_is_the_recurrence_over_all_weights(case, pairs, tmp_pa
     check_average(load_ema_from_checkpoint(str(tmp_path / "checkpoint_last.pt"))["model"], expected)
 
 
-def test_a_moving_average_goes_on_after_a_restart(pairs, tmp_path):
+def test_the_moving_average_continues_after_a_restart(pairs, tmp_path):
     flags = [*FLAGS, "--store-ema", "--ema-decay", DECAY]
     first = fit(pairs, tmp_path, *flags, updates=3)
     second = fit(pairs, tmp_path, *flags, updates=6)
     check_average(second.trainer.ema.get_model().state_dict(), moving_average(first.models + second.models[1:]))
 
 
-def test_the_mean_of_checkpoints_translates_as_the_mean_of_their_weights(pairs, tmp_path):
+def test_an_averaged_checkpoint_translates_like_the_mean_of_the_weights(pairs, tmp_path):
     from recipes.common.averaging import average_checkpoints, last_checkpoints
 
     run = fit(pairs, tmp_path, *FLAGS, "--save-interval-updates", 2, updates=8)
     paths = last_checkpoints(tmp_path, 3)
     average_checkpoints(paths, tmp_path / "mean.pt")
     model = copy.deepcopy(run.models[-1])
-    states = [run.models[update].state_dict() for update in (2, 4, 8)]  # none at the end of an epoch
+    states = [run.models[update].state_dict() for update in (2, 4, 8)]  # none of these is at the end of an epoch
     expected = {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}
     found = weights(tmp_path / "mean.pt")
     assert found.keys() == initialised(expected).keys()
@@ -88,11 +88,11 @@ def test_the_mean_of_checkpoints_translates_as_the_mean_of_their_weights(pairs, 
 
 @pytest.fixture(scope="module")
 def printed(pairs, path_of, tmp_path_factory):
-    """What fairseq-generate makes of the sentences."""
+    """The hypotheses of fairseq-generate."""
     return decode(pairs, path_of("sparsemixer"), tmp_path_factory.mktemp("printed"), "--beam", 5)
 
 
-def test_a_model_loaded_in_python_is_the_one_that_was_trained(pairs, trained, path_of, printed):
+def test_a_model_loaded_in_python_equals_the_trained_model(pairs, trained, path_of, printed):
     from fairseq import checkpoint_utils
 
     from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel
@@ -117,7 +117,7 @@ print(json.dumps([type(hub.models[0]).__name__, hub.translate(sentences, beam=5,
 """
 
 
-def test_a_script_that_does_not_import_the_package_names_the_user_dir(pairs, path_of, printed):
+def test_a_script_without_our_import_can_load_a_model_with_user_dir(pairs, path_of, printed):
     path = path_of("sparsemixer")
     sentences = [" ".join(f"w{index - 4}" for index in one.source[:-1].tolist()) for one in printed]
     script = subprocess.run(
@@ -129,7 +129,7 @@ def test_a_script_that_does_not_import_the_package_names_the_user_dir(pairs, pat
 
 
 def average_on_a_rank(data: Path, save_dir: Path, meeting: Path, scope: str):
-    """The averages of each parameter's shares on this rank; its weights after each update give the expected ones."""
+    """(weights before training and after each update, moving average) of this rank."""
     from fairseq_sparsemixer.plugin.trainer import MoETrainer
 
     launch = (
@@ -146,7 +146,7 @@ def average_on_a_rank(data: Path, save_dir: Path, meeting: Path, scope: str):
         states.append(state_of(self.get_model()))
         return output
 
-    MoETrainer.train_step = kept  # this process runs nothing else
+    MoETrainer.train_step = kept  # never restored: the process ends after this run
     flags = ["--store-ema", "--ema-decay", DECAY, "--balance-scope", scope]
     trainer = fit(data, save_dir, *FLAGS, *launch, *flags, updates=4).trainer
     return states, state_of(trainer.ema.get_model())

@@ -1,4 +1,4 @@
-"""fairseq's translation_multi_simple_epoch: which pairs are drawn, language tokens, resumption, ranks."""
+"""fairseq's translation_multi_simple_epoch: sampling of language pairs, language tokens, resuming, ranks."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from texts import draw_sentences, write_dictionary, write_sentences
 
 pytestmark = pytest.mark.slow
 
-SENTENCES = {"de-en": 54, "fr-en": 6}  # pairs of files; de-en is read both ways
+SENTENCES = {"de-en": 54, "fr-en": 6}  # sentence pairs per file pair; de-en is used in both directions
 PAIRS = {("de", "en"): 54, ("en", "de"): 54, ("fr", "en"): 6}
 TASK = (
     "--task translation_multi_simple_epoch --langs de,en,fr --lang-pairs de-en,en-de,fr-en --encoder-langtok src"
@@ -38,12 +38,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_run(data, tmp_path_factory):
-    """An epoch of 100 sentences and some updates of the next one, on one process."""
+    """(folder, run) of an epoch of 100 sentences and some updates of the next one, in one process."""
     folder = tmp_path_factory.mktemp("run")
     return folder, fit(data, folder, *FLAGS, "--virtual-epoch-size", 100, "--virtual-data-size", 100, updates=16)
 
 
-def test_pairs_are_drawn_by_temperature_and_named_by_language_tokens(whole_run):
+def test_pairs_are_sampled_by_temperature_and_marked_with_language_tokens(whole_run):
     _, run = whole_run
     words = run.trainer.task.source_dictionary
     drawn, batches = Counter(), iter(run.batches)
@@ -73,7 +73,7 @@ def test_the_loss_is_the_cross_entropy_of_the_batch(whole_run):
 def test_a_resumed_run_equals_the_uninterrupted_one(whole_run, data, tmp_path):
     folder, run = whole_run
     epoch = ("--virtual-epoch-size", 100, "--virtual-data-size", 100)
-    first = fit(data, tmp_path, *FLAGS, *epoch, updates=6)  # in the middle of the first epoch
+    first = fit(data, tmp_path, *FLAGS, *epoch, updates=6)  # stops in the middle of the first epoch
     second = fit(data, tmp_path, *FLAGS, *epoch, updates=16)
     assert first.losses + second.losses == run.losses
     expected, found = (weights(path / "checkpoint_last.pt") for path in (folder, tmp_path))
@@ -108,5 +108,5 @@ def test_two_ranks_equal_one_process(data, tmp_path):
     assert losses[0] == losses[1] == pytest.approx(alone.losses, rel=1e-5)
     expected, found = (weights(tmp_path / name / "checkpoint_last.pt") for name in ("alone", "both"))
     for name in expected:
-        if not name.endswith("k_proj.bias"):  # changes no attention: its gradient is rounding, which Adam blows up
+        if not name.endswith("k_proj.bias"):  # does not change attention: its gradient is rounding error, which Adam amplifies
             torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)

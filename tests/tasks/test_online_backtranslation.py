@@ -15,12 +15,12 @@ FLAGS = [
     *"--task online_backtranslation --mono-langs de,en --valid-lang-pairs de-en --batch-size 4 --share-all-embeddings".split(),
     *"--no-epoch-checkpoints --disable-validation".split(), *TRANSLATION, *EXPERTS,
 ]  # fmt: skip
-SHORTEST = 5  # words the task asks of a translation
+SHORTEST = 5  # minimum words per translation in this task
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Random words in two languages, apart from each other."""
+    """Monolingual random words in two languages."""
     folder = tmp_path_factory.mktemp("mono")
     for name in ("dict.txt", "dict.de.txt", "dict.en.txt"):
         words = write_dictionary(folder / name)
@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def greedy(model, source, first: int, length: int) -> list:
-    """The words that a model puts after `first`, the likeliest of each step, by one forward pass a step; at least five."""
+    """Greedy decoding after `first` with one forward pass per step; at least SHORTEST words."""
     words = torch.tensor([], dtype=torch.long)
     for step in range(length):
         given = torch.cat([words, words.new_zeros(1)])
@@ -45,7 +45,7 @@ def greedy(model, source, first: int, length: int) -> list:
     return words.tolist()
 
 
-def test_the_model_of_the_moment_translates_and_learns_from_it(data, tmp_path):
+def test_the_current_model_translates_and_trains_on_its_translation(data, tmp_path):
     run = fit(data, tmp_path, *FLAGS, updates=3)
     words = run.trainer.task.dictionary
     update = 2
@@ -58,7 +58,7 @@ def test_the_model_of_the_moment_translates_and_learns_from_it(data, tmp_path):
         ):
             target = target[target.ne(words.pad())]
             assert given[0] == words.index(f"__{language}__")
-            assert source[0] == words.index(f"__{other}__"), "the translation is named by its language"
+            assert source[0] == words.index(f"__{other}__"), "the translation starts with its language token"
             translation = source[1:][source[1:].ne(words.pad())].tolist()
             original = torch.cat([target.new_tensor([words.index(f"__{language}__")]), target])
             assert translation == greedy(model, original, words.index(f"__{other}__"), len(translation))
@@ -68,7 +68,7 @@ def test_the_model_of_the_moment_translates_and_learns_from_it(data, tmp_path):
     assert run.losses[update] == pytest.approx(expected, rel=1e-5)
 
 
-def test_it_resumes_with_the_words_that_it_added(data, tmp_path):
+def test_a_run_resumes_with_its_added_language_tokens(data, tmp_path):
     whole = fit(data, tmp_path / "whole", *FLAGS, updates=4)
     fit(data, tmp_path / "parts", *FLAGS, updates=2)
     resumed = fit(data, tmp_path / "parts", *FLAGS, updates=4)
@@ -76,7 +76,7 @@ def test_it_resumes_with_the_words_that_it_added(data, tmp_path):
 
 
 def rank(data: Path, save_dir: Path, meeting: str, *flags: str):
-    """The losses of one of two ranks, or the sentence it ends with."""
+    """The losses of one of two ranks, or its error."""
     from fairseq_sparsemixer.cli.launch import rank_command
 
     launched = rank_command(["fairseq-train"], rank_number(), 2, meeting)[1:]
@@ -87,14 +87,14 @@ def rank(data: Path, save_dir: Path, meeting: str, *flags: str):
 
 
 @pytest.mark.distributed
-def test_two_ranks_with_all_experts_each_train_alike(data, tmp_path):
+def test_two_ranks_with_all_experts_have_equal_losses(data, tmp_path):
     first, second = run_ranks(2, rank, data, tmp_path, meeting_place(), "--expert-parallel-size", "1", group=False)
     assert len(first) == 2 and first == second
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("flags", [[], ["--expert-parallel-size", "1", "--balance-scope", "global"]], ids=["spread", "global"])
-def test_ranks_that_wait_for_each_other_in_layers_refuse_it(flags, data, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--expert-parallel-size", "1", "--balance-scope", "global"]], ids=["sharded", "global"])
+def test_the_task_is_refused_on_ranks_that_wait_for_each_other(flags, data, tmp_path):
     for sentence in run_ranks(2, rank, data, tmp_path, meeting_place(), *flags, group=False):
         assert "--task online_backtranslation generates in training" in sentence
         assert "--expert-parallel-size 1" in sentence

@@ -1,4 +1,4 @@
-"""fairseq's tasks on text of one language: what they feed a model with experts, and the loss that is logged for it."""
+"""fairseq's monolingual tasks: their batches and logged losses for models with experts."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ ENCODER = (LAYER.format("encoder") + " --max-positions 64").split()
 
 
 def check_resumption(data: Path, folder: Path, run, updates: int, *flags) -> None:
-    """Assert that a run in two parts, into `folder`, has the losses and the weights of `run`."""
+    """Assert that a run in two parts, in `folder`, has the same losses and weights as `run`."""
     first = fit(data, folder, *flags, updates=updates // 2)
     second = fit(data, folder, *flags, updates=updates)
     assert first.losses + second.losses == run.losses
@@ -30,15 +30,15 @@ def save_dir(run) -> Path:
     return Path(run.trainer.cfg.checkpoint.save_dir)
 
 
-def test_denoising_reads_noise_and_learns_the_text(pairs, tmp_path):
+def test_denoising_trains_on_masked_text_with_the_original_as_target(pairs, tmp_path):
     try:
         options.parse_args_and_arch(options.get_training_parser(), [str(pairs), "--task", "denoising", "--arch", "bart_base"])
     except argparse.ArgumentError as error:
-        pytest.skip(f"in this fairseq, its denoising task excludes its own models as well: {error}")
+        pytest.skip(f"in this fairseq, the denoising task fails for its own models as well: {error}")
     flags = (
         *"--task denoising --tokens-per-sample 16 --sample-break-mode eos --mask 0.4 --replace-length 1 --rotate 0".split(),
         *"--batch-size 8 --no-epoch-checkpoints --disable-validation".split(), *TRANSLATION, *EXPERTS,
-        *"--data-buffer-size 0".split(),  # else a thread reads ahead, and draws noise whenever it comes to it
+        *"--data-buffer-size 0".split(),  # otherwise a thread reads ahead, and draws noise at any time
     )  # fmt: skip
     run = fit(pairs, tmp_path / "whole", *flags, updates=6)
     task = run.trainer.task
@@ -49,13 +49,13 @@ def test_denoising_reads_noise_and_learns_the_text(pairs, tmp_path):
         assert masked.sum(1).tolist() == [math.ceil(0.4 * (length - 2)) for length in real.sum(1).tolist()]  # <s> and </s>
         assert torch.equal(source[~masked], target[~masked]) and target.ne(task.mask_idx).all()
         assert run.losses[update] == pytest.approx(bits(run.models[update], sample, task.dictionary.pad()), rel=1e-5)
-    # what it masks next hangs on torch's random state, which fairseq does not keep: the weights alone can be compared
+    # its masks depend on torch's random state, which fairseq does not save, so only the weights can be compared
     fit(pairs, tmp_path / "parts", *flags, updates=3)
     resumed = fit(pairs, tmp_path / "parts", *flags, updates=4).models[0].state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in initialised(run.models[3].state_dict()).items())
 
 
-def test_masked_words_alone_count_in_masked_lm(pairs, tmp_path):
+def test_the_masked_lm_loss_uses_only_masked_words(pairs, tmp_path):
     flags = (
         *"--task masked_lm --tokens-per-sample 16 --sample-break-mode eos --mask-prob 0.3 --batch-size 8".split(),
         *"--criterion moe_masked_lm --arch roberta_moe_tiny --no-epoch-checkpoints --disable-validation".split(),
@@ -70,7 +70,7 @@ def test_masked_words_alone_count_in_masked_lm(pairs, tmp_path):
     check_resumption(pairs, tmp_path / "parts", run, 6, *flags)
 
 
-def test_the_perplexity_of_a_language_model_is_that_of_its_text(pairs, trained, path_of, run_fairseq):
+def test_a_language_models_perplexity_equals_that_of_its_text(pairs, trained, path_of, run_fairseq):
     run = trained["target"]
     for update, (sample,) in enumerate(run.batches):
         assert run.losses[update] == pytest.approx(bits(run.models[update], sample, 1), rel=1e-5)
@@ -81,7 +81,7 @@ def test_the_perplexity_of_a_language_model_is_that_of_its_text(pairs, trained, 
     )  # fmt: skip
     task, total, count = run.trainer.task, 0.0, 0
     task.load_dataset("valid")
-    for index in range(len(task.dataset("valid"))):  # one by one: a batch must change nothing
+    for index in range(len(task.dataset("valid"))):  # one by one, because batching must not change the result
         sample = task.dataset("valid").collater([task.dataset("valid")[index]])
         total += bits(run.models[-1], sample, 1) * sample["target"].numel()
         count += sample["target"].numel()
@@ -91,7 +91,7 @@ def test_the_perplexity_of_a_language_model_is_that_of_its_text(pairs, trained, 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
-    """Sentences with the label of their first word, by its half of the dictionary."""
+    """Sentences labelled by the half of the dictionary that contains their first word."""
     folder = tmp_path_factory.mktemp("labelled")
     words = write_dictionary(folder / "input0" / "dict.txt")
     labels = type(words)()
@@ -106,7 +106,7 @@ def labelled(tmp_path_factory) -> Path:
     return folder
 
 
-def test_sentence_prediction_counts_the_right_answers(labelled, tmp_path):
+def test_sentence_prediction_reports_loss_and_accuracy(labelled, tmp_path):
     flags = (
         *"--task sentence_prediction --num-classes 2 --init-token 0 --separator-token 2 --batch-size 8".split(),
         *"--criterion moe_sentence_prediction --arch roberta_moe_tiny --no-epoch-checkpoints --pooler-dropout 0".split(),

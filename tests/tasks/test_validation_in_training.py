@@ -1,4 +1,4 @@
-"""What fairseq decides by validation: BLEU of generated translations, and when to stop."""
+"""Validation in training: BLEU of generated translations, and early stopping."""
 
 import pytest
 from decoding import decode
@@ -14,9 +14,9 @@ BLEU += ["--maximize-best-checkpoint-metric"]
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """A few sentences to be copied, of which a small model learns parts; the references are those of `valid`.
+    """(data, references of `valid`) of a copy task with a few sentences, which a small model learns in part.
 
-    One epoch of 50 updates: a run that is resumed in a later epoch gets other batches from fairseq.
+    One epoch has 50 updates, because fairseq changes the batches of a run that resumes in a later epoch.
     """
     folder = tmp_path_factory.mktemp("copied")
     references = draw_sentences(4, seed=7, shortest=5, longest=7) * 4
@@ -28,7 +28,7 @@ def copied(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tokenized", [False, True], ids=["13a", "tokenized"])
-def test_bleu_in_training_is_that_of_generated_translations_and_the_run_resumes(tokenized, copied, tmp_path):
+def test_bleu_in_training_equals_that_of_generation_and_the_run_resumes(tokenized, copied, tmp_path):
     import sacrebleu
 
     data, references = copied
@@ -47,7 +47,7 @@ def test_bleu_in_training_is_that_of_generated_translations_and_the_run_resumes(
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_patience_ends_a_run_that_learns_nothing(pairs, tmp_path):
+def test_patience_stops_a_run_that_does_not_improve(pairs, tmp_path):
     run = fit(pairs, tmp_path, *FLAGS, "--lr", 1e-30, "--patience", 2, updates=100)
     assert len(run.valid) == 3, "the first validation is the best, and two more are no better"
     assert len(run.losses) == 3 * 48 // 8

@@ -1,4 +1,4 @@
-"""Random text in fairseq's binary form."""
+"""Random text in fairseq's binary format."""
 
 from pathlib import Path
 from random import Random
@@ -16,7 +16,7 @@ def draw_sentences(count: int, seed: int = 1, shortest: int = 2, longest: int = 
 
 
 def write_dictionary(path: Path):
-    """The dictionary of WORDS, as fairseq saves it. Returns it."""
+    """Write the dictionary of WORDS in fairseq's format. Returns it."""
     from fairseq.data import Dictionary
 
     dictionary = Dictionary()
@@ -28,7 +28,7 @@ def write_dictionary(path: Path):
 
 
 def write_sentences(path: Path, sentences: List[List[str]], dictionary) -> None:
-    """path.bin and path.idx, each sentence with an end."""
+    """Write path.bin and path.idx, with </s> after each sentence."""
     from fairseq.data import indexed_dataset
 
     path.parent.mkdir(parents=True, exist_ok=True)
