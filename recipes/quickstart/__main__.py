@@ -20,7 +20,8 @@ from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
 from fairseq_sparsemixer.tools.study.commands import test_command, train_command
 from fairseq_sparsemixer.tools.study.runner import progress_display, run_study
-from fairseq_sparsemixer.tools.study.spec import Study, read_study
+from fairseq_sparsemixer.tools.study.grid import Study
+from fairseq_sparsemixer.tools.study.spec import read_study
 from fairseq_sparsemixer.tools.study.spec_file import merged, read_spec_file
 from recipes.common.cldr import MANY, SOURCE, make_cldr, tag
 from recipes.common.corpus import LANGUAGES, Corpus
@@ -33,7 +34,7 @@ from recipes.quickstart.report import report
 
 STUDY = Path(__file__).with_name("study.yaml")
 ROUTERS = ("dense", "switch", "sparsemixer")
-BASELINE = "switch"
+BASELINE = DENSE
 WIDTH = 120  # where there is no terminal
 NAMES = 1_000  # pairs for each target language: there are some 900 bare names
 HELD_OUT = 50  # pairs for each of many target languages in CLDR's valid and test split, and ten times as many for one
@@ -154,8 +155,10 @@ def one_target(language: str) -> Dict[str, Any]:
 def write_study(options: argparse.Namespace, text: Text, path: Path) -> Study:
     """study.yaml with the data, seed, budget and routers that were asked for."""
     routers = list(dict.fromkeys(options.routers))
+    source, target = (f"data/raw/test.{language}" for language in text.languages)
+    test = {"reference": target, "languages": source if target.endswith(TOGETHER) else None}
     content = {
-        **merged(read_spec_file(STUDY), {"flags": text.flags, "test": {"reference": f"data/raw/test.{text.languages[1]}"}}),
+        **merged(read_spec_file(STUDY), {"flags": text.flags, "test": test}),
         "title": text.title,
         "data": "data/bin",
         "variants": {router: {"router": router} for router in routers},

@@ -17,14 +17,15 @@ SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_fairseq_train_accepts_the_flags_of_a_recipes_study(spec, tmp_path):
-    shutil.copytree(spec.parent, tmp_path / spec.parent.relative_to(ROOT))  # with its base specs
+    for other in (spec.parent, ROOT / "recipes" / "quickstart"):  # with its base specs
+        shutil.copytree(other, tmp_path / other.relative_to(ROOT), dirs_exist_ok=True)
     copy = tmp_path / spec.relative_to(ROOT)
     content = read_spec_file(copy)
     Path(os.path.realpath(copy.parent / content["data"])).mkdir(parents=True)  # made by `prepare`
-    if "reference" in content["test"]:
-        reference = Path(os.path.realpath(copy.parent / content["test"]["reference"]))
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text("Ein Satz.\n", encoding="utf-8")
+    for name in {"reference", "languages"} & set(content.get("test") or {}):
+        file = Path(os.path.realpath(copy.parent / content["test"][name]))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("<2de> Ein Satz.\n", encoding="utf-8")
     study = read_study(copy)
     for router in study.routers:
         run = next(run for run in study.runs() if run.router == router)

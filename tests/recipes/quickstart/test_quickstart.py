@@ -29,8 +29,10 @@ def test_it_ends_with_figures_and_plots(quickstart):
     assert 0 < result["active_parameters"] < result["parameters"]
     assert 0 < result["load_entropy"] <= 1 and result["words_per_second"] > 0 and result["valid_loss"] > 0
     assert "version:" in result["signature"]
-    assert "| sparsemixer |" in (quickstart / "results" / "results.md").read_text()
-    for name in ("valid_loss.png", "expert_load.png"):
+    text = (quickstart / "results" / "results.md").read_text()
+    assert "| sparsemixer |" in text and "### chrF by language" in text and "| tr " in text
+    assert 0 <= result["language_bits"] <= 3  # of 8 experts
+    for name in ("valid_loss.png", "expert_load.png", "language_load.png"):
         assert (quickstart / "results" / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,8 +73,8 @@ def study_of(tmp_path):
     """study_of(flags) -> the study that the flags ask for."""
     (tmp_path / "data" / "bin").mkdir(parents=True)
     (tmp_path / "data" / "raw").mkdir()
-    for language in ("xx", "de"):
-        (tmp_path / "data" / "raw" / f"test.{language}").write_text("gut\n", encoding="utf-8")
+    for language in ("en", "xx", "de"):
+        (tmp_path / "data" / "raw" / f"test.{language}").write_text("<2de> gut\n", encoding="utf-8")
 
     def make(flags):
         options = parse_options(flags.split())
