@@ -20,7 +20,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 # as in tools/fidelity, which loads torch
 LOSSES = ("cross-entropy", "quadratic", "cubic")
-METHODS = "switch-argmax,switch,euler,midpoint,heun3,inf,reinforce,reinforce-baseline,dense_st"
+METHODS = "switch-argmax,switch,euler,midpoint,heun3,inf,reinforce,reinforce-baseline,default_moe,dense_st"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

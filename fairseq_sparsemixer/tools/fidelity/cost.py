@@ -20,6 +20,7 @@ def production_router(method: Method) -> Optional[Tuple[str, Dict[str, Any]]]:
     return {
         "switch-argmax": ("switch", {}),
         "dense_st": ("dense_st", {"top_k": 1}),
+        "default_moe": ("default_moe", {"top_k": 1}),
         "heun3": ("sparsemixer_v2", {"top_k": 1}),
     }.get(method.name, ("sparsemixer", {"gradient_estimator": method.name}))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.estimators import ESTIMATORS, Estimator, get_estimator
+from fairseq_sparsemixer.moe.gates.default_moe import default_moe_routing
 from fairseq_sparsemixer.moe.gates.dense_st import dense_st_routing
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.gates.sparsemixer import draw_expert, draw_sampling_noise, mask_unlikely
@@ -127,13 +128,35 @@ class Deterministic(Method):
     def sample(self, problem: Problem, draws: int) -> Tensor:
         return self.outcomes(problem).gradient.expand(draws, -1, -1)
 
+    def route(self, problem: Problem, logits: Tensor) -> Routing:
+        """The routing for logits [S, E]."""
+        return self.routing(logits)
+
     def outcomes(self, problem: Problem) -> Outcomes:
         def losses(logits: Tensor) -> Tensor:
-            routing = self.routing(logits[0])
+            routing = self.route(problem, logits[0])
             outputs = problem.outputs.gather(1, routing.expert_index.unsqueeze(-1).expand(-1, -1, problem.outputs.size(2)))
-            return problem.loss((routing.combine_weight.unsqueeze(-1) * outputs).sum(1).unsqueeze(0))
+            output = (routing.combine_weight.unsqueeze(-1) * outputs).sum(1)
+            if routing.default is not None:
+                output = output + routing.default.weight @ routing.default.vectors
+            return problem.loss(output.unsqueeze(0))
 
         return Outcomes(router_gradient(problem, 1, losses), torch.ones_like(problem.logits[None, :, 0]))
+
+
+@dataclass(frozen=True)
+class DefaultMoE(Deterministic):
+    """The default_moe router once its averages have settled: the mean of an expert's outputs over the problem's tokens that
+    it runs for, zero without any.
+    """
+
+    def route(self, problem: Problem, logits: Tensor) -> Routing:
+        """See Deterministic."""
+        S, E = problem.logits.shape
+        best = problem.logits.argmax(-1)
+        runs = torch.nn.functional.one_hot(best, E).to(problem.outputs.dtype)  # [S, E]
+        sums = runs.t() @ problem.outputs[torch.arange(S), best]  # [E, M]
+        return default_moe_routing(logits, None, 1, sums / runs.sum(0).clamp(min=1).unsqueeze(-1))
 
 
 def _chosen(problem: Problem, logits: Tensor, expert: Tensor) -> Tensor:
@@ -160,6 +183,7 @@ METHODS: List[Method] = [
     *_estimator_methods(),
     Reinforce("reinforce", FULL),
     Reinforce("reinforce-baseline", FULL, baseline=True),
+    DefaultMoE("default_moe", FULL),
     Deterministic("dense_st", FULL, experts=None, routing=lambda logits: dense_st_routing(logits, None, 1, True)),
 ]
 

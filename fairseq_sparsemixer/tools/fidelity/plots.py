@@ -17,6 +17,7 @@ COLOURS = {
     "inf": PALETTE["green"],
     "reinforce": PALETTE["purple"],
     "reinforce-baseline": PALETTE["purple"],
+    "default_moe": PALETTE["yellow"],
     "dense_st": PALETTE["sky"],
 }
 OTHER = "#666666"  # for estimators not listed above

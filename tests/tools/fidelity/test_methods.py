@@ -64,6 +64,18 @@ def test_the_argmax_rule_costs_bias(label):
     assert error(f"{label}*", problem, METHOD[label].aim) < 1e-10
 
 
+def test_default_moe_has_the_gradient_of_every_expert_with_means_for_those_that_do_not_run():
+    problem = synthetic_problem("cross-entropy", tokens=6, num_experts=3, model_dim=4)
+    f, best = problem.outputs, problem.logits.argmax(-1).tolist()
+    means = [[f[s, e] for s in range(6) if best[s] == e] for e in range(3)]
+    means = [sum(outputs) / len(outputs) if outputs else torch.zeros(4).double() for outputs in means]
+    logits = problem.logits.clone().requires_grad_()
+    pi = logits.softmax(-1)
+    outputs = [sum(pi[s, e] * (f[s, e] if e == best[s] else means[e]) for e in range(3)) for s in range(6)]
+    (expected,) = torch.autograd.grad(problem.loss(torch.stack(outputs)).sum(), logits)
+    torch.testing.assert_close(enumerated_moments(METHOD["default_moe"], problem).mean, expected)
+
+
 @pytest.mark.parametrize("label", ["reinforce", "reinforce-baseline"])
 @pytest.mark.parametrize("jitter", [None, 0.1])
 def test_reinforce_is_unbiased(label, jitter):
