@@ -1,6 +1,6 @@
-"""`fairseq-sparsemixer convert`: a checkpoint in the layout of microsoft/SparseMixer's example, and what it computes there.
+"""`fairseq-sparsemixer convert`: checkpoints of microsoft/SparseMixer's example give the same results after conversion.
 
-The reference is fairseq's own transformer, whose even layers compute the formula of the example's routers below, and whose
+The reference is fairseq's own transformer. Its even layers compute the formulas of the example's routers, see below, and its
 state dict has the example's names.
 """
 
@@ -30,26 +30,26 @@ TRAIN_ON = f"--num-experts {E} --moe-freq 2 --jitter-eps {JITTER} --router-bias 
 
 
 class Route(nn.ModuleList):
-    """fc1: E Linears M -> H and, as fairseq's layer calls it, the whole feed-forward part of the layer."""
+    """fc1: E Linears M -> H. Called by fairseq's layer, it runs the whole feed-forward part."""
 
     def forward(self, x):
         return self.layer[0].feed_forward(x)
 
 
 class Identity(nn.ModuleList):
-    """fc2: E Linears H -> M, which fc1 has applied."""
+    """fc2: E Linears H -> M, applied by fc1."""
 
     def forward(self, x):
         return x
 
 
 def give_experts(layer, router):
-    """Make a layer of fairseq's transformer one of the example's, which at inference multiplies the arg-max by its share."""
+    """Turn a layer of fairseq's transformer into the example's, which scales the arg-max by its probability at inference."""
 
     def feed_forward(x):  # [T, B, M]
         logits = layer.gating_network(x)  # [T, B, E]
         top, chosen = logits.max(-1, keepdim=True)
-        if router == "SparseMixer":  # the share among the experts that jitter could lift to the top
+        if router == "SparseMixer":  # the probability among the experts that jitter could make the arg-max
             logits = logits.masked_fill(top - logits > 2 * JITTER * torch.maximum(logits.abs(), top), -1e9)
         weight = logits.softmax(-1).gather(-1, chosen)
         each = torch.stack([fc2(torch.relu(fc1(x))) for fc1, fc2 in zip(layer.fc1, layer.fc2)], -1)  # [T, B, M, E]
@@ -75,7 +75,7 @@ def reference(args, task):
     for stack in (model.encoder, model.decoder):
         for index, layer in enumerate(stack.layers):
             norm = layer.final_layer_norm
-            del layer.final_layer_norm  # registered before the gate, as there
+            del layer.final_layer_norm  # registered before the gate, as in the example
             if index % 2 == 0:
                 give_experts(layer, args.router)
             layer.final_layer_norm, layer.gating_network = norm, nn.Linear(M, E)
@@ -87,7 +87,7 @@ def reference(args, task):
 
 
 def step(model, optimizer, sample):
-    """One update; the loss is a random combination of logits that are not padding."""
+    """Make one update; the loss is a random combination of the logits of non-padding tokens."""
     weight = torch.randn(24, generator=torch.Generator().manual_seed(3))
     logits = model(**sample["net_input"])[0]
     optimizer.zero_grad()
@@ -100,7 +100,7 @@ def real(sample):
 
 
 def flattened(state, parameters):
-    """An optimizer's state as fairseq's --fp16 has it: one entry for all parameters in order, zeros where one had none."""
+    """An optimizer's state as under fairseq's --fp16: one entry for all parameters in order, with zeros for missing states."""
     sizes = enumerate(parameters)
     entries = [state["state"].get(i) or {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} for i, p in sizes]
     flat = {key: torch.cat([entry[key].flatten() for entry in entries]) for key in ("exp_avg", "exp_avg_sq")}
@@ -110,7 +110,7 @@ def flattened(state, parameters):
 
 @pytest.fixture
 def theirs(corpus, translation_task, translation_batch, tmp_path):
-    """theirs(router, **flags) -> (model, optimizer, checkpoint's path) after two updates by Adam, as their run writes it."""
+    """theirs(router, **flags) -> (model, optimizer, checkpoint's path) after two Adam updates, in the example's format."""
 
     def write(router="SparseMixer", flat=False, **flags):
         args = arguments(router, **flags)
@@ -121,7 +121,7 @@ def theirs(corpus, translation_task, translation_batch, tmp_path):
         task = {"_name": "translation_switch", "data": str(corpus), "source_lang": "de", "target_lang": "en", "gumbel": False}
         history = {"criterion_name": "CrossEntropyCriterion", "optimizer_name": "FairseqAdam", "num_updates": 2}
         meters = [(10, "loss", "AverageMeter", {"val": 1, "sum": 1, "count": 1, "round": 3})]
-        meters += [(790, "wall", "StopwatchMeter", {"sum": 0, "n": 0, "round": 0})]  # fairseq-train wants it
+        meters += [(790, "wall", "StopwatchMeter", {"sum": 0, "n": 0, "round": 0})]  # required by fairseq-train
         meters += [
             (10, name, "AverageMeter", {"val": torch.ones(2, E), "sum": 1, "count": 1}) for name in ("load", "balance_loss")
         ]
@@ -165,7 +165,7 @@ def load(path: Path) -> nn.Module:
         dict(encoder_normalize_before=True, decoder_normalize_before=True, share_all_embeddings=False, encoder_learned_pos=True),
     ],
 )
-def test_the_converted_model_computes_what_theirs_did(router, flags, theirs, translation_batch):
+def test_the_converted_model_gives_the_same_outputs(router, flags, theirs, translation_batch):
     model, _, path = theirs(router, **flags)
     sample = translation_batch(3, 9, 5, 1)
     expected = model(**sample["net_input"])[0]
@@ -175,11 +175,11 @@ def test_the_converted_model_computes_what_theirs_did(router, flags, theirs, tra
         for layer in (model.encoder.layers[0], model.decoder.layers[0]):
             layer.gating_network.bias.zero_()
     without_bias = model(**sample["net_input"])[0]
-    assert (without_bias - expected)[real(sample)].abs().max() > 1e-3  # the bias is in what was compared
+    assert (without_bias - expected)[real(sample)].abs().max() > 1e-3  # the compared outputs depend on the bias
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_the_next_update_is_the_one_they_would_have_made(flat, theirs, translation_batch, capsys):
+def test_the_next_updates_equal_those_of_the_original_model(flat, theirs, translation_batch, capsys):
     model, optimizer, path = theirs(flat=flat)
     ours = load(converted(path))
     assert "optimizer state kept" in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_the_next_update_is_the_one_they_would_have_made(flat, theirs, translati
     ours_optimizer = torch.optim.Adam(ours.parameters())
     loaded = copy.deepcopy(state["last_optimizer_state"])
     for entry in loaded["state"].values():
-        entry["step"] = torch.as_tensor(float(entry["step"]))  # fairseq's Adam counts in plain numbers, torch's in tensors
+        entry["step"] = torch.as_tensor(float(entry["step"]))  # fairseq's Adam uses numbers, torch's uses tensors
     ours_optimizer.load_state_dict(loaded)
     for lengths in ((6, 2), (3, 3)):
         sample = translation_batch(*lengths)
@@ -205,16 +205,16 @@ def test_the_next_update_is_the_one_they_would_have_made(flat, theirs, translati
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router, ours", [("SparseMixer", "sparsemixer"), ("SwitchGate", "switch")])
-def test_generation_and_training_go_on_from_it(router, ours, theirs, corpus, tmp_path, capsys):
+def test_the_converted_checkpoint_generates_and_resumes(router, ours, theirs, corpus, tmp_path, capsys):
     path = converted(theirs(router)[2])
     flags = f"--router {ours} --num-experts {E} --moe-freq 2 --jitter-eps {JITTER} --router-bias"
     assert flags in capsys.readouterr().out
     assert len(runs.generate(corpus, path, tmp_path / "generated")) == 8
     losses = runs.train(corpus, tmp_path / "run", "--restore-file", path, "--router", ours, *TRAIN_ON, updates=4)
-    assert len(losses) == 2  # two of the four were made before
+    assert len(losses) == 2  # two of the four updates were made before
 
 
-def test_averaged_copies_are_renamed_and_their_meters_left_behind(theirs):
+def test_ema_copies_are_renamed_and_the_examples_meters_removed(theirs):
     state = read_checkpoint(str(converted(theirs()[2])))
     assert state["extra_state"]["ema"].keys() == state["model"].keys()
     assert [meter[1] for meter in state["extra_state"]["metrics"]["default"]] == ["loss", "wall"]
@@ -223,7 +223,7 @@ def test_averaged_copies_are_renamed_and_their_meters_left_behind(theirs):
     assert not any("gating_network" in name for name in state["model"])
 
 
-def test_a_state_that_cannot_be_mapped_is_left_out_with_the_reason(theirs, tmp_path, capsys):
+def test_an_optimizer_state_that_cannot_be_mapped_is_dropped_with_the_reason(theirs, tmp_path, capsys):
     model, _, path = theirs()
     state = torch.load(path, weights_only=True)
     steps = state["last_optimizer_state"]["state"]
@@ -238,7 +238,7 @@ def test_a_state_that_cannot_be_mapped_is_left_out_with_the_reason(theirs, tmp_p
     assert "last_optimizer_state" not in read_checkpoint(str(tmp_path / "ours.pt"))
 
 
-def test_no_optimizer_state_is_no_hindrance(theirs, tmp_path, capsys):
+def test_a_checkpoint_without_optimizer_state_can_be_converted(theirs, tmp_path, capsys):
     path = theirs()[2]
     state = torch.load(path, weights_only=True)
     del state["last_optimizer_state"]
@@ -275,7 +275,7 @@ def without(state, name):
     (lambda s: without(s, "encoder.layers.0.gating_network.bias"), "encoder.layers.0.gating_network.bias is missing"),
     (lambda s: without(s, "encoder.embed_tokens.weight"), "has no encoder.embed_tokens.weight; it is not a complete model"),
 ])  # fmt: skip
-def test_a_file_that_is_not_theirs_gets_one_sentence(change, sentence, theirs, tmp_path):
+def test_any_other_file_gives_a_one_line_error(change, sentence, theirs, tmp_path):
     path = theirs()[2]
     state = torch.load(path, weights_only=True)
     torch.save({**state, **change(state)}, path)
@@ -284,7 +284,7 @@ def test_a_file_that_is_not_theirs_gets_one_sentence(change, sentence, theirs, t
     assert "\n" not in caught.value.code and not (tmp_path / "ours.pt").exists()
 
 
-def test_arguments_of_the_wrong_type_get_one_sentence(theirs, tmp_path):
+def test_arguments_of_the_wrong_type_give_a_one_line_error(theirs, tmp_path):
     path = theirs()[2]
     state = torch.load(path, weights_only=True)
     odd = [changed(state, encoder_layers=[1]), changed(state, encoder_embed_dim="wide"), {"cfg": {"model": 5}}, {"cfg": [1]}]

@@ -1,4 +1,4 @@
-"""`fairseq-sparsemixer inspect`: what it shows of a checkpoint, and what it refuses."""
+"""`fairseq-sparsemixer inspect`: its report on a checkpoint, and the inputs it refuses."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
 
 
-def test_shows_experts_parameters_flops_and_load_and_writes_them(trained, tmp_path, capsys):
+def test_the_report_has_experts_parameters_flops_and_load(trained, tmp_path, capsys):
     flags, checkpoint = trained
     assert main(["inspect", str(checkpoint), *flags[2:], "--json", str(tmp_path / "r.json")]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -21,7 +21,7 @@ def test_shows_experts_parameters_flops_and_load_and_writes_them(trained, tmp_pa
     assert {name: sum(load) for name, load in report["load"].items()} == {"encoder.layers.0": 4, "decoder.layers.0": 4}
 
 
-def test_the_file_alone_is_enough(trained, capsys):
+def test_only_the_checkpoint_file_is_needed(trained, capsys):
     _, checkpoint = trained
     for dictionary in checkpoint.parent.glob("dict.*"):
         dictionary.unlink()
@@ -36,13 +36,13 @@ def test_the_file_alone_is_enough(trained, capsys):
         ([], "does not exist"),
     ],
 )
-def test_bad_flags_end_with_one_sentence(flags, message):
+def test_bad_flags_give_a_one_line_error(flags, message):
     with pytest.raises(SystemExit, match="fairseq-sparsemixer: ") as stopped:
         main(["inspect", "missing.pt", *flags])
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
-def test_the_wrong_side_of_text_is_named(trained):
+def test_a_missing_target_text_is_named(trained):
     flags, checkpoint = trained
     with pytest.raises(ConfigurationError, match="m.pt is a translation model; give --target FILE"):
         main(["inspect", str(checkpoint), *flags[2:4]])
@@ -54,7 +54,7 @@ def test_the_wrong_side_of_text_is_named(trained):
     ("masked_lm", "moe_masked_lm", "roberta_moe_tiny", 1),
     ("masked_lm", "electra", "electra_moe_tiny", 1),
 ])  # fmt: skip
-def test_the_load_of_a_model_of_one_side_is_of_the_words_and_marks(
+def test_the_load_of_a_monolingual_model_counts_words_and_sentence_marks(
     task, criterion, arch, mark, run_fairseq, dictionary, tmp_path, capsys
 ):
     text = tmp_path / "train"
@@ -94,7 +94,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_tensors_get_one_sentence(kind, trained):
+def test_invalid_tensors_give_a_one_line_error(kind, trained):
     _, checkpoint = trained
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "model": ODD[kind]}, checkpoint)
@@ -104,7 +104,7 @@ def test_odd_tensors_get_one_sentence(kind, trained):
 
 
 @pytest.mark.parametrize("settings", [{"args": 5}, {"args": None, "cfg": [1]}, {"args": Namespace(router=3)}, {"args": None}])
-def test_odd_settings_get_one_sentence_or_do_no_harm(settings, trained):
+def test_invalid_settings_give_at_most_a_one_line_error(settings, trained):
     _, checkpoint = trained
     torch.save({**torch.load(checkpoint, weights_only=True), **settings}, checkpoint)
     try:
@@ -113,14 +113,14 @@ def test_odd_settings_get_one_sentence_or_do_no_harm(settings, trained):
         assert "\n" not in str(error)
 
 
-def test_a_pipe_and_a_folder_are_refused_and_not_waited_for(tmp_path):
+def test_a_pipe_and_a_folder_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     for path, kind in ((tmp_path / "pipe.pt", "a pipe or device"), (tmp_path, "a folder"), ("/dev/zero", "a pipe or device")):
         with pytest.raises(ConfigurationError, match=f"{path} is {kind}; name a checkpoint file"):
             main(["inspect", str(path)])
 
 
-def test_the_report_takes_no_file_s_place(trained):
+def test_the_json_report_must_not_overwrite_the_checkpoint(trained):
     _, checkpoint = trained
     before = checkpoint.read_bytes()
     with pytest.raises(ConfigurationError, match="--json .*m.pt would overwrite a file of this command; give another path"):

@@ -1,4 +1,4 @@
-"""`fairseq-sparsemixer upcycle`: a dense checkpoint with experts in it, which computes what the dense one does."""
+"""`fairseq-sparsemixer upcycle`: a dense checkpoint becomes one with experts that gives the same outputs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from fairseq_sparsemixer.plugin.checkpoints.upcycling import _require_fit, _with
 from fairseq_sparsemixer.plugin.models.fast_path import knows_copies
 
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent
-ROUTERS = {  # and the multiplier of the sum of k equal experts, by the papers' formulas
+ROUTERS = {  # flags, and the factor on the output of k equal experts by the papers' formulas
     "switch": (["--router", "switch"], 1 / 4),
     "sparsemixer": (["--router", "sparsemixer"], 1 / 4),
     "sparsemixer_v2": (["--router", "sparsemixer_v2"], 1 / 4 + 1 / 3),
@@ -33,14 +33,14 @@ ROUTERS = {  # and the multiplier of the sum of k equal experts, by the papers' 
 
 @pytest.fixture(autouse=True)
 def without_fused_layers(monkeypatch):
-    """Let fairseq 0.12.2's own transformer run in evaluation: its fused layers, once it has loaded a state, need torch 1."""
+    """Disable the fused layers of fairseq 0.12.2's own transformer, which need torch 1 in evaluation after loading a state."""
     if knows_copies():
         monkeypatch.setattr(TransformerEncoderLayerBase, "_load_from_state_dict", torch.nn.Module._load_from_state_dict)
 
 
 @pytest.fixture(scope="module")
 def dense(corpus, tmp_path_factory) -> Path:
-    """A checkpoint of fairseq's own transformer, with an averaged copy."""
+    """A checkpoint of fairseq's own transformer, with an EMA copy."""
     folder = tmp_path_factory.mktemp("dense")
     flags = ("--arch", "transformer_tiny", "--criterion", "cross_entropy", "--store-ema", "--ema-fp32")
     runs.train(corpus, folder, *flags, updates=2, moe=False)
@@ -66,7 +66,7 @@ def test_the_first_forward_equals_the_dense_model(router, dense, tmp_path, trans
     assert "3 layers of 4 experts" in capsys.readouterr().out
     assert json.loads(figures.read_text())["layers"] == 3
     sample = translation_batch(3, 7, 5)
-    real = sample["net_input"]["prev_output_tokens"].ne(1)  # at padding, a layer of experts gives zero
+    real = sample["net_input"]["prev_output_tokens"].ne(1)  # expert layers give zero at padding
     torch.testing.assert_close(logits(out, sample)[real], logits(dense, sample)[real], rtol=1e-5, atol=1e-5)
     found = indifferent_gate(16, MoEOptions(router=router, num_experts=4, moe_top_k=2 if "--moe-top-k" in flags else None))
     assert found.multiplier == pytest.approx(multiplier, rel=1e-5)
@@ -74,7 +74,7 @@ def test_the_first_forward_equals_the_dense_model(router, dense, tmp_path, trans
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["sparsemixer", "switch"])
-def test_a_language_model_is_upcycled_too(router, dense_language_model, tmp_path, run_fairseq):
+def test_a_language_model_can_be_upcycled(router, dense_language_model, tmp_path, run_fairseq):
     data, dense = dense_language_model
     out = tmp_path / "moe.pt"
     main(["upcycle", str(dense), str(out), "--num-experts", "4", "--moe-freq", "1", "--router", router])
@@ -88,7 +88,7 @@ def test_a_language_model_is_upcycled_too(router, dense_language_model, tmp_path
 
 @pytest.fixture(scope="module")
 def dense_language_model(corpus, tmp_path_factory, run_fairseq):
-    """Binarised text, and a checkpoint of fairseq's own transformer_lm trained on it."""
+    """(binarised text, a checkpoint of fairseq's own transformer_lm trained on it)."""
     folder = tmp_path_factory.mktemp("language_model")
     parts = "--trainpref", corpus.parent / "train.en", "--validpref", corpus.parent / "valid.en"
     run_fairseq("preprocess", "--only-source", *parts, "--destdir", folder / "bin", "--workers", 1)
@@ -103,7 +103,7 @@ def dense_language_model(corpus, tmp_path_factory, run_fairseq):
 
 
 @pytest.mark.slow
-def test_generation_and_training_take_it_as_it_is(corpus, dense, tmp_path):
+def test_an_upcycled_checkpoint_generates_and_trains_without_changes(corpus, dense, tmp_path):
     out = tmp_path / "moe.pt"
     main(["upcycle", str(dense), str(out), "--num-experts", "4", "--moe-freq", "1", "--router", "switch"])
     found, expected = ([line.split("\t") for line in runs.generate(corpus, path, tmp_path / path.stem)] for path in (out, dense))
@@ -113,7 +113,7 @@ def test_generation_and_training_take_it_as_it_is(corpus, dense, tmp_path):
     assert len(losses) == 2
 
 
-def test_noise_tells_the_experts_apart_and_the_seed_repeats_it(dense, tmp_path):
+def test_noise_makes_experts_differ_and_is_reproducible_by_seed(dense, tmp_path):
     weights = []
     for seed in (1, 1, 2):
         out = tmp_path / f"{len(weights)}.pt"
@@ -124,7 +124,7 @@ def test_noise_tells_the_experts_apart_and_the_seed_repeats_it(dense, tmp_path):
     assert ((weights[0] - original).std() / original.std()).item() == pytest.approx(0.1, rel=0.1)
 
 
-def test_averaged_copies_get_experts_too(dense, tmp_path):
+def test_ema_copies_get_experts_too(dense, tmp_path):
     main(["upcycle", str(dense), str(tmp_path / "moe.pt"), "--num-experts", "4"])
     state = read_checkpoint(str(tmp_path / "moe.pt"))
     assert state["model"].keys() == state["extra_state"]["ema"].keys() == state["extra_state"]["ema_fp32_params"].keys()
@@ -150,7 +150,7 @@ def test_a_router_that_weighs_tokens_unevenly_is_refused():
         del GATES["uneven"]
 
 
-def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
+def test_a_missing_weight_is_refused(dense):
     state = read_checkpoint(str(dense))
     model = _with_experts(state["cfg"]["model"], MoEOptions(router="switch", num_experts=4, moe_freq=1))
     weights = upcycle(state, MoEOptions(router="switch", num_experts=4, moe_freq=1))["model"]
@@ -175,13 +175,13 @@ def test_a_layer_that_a_dense_one_cannot_give_is_refused(dense):
         (["--router", "remoe"], "--router remoe weighs tokens differently even if all experts are equal"),
     ],
 )
-def test_flags_that_make_no_model_get_one_sentence(flags, sentence, dense, tmp_path):
+def test_invalid_flags_give_a_one_line_error(flags, sentence, dense, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
         main(["upcycle", str(dense), str(tmp_path / "moe.pt"), *flags])
     assert not (tmp_path / "moe.pt").exists()
 
 
-def test_checkpoints_that_cannot_be_upcycled_get_one_sentence(dense, tmp_path):
+def test_unsupported_checkpoints_give_a_one_line_error(dense, tmp_path):
     state = read_checkpoint(str(dense))
     name = str(tmp_path / "in.pt")
     for change, sentence in (
@@ -194,7 +194,7 @@ def test_checkpoints_that_cannot_be_upcycled_get_one_sentence(dense, tmp_path):
             main(["upcycle", name, str(tmp_path / "moe.pt")])
 
 
-def test_a_source_is_never_overwritten_and_a_place_that_will_not_do_is_named(dense, tmp_path):
+def test_the_input_is_never_overwritten_and_an_unwritable_output_is_named(dense, tmp_path):
     source, link, pipe = tmp_path / "dense.pt", tmp_path / "link.pt", tmp_path / "pipe.pt"
     shutil.copy(dense, source)
     link.symlink_to(source)
@@ -216,7 +216,7 @@ def test_a_source_is_never_overwritten_and_a_place_that_will_not_do_is_named(den
     assert source.read_bytes() == before and link.is_symlink() and pipe.is_fifo() and not (tmp_path / "moe.pt").exists()
 
 
-def test_odd_weights_and_settings_get_one_sentence(dense, tmp_path):
+def test_invalid_weights_and_settings_give_a_one_line_error(dense, tmp_path):
     state = read_checkpoint(str(dense))
     name = str(tmp_path / "in.pt")
     odd = {"encoder.layers.0.fc1.weight": torch.ones(3)}

@@ -1,4 +1,4 @@
-"""GLUE's files: what is read, what is written, what is refused with file and line; fine-tuning on a small separable task."""
+"""GLUE's files: reading, writing, errors with file and line; fine-tuning on a small separable task."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from fairseq_sparsemixer.cli.glue import TASKS as CLI_TASKS
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools import glue
 
-LINES = {  # header and one example of train.tsv, as GLUE has them
+LINES = {  # header and one example of train.tsv in GLUE's format
     "CoLA": (None, "gj04\t0\t*\tw1 w2"),
     "SST-2": ("sentence\tlabel", "w1 w2\t0"),
     "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t1\t2\tw1 w2\tw3"),
@@ -39,7 +39,7 @@ def write(path, *lines):
 
 @pytest.fixture
 def raw(tmp_path):
-    """raw(name) -> a folder with one example in each of the task's labelled files, and one in its first test file."""
+    """raw(name) -> a folder with one example in each labelled file of the task and one in its first test file."""
 
     def make(name):
         folder, task, (header, line) = tmp_path / "raw", glue.TASKS[name], LINES[name]
@@ -68,7 +68,7 @@ def test_the_command_line_names_every_task():
 
 
 @pytest.mark.parametrize("name", glue.TASKS)
-def test_columns_go_where_they_belong(name, raw, dict_file, tmp_path, capsys):
+def test_columns_are_mapped_to_inputs_and_label(name, raw, dict_file, tmp_path, capsys):
     assert main(["glue", name, "--raw-dir", str(raw(name)), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")]) == 0
     out, task = tmp_path / "bin", glue.TASKS[name]
     assert [stored(out / "input0", "train"), stored(out / "input0", "test")] == ["w1 w2", "w4 w5"]
@@ -93,7 +93,7 @@ def test_columns_go_where_they_belong(name, raw, dict_file, tmp_path, capsys):
         ("1\t2\t3\tw1\t\udce9\t1", r"train.tsv:3: not UTF-8"),
     ],
 )
-def test_a_bad_line_is_named_and_can_be_skipped(line, complaint, raw, dict_file, tmp_path, capsys):
+def test_a_bad_line_is_reported_and_can_be_skipped(line, complaint, raw, dict_file, tmp_path, capsys):
     folder = raw("QQP")
     with (folder / "train.tsv").open("ab") as file:
         file.write(line.encode("utf-8", "surrogateescape") + b"\n" + LINES["QQP"][1].encode() + b"\n")
@@ -106,7 +106,7 @@ def test_a_bad_line_is_named_and_can_be_skipped(line, complaint, raw, dict_file,
     assert "train.tsv:3:" in printed.err and "train: 2 examples" in printed.out
 
 
-def test_no_line_of_a_test_file_is_left_out(raw, dict_file, tmp_path, capsys):
+def test_lines_of_a_test_file_are_never_skipped(raw, dict_file, tmp_path, capsys):
     folder = raw("RTE")
     command = ["glue", "RTE", "--raw-dir", str(folder), "--dict", str(dict_file), "--dest-dir", str(tmp_path / "bin")]
     with (folder / "test.tsv").open("a", encoding="utf-8") as file:
@@ -149,7 +149,7 @@ def test_wrong_files_are_refused(raw, dict_file, tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "index\tsentence1\tsentence2\tlabel\n", "sentence1\tsentence1\tsentence2\tlabel\na\tb\tc\tentailment\n"]
 )
-def test_every_split_is_looked_at_before_anything_is_written(split, content, raw, dict_file, tmp_path):
+def test_every_split_is_checked_before_writing(split, content, raw, dict_file, tmp_path):
     folder = raw("RTE")
     (folder / f"{split}.tsv").write_text(content)
     with pytest.raises(ConfigurationError, match=f"{split}.tsv"):
@@ -157,7 +157,7 @@ def test_every_split_is_looked_at_before_anything_is_written(split, content, raw
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dict.txt", "raw"]
 
 
-def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(raw, dict_file, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_folder_unchanged(raw, dict_file, tmp_path, monkeypatch):
     out = tmp_path / "bin"
     command = ["glue", "RTE", "--raw-dir", str(raw("RTE")), "--dict", str(dict_file), "--dest-dir", str(out)]
     main(command)
@@ -178,7 +178,7 @@ def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(raw, dict_file, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "dict.txt", "raw"]
 
 
-def test_destinations_that_are_no_folder_are_refused(raw, dict_file, tmp_path, capsys):
+def test_a_destination_that_is_not_a_folder_is_refused(raw, dict_file, tmp_path, capsys):
     command = ["glue", "RTE", "--raw-dir", str(raw("RTE")), "--dict", str(dict_file), "--dest-dir"]
     (tmp_path / "file").write_text("mine")
     for place in ("/dev/null", str(tmp_path / "file"), str(tmp_path / "file" / "below"), str(tmp_path / ("x" * 300))):
@@ -194,7 +194,7 @@ def test_destinations_that_are_no_folder_are_refused(raw, dict_file, tmp_path, c
 
 
 def separable(folder, count, seed):
-    """SST-2 in small: sentences of ten words, of which w0 to w4 speak for label 0, and w5 to w9 for label 1."""
+    """A small SST-2: sentences of ten words, where w0 to w4 indicate label 0, and w5 to w9 label 1."""
     draw = random.Random(seed)
     lines = []
     for _ in range(count):
@@ -207,7 +207,7 @@ def separable(folder, count, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["electra_moe_tiny", "roberta_moe_tiny"])
-def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq, dict_file, tmp_path, caplog, monkeypatch):
+def test_a_pretrained_model_can_be_fine_tuned_on_a_separable_task(arch, run_fairseq, dict_file, tmp_path, caplog, monkeypatch):
     from fairseq import checkpoint_utils
 
     flags = glue.TASKS["CoLA"].flags()  # for GLUE's harder metric
@@ -231,7 +231,7 @@ def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq,
     metric, least = ("mcc", 70) if "mcc" in flags else ("accuracy", 85)  # in %; chance is 0 and 50
     assert state["extra_state"]["best"] > least
     assert not any(name.startswith("generator") for name in state["model"])
-    monkeypatch.setattr("fairseq_cli.validate.reset_logging", lambda: None)  # it would leave its handlers to other tests
+    monkeypatch.setattr("fairseq_cli.validate.reset_logging", lambda: None)  # otherwise its handlers would stay for other tests
     with caplog.at_level("INFO"):
         run_fairseq(
             "validate", tmp_path / "bin", "--task", "sentence_prediction", "--criterion", "moe_sentence_prediction",
@@ -241,7 +241,7 @@ def test_a_pretrained_model_is_fine_tuned_to_a_separable_task(arch, run_fairseq,
     assert float(logged[f"valid_{metric}"]) == state["extra_state"]["best"]
 
 
-def test_where_fairseq_has_no_such_metric_flags_and_command_do_without(monkeypatch, raw, dict_file, tmp_path, capsys):
+def test_without_the_metrics_in_fairseq_flags_and_command_omit_them(monkeypatch, raw, dict_file, tmp_path, capsys):
     for name in ("report_mcc", "report_acc_and_f1", "report_pearson_and_spearman"):
         monkeypatch.delattr(glue.SentencePredictionConfig, name, raising=False)  # as in fairseq 0.12.2
     assert glue.TASKS["CoLA"].flags() == "--num-classes 2 --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"

@@ -1,4 +1,4 @@
-"""What is read off a checkpoint, against the model it was saved from."""
+"""Facts inspected in a checkpoint, compared with the model it was saved from."""
 
 from argparse import Namespace
 
@@ -53,7 +53,7 @@ def saved(build_translation_model, tmp_path):
         ({"router": "dense"}, 0),
     ],
 )
-def test_parameters_are_those_of_the_model(saved, flags, top_k):
+def test_parameter_counts_equal_the_models(saved, flags, top_k):
     model, path = saved(**flags)
     report = inspect_checkpoint(path)
     assert (report.parameters, report.active) == parameter_counts(model)
@@ -61,7 +61,7 @@ def test_parameters_are_those_of_the_model(saved, flags, top_k):
     assert len(report.layers) == sum(isinstance(module, MoELayer) for module in model.modules())
 
 
-def test_flops_are_two_for_each_weight_of_a_tokens_matrices(saved):
+def test_flops_are_two_per_weight_of_a_tokens_matrices(saved):
     attention, gate, expert, dense = 4 * 16 * 16, 4 * 16, 2 * 16 * 32, 2 * 16 * 32
     _, path = saved()
     parts = inspect_checkpoint(path).parts
@@ -70,8 +70,8 @@ def test_flops_are_two_for_each_weight_of_a_tokens_matrices(saved):
 
 
 def counted(monkeypatch, run):
-    """FLOPs of what run() multiplies by a matrix, as torch sees them; the products within attention, which are batched, aside."""
-    monkeypatch.setattr(onednn, "onednn_is_right", lambda: False)  # whose products the counter does not know
+    """FLOPs of run()'s matrix products counted by torch, without the batched products inside attention."""
+    monkeypatch.setattr(onednn, "onednn_is_right", lambda: False)  # the counter does not know oneDNN's products
     with FlopCounterMode(display=False) as counter:
         run()
     counts = counter.get_flop_counts()["Global"]
@@ -95,7 +95,7 @@ ROUTERS = [
 
 
 @pytest.mark.parametrize("flags", ROUTERS)
-def test_flops_of_a_masked_language_model_are_those_of_its_forward(masked_lm_task, monkeypatch, tmp_path, flags):
+def test_flops_of_a_masked_language_model_equal_those_of_its_forward(masked_lm_task, monkeypatch, tmp_path, flags):
     args = masked_lm_args(roberta_moe.tiny, **flags)
     model = RobertaMoEModel.build_model(args, masked_lm_task).train()
     report = saved_of(model, tmp_path / "m.pt", args)
@@ -105,7 +105,7 @@ def test_flops_of_a_masked_language_model_are_those_of_its_forward(masked_lm_tas
 
 
 @pytest.mark.parametrize("flags", [{"router": "sparsemixer"}, {"router": "expert_choice", "capacity_factor": 1.5}])
-def test_electras_generator_and_discriminator_are_told_apart(masked_lm_task, monkeypatch, tmp_path, flags):
+def test_electras_generator_and_discriminator_are_counted_separately(masked_lm_task, monkeypatch, tmp_path, flags):
     args = masked_lm_args(electra_moe.tiny, **flags)
     model = ElectraMoEModel.build_model(args, masked_lm_task).train()
     report = saved_of(model, tmp_path / "m.pt", args)
@@ -117,7 +117,7 @@ def test_electras_generator_and_discriminator_are_told_apart(masked_lm_task, mon
     assert (report.parameters, report.active) == parameter_counts(model)
 
 
-def test_a_fine_tuned_model_is_counted_without_the_heads_of_pretraining(masked_lm_task, monkeypatch, tmp_path):
+def test_a_fine_tuned_model_is_counted_without_pretraining_heads(masked_lm_task, monkeypatch, tmp_path):
     args = masked_lm_args(electra_moe.tiny)
     model = ElectraMoEModel.build_model(args, masked_lm_task).train()
     model.register_classification_head("glue", num_classes=3)
@@ -141,16 +141,16 @@ BANDED_INPUT = {"adaptive_input": True, "adaptive_input_cutoff": "8,14", "adapti
         {**BANDS, **BANDED_INPUT, "tie_adaptive_weights": True, "tie_adaptive_proj": True},
     ],
 )
-def test_flops_of_a_language_model_are_those_of_its_forward(language_modeling_task, monkeypatch, tmp_path, flags):
+def test_flops_of_a_language_model_equal_those_of_its_forward(language_modeling_task, monkeypatch, tmp_path, flags):
     args = language_model_args(**flags)
     model = TransformerLanguageModelMoE.build_model(args, language_modeling_task).train()
     report = saved_of(model, tmp_path / "m.pt", Namespace(**vars(args)))
-    tokens = torch.randint(4, 8, (3, 7))  # words of the first band
+    tokens = torch.randint(4, 8, (3, 7))  # words of the first cutoff band
 
     def run():
         output = model(tokens)
         if model.decoder.adaptive_softmax is not None:
-            model.decoder.adaptive_softmax.get_log_prob(output[0], None)  # of all words
+            model.decoder.adaptive_softmax.get_log_prob(output[0], None)  # for all words
 
     assert report.parts["decoder"].flops * 21 == counted(monkeypatch, run)
     assert (report.parameters, report.active) == parameter_counts(model)

@@ -1,4 +1,4 @@
-"""Experts by target language, against the model run on one sentence at a time."""
+"""Expert load by target language, compared with running the model on one sentence at a time."""
 
 import math
 import random
@@ -41,7 +41,7 @@ def tagged(run_fairseq, tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(train, tagged, tmp_path):
-    """checkpoint(router, flag, ...) -> path of a model trained for one epoch."""
+    """checkpoint(router, flag, ...) -> the path of a model trained for one epoch."""
 
     def make(router, *flags):
         few = ("--required-batch-size-multiple", 1, "--max-epoch", 1, "--moe-freq", 1)
@@ -52,7 +52,7 @@ def checkpoint(train, tagged, tmp_path):
 
 
 @pytest.mark.parametrize("router, flags", [("switch", []), ("gshard", []), ("dense_st", ["--moe-top-k", 2])])
-def test_counts_are_those_of_the_sentences_run_alone(checkpoint, tagged, router, flags):
+def test_counts_equal_those_of_single_sentences(checkpoint, tagged, router, flags):
     path = checkpoint(router, *flags)
     load = language_load(path)
     model, _, task = load_model(path, None)
@@ -95,21 +95,21 @@ def test_sentences_without_a_tag_are_refused(checkpoint, run_fairseq, tagged, tm
         language_load(path, str(folder / "bin"))
 
 
-def test_information_is_that_of_known_tables():
-    assert mutual_information([[5, 0], [0, 5]]) == pytest.approx(1)  # the expert tells the language
+def test_mutual_information_matches_known_tables():
+    assert mutual_information([[5, 0], [0, 5]]) == pytest.approx(1)  # the expert determines the language
     assert mutual_information([[3, 9], [1, 3]]) == pytest.approx(0)  # independent
     quarter = 0.75 * math.log2(0.75 / 0.5) + 0.25 * math.log2(0.25 / 0.5)  # three of four tokens on the language's own expert
     assert mutual_information([[3, 1], [1, 3]]) == pytest.approx(quarter)
     assert mutual_information([[0, 0], [0, 0]]) == 0
 
 
-def test_shares_of_a_language_add_up_to_one():
+def test_the_shares_of_a_language_sum_to_one():
     load = LanguageLoad(["encoder.layers.0"], ["de", "fr"], [[[3, 1], [0, 0]]])
     assert load.shares() == [[[0.75, 0.25], [0.0, 0.0]]]
     assert load.information() == [0.0]
 
 
-def test_the_plot_has_a_heatmap_for_each_layer():
+def test_the_plot_has_a_heatmap_per_layer():
     from fairseq_sparsemixer.tools.plotting import draw_language_load, drawn
 
     load = LanguageLoad(["encoder.layers.0", "decoder.layers.0"], ["de", "fr"], [[[3, 1], [0, 2]], [[1, 1], [1, 1]]])

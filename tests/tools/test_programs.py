@@ -1,4 +1,4 @@
-"""Programs that ours start: they end with it, however it ends, and are kind to a machine with other work."""
+"""Child programs: they end with their parent, however it ends, and use threads considerately."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools import machine, programs
 from fairseq_sparsemixer.tools.programs import ProgramFailed, child_environment, die_with_parent, follow, run, stop
 
-# starts a child as the recipes do, in a thread, and prints its number
+# starts a child in a thread, as the recipes do, and prints its process id
 PARENT = """
 import subprocess, sys, threading
 from fairseq_sparsemixer.tools.programs import die_with_parent
@@ -27,7 +27,7 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 """
-# `python -m recipes.NAME` with a program in the place of fairseq-train; a signal finds Python still busy with the fork
+# `python -m recipes.NAME` with another program instead of fairseq-train; signals arrive while Python is still forking
 RECIPE = """
 import os, sys, time
 from pathlib import Path
@@ -60,7 +60,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends chi
 
 
 @linux
-def test_a_child_ends_with_a_parent_that_is_killed():
+def test_a_child_ends_if_its_parent_is_killed():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     assert not is_gone(child)
@@ -74,7 +74,7 @@ def test_a_child_ends_with_a_parent_that_is_killed():
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_recipe_does_not_leave_its_training_behind(tmp_path, number, status):
     log = tmp_path / "console.log"
-    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # a background job ignores it
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # background jobs ignore SIGINT
     recipe = subprocess.Popen(
         [sys.executable, "-c", RECIPE, str(log)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **ignoring
     )
@@ -91,12 +91,12 @@ def test_a_recipe_does_not_leave_its_training_behind(tmp_path, number, status):
     assert ("interrupted; rerun the same command" in recipe.stderr.read()) == (status == 130)
 
 
-def test_a_program_starts_with_no_signal_held_back(tmp_path):
+def test_a_program_starts_without_blocked_signals(tmp_path):
     run([sys.executable, "-c", "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))"], tmp_path / "log")
     assert (tmp_path / "log").read_text() == "set()\n"
 
 
-def test_a_full_disk_ends_the_program_as_well(tmp_path):
+def test_a_full_disk_also_ends_the_program(tmp_path):
     from rich.console import Console
 
     from recipes.common.progress import run_program
@@ -109,7 +109,7 @@ def test_a_full_disk_ends_the_program_as_well(tmp_path):
         run_program(command, tmp_path / "log", Console(quiet=True))
 
 
-def test_a_failed_program_says_why_from_its_own_part_of_the_log(tmp_path):
+def test_a_failed_programs_reason_comes_from_its_own_part_of_the_log(tmp_path):
     log = tmp_path / "log"
     log.write_text("ValueError: of the attempt before\n")
     with pytest.raises(ProgramFailed, match="^it printed nothing$"):
@@ -119,7 +119,7 @@ def test_a_failed_program_says_why_from_its_own_part_of_the_log(tmp_path):
     assert failure.value.status == 1 and log.read_text().startswith("ValueError: of the attempt before\nTraceback")
 
 
-def test_what_watches_a_program_may_end_it(tmp_path):
+def test_the_watch_function_can_end_a_program(tmp_path):
     def watch():
         raise KeyboardInterrupt
 
@@ -129,12 +129,12 @@ def test_what_watches_a_program_may_end_it(tmp_path):
     assert time.monotonic() - begun < 60
 
 
-def test_a_program_that_is_not_there_is_a_sentence(tmp_path):
+def test_a_missing_program_gives_a_one_line_error(tmp_path):
     with pytest.raises(ConfigurationError, match="no-such-program cannot be started .No such file"):
         follow(["no-such-program"], tmp_path / "log", print)
 
 
-def test_other_threads_may_start_and_end_while_children_are_started():
+def test_children_can_be_started_in_several_threads():
     def work():
         for _ in range(5):
             assert subprocess.Popen([sys.executable, "-S", "-c", ""], preexec_fn=die_with_parent()).wait() == 0
@@ -146,7 +146,7 @@ def test_other_threads_may_start_and_end_while_children_are_started():
         thread.join()
 
 
-def test_who_does_not_heed_a_polite_signal_is_killed():
+def test_a_program_that_ignores_a_signal_is_killed():
     code = (
         "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; print('ready', flush=True); time.sleep(1000)"
     )
@@ -156,14 +156,14 @@ def test_who_does_not_heed_a_polite_signal_is_killed():
     assert process.returncode == -signal.SIGKILL
 
 
-def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch):
+def test_threads_wait_passively_unless_the_user_sets_otherwise(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(programs, "usable_cores", lambda: 4)
     monkeypatch.setattr(programs, "visible_cores", lambda: 4)
     assert child_environment()["OMP_WAIT_POLICY"] == "PASSIVE" and "OMP_NUM_THREADS" not in child_environment()
     assert child_environment(threads=3)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setattr(programs, "visible_cores", lambda: 64)  # of a machine of which a container has a part
+    monkeypatch.setattr(programs, "visible_cores", lambda: 64)  # a machine of which the container gets a part
     assert child_environment()["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -179,7 +179,7 @@ def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch):
     ({"cpu.max": "9900000 100000\n"}, 8),
     ({}, 8),
 ])  # fmt: skip
-def test_a_containers_quota_counts_as_cores(files, cores, tmp_path, monkeypatch):
+def test_a_containers_quota_limits_the_cores(files, cores, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "visible_cores", lambda: 8)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

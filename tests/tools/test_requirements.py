@@ -1,4 +1,4 @@
-"""Which distribution a package comes from, and what is said where one is missing. That setup.py declares what is imported."""
+"""The distributions of packages, errors for missing ones, and the requirements declared in setup.py."""
 
 import ast
 import os
@@ -15,24 +15,24 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools import requirements
 
 ROOT = Path(__file__).resolve().parents[2]
-DISTRIBUTION = {"yaml": "PyYAML"}  # where it is not called as the package is
+DISTRIBUTION = {"yaml": "PyYAML"}  # if its name differs from the package's
 
 
 def metadata_of(root: Path, name: str, files: dict) -> None:
-    """An installed distribution, as it lies in site-packages."""
+    """Make an installed distribution, as in site-packages."""
     folder = root / f"{name.replace('-', '_')}-1.0.dist-info"
     folder.mkdir()
     for file, text in {"METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n", **files}.items():
         (folder / file).write_text(text)
 
 
-def test_a_package_is_traced_to_every_distribution_that_has_it(monkeypatch, tmp_path):
+def test_all_distributions_of_a_package_are_found(monkeypatch, tmp_path):
     metadata_of(tmp_path, "ve-thing", {"top_level.txt": "thing\nthing_cli\n"})
     metadata_of(tmp_path, "thing-of-another-builder", {"RECORD": "thing/__init__.py,,\nthing/core.py,,\n"})
     (tmp_path / "thing").mkdir()
-    for file in ("__init__.py", "core.py"):  # files that are gone are left out by newer importlib.metadata
+    for file in ("__init__.py", "core.py"):  # newer importlib.metadata leaves out missing files
         (tmp_path / "thing" / file).touch()
-    metadata_of(tmp_path, "thing", {"top_level.txt": "something_else\n"})  # the name says nothing
+    metadata_of(tmp_path, "thing", {"top_level.txt": "something_else\n"})  # the name alone does not count
     monkeypatch.syspath_prepend(str(tmp_path))
     assert requirements.providers("thing") == ["thing-of-another-builder 1.0", "ve-thing 1.0"]
     assert requirements.providers("nothing_has_this") == []
@@ -64,7 +64,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
         main(["plot", str(tmp_path)])
 
 
-def test_another_missing_module_is_no_matter_of_extras(monkeypatch):
+def test_another_missing_module_stays_a_module_not_found_error(monkeypatch):
     from fairseq_sparsemixer.cli import user_dir
 
     def missing(options):
@@ -77,7 +77,7 @@ def test_another_missing_module_is_no_matter_of_extras(monkeypatch):
 
 @pytest.fixture(scope="module")
 def declared():
-    """The arguments that setup.py gives to setuptools."""
+    """The arguments that setup.py passes to setuptools."""
     arguments, setup, folder = {}, setuptools.setup, os.getcwd()
     setuptools.setup = lambda **given: arguments.update(given)
     os.chdir(ROOT)
@@ -90,7 +90,7 @@ def declared():
 
 
 def imported(*folders):
-    """The top-level packages that the Python files of folders import, wherever in the file."""
+    """The top-level packages imported anywhere in the Python files of folders."""
     for folder in folders:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -104,25 +104,25 @@ def names(requirements_):
     return {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in requirements_}
 
 
-def test_all_that_the_package_imports_is_declared(declared):
+def test_every_imported_package_is_declared(declared):
     ours = {"fairseq_sparsemixer", "criterions"}
-    optional = {"scipy", "fairseq", "fairseq_cli", "torch_xla"}  # scipy: found or done without; fairseq: several bring it
+    optional = {"scipy", "fairseq", "fairseq_cli", "torch_xla"}  # scipy is optional; several distributions provide fairseq
     standard = sys.stdlib_module_names if sys.version_info >= (3, 10) else set()
     if not standard:
-        pytest.skip("needs the list of standard modules, of Python 3.10 or later")
+        pytest.skip("needs the list of standard modules, in Python 3.10 and later")
     packages = set(imported("fairseq_sparsemixer", "criterions")) - ours - optional - set(standard)
     wanted = {DISTRIBUTION.get(package, package).lower() for package in packages}
     assert wanted <= names(declared["install_requires"]) | names(declared["extras_require"]["tools"])
 
 
-def test_each_package_of_an_extra_has_its_sentence(declared):
+def test_each_package_of_an_extra_has_an_error_message(declared):
     assert set(requirements.EXTRAS.values()) == set(declared["extras_require"]) - {"dev", "test"}
     assert names(declared["extras_require"]["tools"]) == {
         package for package, extra in requirements.EXTRAS.items() if extra == "tools"
     }
 
 
-def test_pip_lays_no_fairseq_over_the_one_that_is_there(declared):
+def test_installing_the_package_does_not_install_fairseq(declared):
     assert not any("fairseq" in requirement for requirement in declared["install_requires"])
 
 
@@ -130,9 +130,9 @@ def test_every_link_of_the_package_page_is_absolute(declared):
     links = re.findall(r"\]\(([^)\s]+)\)", declared["long_description"])
     assert len(links) > 20 and all(link.startswith(("https://", "#")) for link in links)
     images = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", declared["long_description"])
-    assert images and not any("/blob/" in link for link in images)  # a page about the image
+    assert images and not any("/blob/" in link for link in images)  # not the page about the image
 
 
-def test_what_recipes_need_is_tested(declared):
+def test_the_recipes_requirements_are_in_the_test_extra(declared):
     lines = (ROOT / "recipes" / "requirements.txt").read_text().splitlines()
     assert {line for line in lines if not line.startswith("#")} <= set(declared["extras_require"]["test"])

@@ -1,9 +1,9 @@
-"""Tables in Markdown."""
+"""Markdown tables."""
 
 from fairseq_sparsemixer.tools.tables import cell, markdown_table
 
 
-def test_a_table_is_markdown():
+def test_a_table_is_aligned_markdown():
     lines = markdown_table(["a", "b"], [[1, 2], ["x", "1.50"]]).splitlines()
     assert [[part.strip() for part in line.split("|")] for line in (lines[0], *lines[2:])] == [
         ["", "a", "b", ""], ["", "1", "2", ""], ["", "x", "1.50", ""],
@@ -11,5 +11,5 @@ def test_a_table_is_markdown():
     assert set(lines[1]) == {"|", "-"} and len({len(line) for line in lines}) == 1
 
 
-def test_a_figure_that_is_not_there_is_a_dash():
+def test_a_missing_figure_is_a_dash():
     assert [cell("{:.2f}", value) for value in (1, None, 0.5)] == ["1.00", "–", "0.50"]

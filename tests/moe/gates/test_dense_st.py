@@ -1,4 +1,4 @@
-"""DenseMixer: the top-k layer forward, the full router gradient backward, against a layer written out in float64."""
+"""DenseMixer: top-k forward and full router gradient, compared with an explicit layer in float64."""
 
 import math
 
@@ -9,14 +9,14 @@ from fairseq_sparsemixer import build_moe_layer
 
 
 def outputs_of_all(layer, x):
-    """[S, E, M]: every expert on every token, from the weights."""
+    """[S, E, M]: the output of every expert for every token, from the weights."""
     experts = layer.experts
     hidden = torch.relu(torch.einsum("sm,emh->seh", x, experts.weight_in) + experts.bias_in)
     return torch.einsum("seh,ehm->sem", hidden, experts.weight_out) + experts.bias_out
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_forward_is_the_top_k_layer_and_the_router_learns_from_every_expert(k):
+def test_the_forward_is_top_k_and_the_router_gradient_uses_every_expert(k):
     layer = build_moe_layer("dense_st", 5, 7, 4, top_k=k).double()
     x = torch.randn(30, 5, dtype=torch.float64)
     upstream = torch.randn(30, 5, dtype=torch.float64)
@@ -30,14 +30,14 @@ def test_forward_is_the_top_k_layer_and_the_router_learns_from_every_expert(k):
         kept[s, sorted(range(4), key=lambda e: -pi[s, e].item())[:k]] = 1
     f = outputs_of_all(layer, x)
     torch.testing.assert_close(output, torch.einsum("se,sem->sm", pi.detach() * kept, f))
-    (torch.einsum("se,sem->sm", pi, f.detach()) * upstream).sum().backward()  # every expert, as if all had been chosen
+    (torch.einsum("se,sem->sm", pi, f.detach()) * upstream).sum().backward()  # as if every expert had been chosen
     torch.testing.assert_close(layer.gate.projection.weight.grad, weight.grad)
     grad_out = torch.einsum("se,sem,sm->em", pi.detach() * kept, torch.ones_like(f), upstream)
     torch.testing.assert_close(layer.experts.bias_out.grad, grad_out)  # experts learn from the tokens that chose them
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_renormalised_weights_sum_to_one_and_the_other_experts_count_with_the_same_divisor(k):
+def test_renormalised_weights_sum_to_one_and_other_experts_use_the_same_divisor(k):
     layer = build_moe_layer("dense_st", 5, 7, 4, top_k=k, renormalise=True).double()
     x = torch.randn(20, 5, dtype=torch.float64)
     upstream = torch.randn(20, 5, dtype=torch.float64)
@@ -61,8 +61,8 @@ def test_renormalised_weights_sum_to_one_and_the_other_experts_count_with_the_sa
     torch.testing.assert_close(layer.eval()(x), output)
 
 
-def test_the_balance_loss_counts_the_chosen_experts_alone():
-    logits = torch.tensor([[2.0, 1.0, -1.0], [3.0, 0.0, 1.0]], dtype=torch.float64)  # chooses 0 and 0
+def test_the_balance_loss_counts_only_chosen_experts():
+    logits = torch.tensor([[2.0, 1.0, -1.0], [3.0, 0.0, 1.0]], dtype=torch.float64)  # both choose expert 0
     gate = build_moe_layer("dense_st", 5, 7, 3, top_k=1).gate
     mean = sum(math.exp(row[0]) / sum(map(math.exp, row)) for row in logits.tolist()) / 2
     assert gate.route(logits).aux_losses["balance"].item() == pytest.approx(3 * mean)

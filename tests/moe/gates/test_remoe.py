@@ -1,4 +1,4 @@
-"""ReMoE against its formulas, one token at a time in float64: output, gradient, L1 loss, and the path of lambda."""
+"""ReMoE, compared with its formulas token by token in float64: output, gradient, L1 loss, and the updates of lambda."""
 
 import math
 
@@ -13,13 +13,13 @@ E = 4
 
 
 def outputs_of_all(layer, token):
-    """[E, M]: every expert on one token [M], from the weights."""
+    """[E, M]: the output of every expert for one token [M], from the weights."""
     experts = layer.experts
     hidden = torch.relu(torch.einsum("m,emh->eh", token, experts.weight_in) + experts.bias_in)
     return torch.einsum("eh,ehm->em", hidden, experts.weight_out) + experts.bias_out
 
 
-def test_output_and_gradients_are_those_of_relu_weights():
+def test_output_and_gradients_equal_those_of_relu_weights():
     layer = build_moe_layer("remoe", 5, 7, E, top_k=2).double()
     x, upstream = torch.randn(2, 30, 5, dtype=torch.float64)
     output = layer(x)
@@ -39,7 +39,7 @@ def test_output_and_gradients_are_those_of_relu_weights():
         torch.testing.assert_close(ours[name], parameter.grad, msg=name)
 
 
-def test_a_token_without_positive_logits_gets_no_expert_and_zero():
+def test_a_token_without_positive_logits_gets_no_expert_and_zero_output():
     layer = build_moe_layer("remoe", 5, 7, E)
     nn.init.constant_(layer.gate.projection.weight, -1.0)
     x = torch.cat([torch.ones(1, 5), -torch.ones(1, 5)])
@@ -50,7 +50,7 @@ def test_a_token_without_positive_logits_gets_no_expert_and_zero():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_the_l1_loss_weighs_an_expert_by_its_share_of_the_tokens(k):
+def test_the_l1_loss_weights_an_expert_by_its_share_of_tokens(k):
     gate = build_gate("remoe", 5, E, top_k=k, l1_coefficient=0.25).double()
     logits = torch.randn(20, E, dtype=torch.float64, requires_grad=True)
     padding = torch.arange(20) >= 17
@@ -87,7 +87,7 @@ def test_lambda_follows_the_sparsity_of_all_layers_and_micro_batches():
     assert model[0].l1.value.dtype == torch.float32 and torch.equal(model[0].l1.value, model[1].l1.value)
 
 
-def test_lambda_rests_on_target_without_tokens_in_validation_and_after_a_failed_step():
+def test_lambda_is_unchanged_on_target_without_tokens_in_validation_and_after_a_failed_step():
     model = nn.ModuleList([build_gate("remoe", 5, E, top_k=2)])
     on_target = torch.tensor([[1.0, 1, -1, -1]], requires_grad=True)
     too_many = torch.ones(3, E, requires_grad=True)
@@ -121,17 +121,17 @@ def train(updates, **options):
     return layer, counts
 
 
-def test_training_reaches_the_wanted_number_of_experts():
+def test_training_reaches_the_target_number_of_experts():
     _, counts = train(400, l1_coefficient=1e-3, router_bias=True)
     assert counts[0] > 1.7 and sum(counts[-100:]) / 100 == pytest.approx(1, abs=0.1)
 
 
-def test_lambda_stays_finite_where_no_router_without_bias_reaches_the_target():
+def test_lambda_stays_finite_if_a_router_without_bias_cannot_reach_the_target():
     layer, counts = train(20, l1_coefficient=900.0)
     assert counts[-1] > 1.5 and layer.gate.l1.value.item() == 1000
 
 
-def test_lambda_survives_half_precision_and_the_checkpoint():
+def test_lambda_is_kept_in_half_precision_and_in_checkpoints():
     layer = build_moe_layer("remoe", 4, 8, E)
     layer.gate.l1.value.fill_(3e-9)  # zero in float16
     restored = build_moe_layer("remoe", 4, 8, E).half()
@@ -144,6 +144,6 @@ def test_lambda_survives_half_precision_and_the_checkpoint():
     (dict(l1_multiplier=0.9), "l1_multiplier=0.9 must be at least 1 and finite"),
     (dict(top_k=5), "top_k=5 must lie between 1 and num_experts=4"),
 ])  # fmt: skip
-def test_options_out_of_range_are_refused(options, message):
+def test_out_of_range_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_gate("remoe", 4, E, **options)

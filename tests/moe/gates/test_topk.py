@@ -1,4 +1,4 @@
-"""Plain top-k, against its formulas one token at a time."""
+"""Plain top-k, compared with its formulas token by token."""
 
 import math
 
@@ -42,7 +42,7 @@ def reference(row, k, score, weights, scale, groups, kept, bias):
 @pytest.mark.parametrize(
     "k, scale, groups, kept", [(1, 1.0, 1, 1), (2, 2.5, 4, 2), (3, 1.0, 2, 1), (8, 1.0, 8, 8), (2, 1.0, 8, 2)]
 )
-def test_experts_and_weights_are_those_of_the_formula(score, weights, k, scale, groups, kept):
+def test_experts_and_weights_equal_the_formula(score, weights, k, scale, groups, kept):
     logits, bias = torch.randn(S, E, dtype=torch.float64), torch.randn(E, dtype=torch.float64) / 5
     routing = topk_routing(logits, None, k, score, weights, scale, groups, kept, bias=bias)
     for row, experts, values in zip(logits.tolist(), routing.expert_index.tolist(), routing.combine_weight.tolist()):
@@ -52,7 +52,7 @@ def test_experts_and_weights_are_those_of_the_formula(score, weights, k, scale, 
             assert math.isclose(value, expected[expert], rel_tol=1e-12)
 
 
-def test_the_router_gradient_is_that_of_the_normalised_sigmoid_scores():
+def test_the_router_gradient_equals_that_of_normalised_sigmoid_scores():
     logits = torch.randn(S, E, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(S, 2, dtype=torch.float64)
     routing = topk_routing(logits, None, 2, "sigmoid")
@@ -69,7 +69,7 @@ def test_the_router_gradient_is_that_of_the_normalised_sigmoid_scores():
         torch.testing.assert_close(found[token], torch.tensor(expected, dtype=torch.float64))
 
 
-def test_all_choices_count_in_the_balance_loss_of_sigmoid_scores():
+def test_the_balance_loss_of_sigmoid_scores_counts_all_choices():
     logits = torch.randn(S, E, dtype=torch.float64)
     routing = topk_routing(logits, None, 2, "sigmoid")
     share, mean = [0.0] * E, [0.0] * E
@@ -82,12 +82,12 @@ def test_all_choices_count_in_the_balance_loss_of_sigmoid_scores():
     assert math.isclose(routing.aux_losses["balance"].item(), expected, rel_tol=1e-12)
 
 
-def test_with_one_expert_it_is_that_expert_with_weight_one():
+def test_a_single_expert_has_weight_one():
     routing = topk_routing(torch.randn(5, 1), None, 1)
     assert (routing.expert_index == 0).all() and (routing.combine_weight == 1).all()
 
 
-def test_the_bias_of_a_gate_moves_its_choice_and_not_its_weights():
+def test_the_selection_bias_changes_the_choice_but_not_the_weights():
     gate = build_gate("topk", 4, 4, top_k=1, router_score="sigmoid", router_weights="raw", bias_update_rate=0.1)
     gate.balancer.bias += torch.tensor([0.0, 0.0, 0.0, 5.0])
     tokens = torch.randn(9, 4)
@@ -105,6 +105,6 @@ def test_the_bias_of_a_gate_moves_its_choice_and_not_its_weights():
     ({"router_groups": 4, "router_topk_groups": 5}, "router_topk_groups=5 must lie between 1 and router_groups=4"),
     ({"top_k": 3, "router_groups": 4, "router_topk_groups": 1}, "leaves a token 2 experts, fewer than top_k=3"),
 ])  # fmt: skip
-def test_options_out_of_range_are_refused(options, message):
+def test_out_of_range_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_gate("topk", 4, E, **options)

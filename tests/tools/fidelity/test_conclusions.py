@@ -1,4 +1,4 @@
-"""The sentences under a fidelity study's table: each has the study's own figures, or is left out."""
+"""The conclusions under a fidelity study's table: each uses the study's own figures, or is omitted."""
 
 from typing import Optional
 
@@ -11,7 +11,7 @@ from fairseq_sparsemixer.tools.fidelity.conclusions import conclusions
 
 @pytest.fixture
 def conclude(monkeypatch):
-    """conclude(*names, draws, jitter_eps) -> (study of these methods on a quadratic loss, its conclusions as one text)."""
+    """conclude(*names, draws, jitter_eps) -> (study of these methods on a quadratic loss, its conclusions as text)."""
     monkeypatch.setattr(studies, "relative_times", lambda methods, num_experts, seed: {})
 
     def run(*names, draws: Optional[int] = None, jitter_eps: Optional[float] = None):
@@ -28,7 +28,7 @@ def test_only_estimators_without_bias_are_called_unbiased(conclude):
     assert "Unbiased" not in conclude("euler")[1]
 
 
-def test_over_draws_unbiased_means_within_their_noise(conclude):
+def test_with_draws_unbiased_means_within_their_noise(conclude):
     assert "Unbiased, within the noise of 500 draws: reinforce." in conclude("reinforce", draws=500)[1]
 
 

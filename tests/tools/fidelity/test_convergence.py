@@ -1,4 +1,4 @@
-"""Order of convergence in the step, for a smooth loss that is not a polynomial."""
+"""The order of convergence in the step, for a smooth loss that is not a polynomial."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def orders():
 
 
 @pytest.mark.parametrize("label, order", [("switch", 1), ("euler", 2), ("midpoint*", 3), ("heun3*", 4)])
-def test_the_error_in_the_choice_term_falls_as_this_power_of_the_step(orders, label, order):
+def test_the_error_in_the_choice_term_decreases_with_the_methods_order(orders, label, order):
     assert orders[label] == pytest.approx(order, abs=0.1)
 
 
@@ -25,6 +25,6 @@ def test_an_exact_estimator_has_no_order(orders):
     assert orders["inf*"] is None
 
 
-def test_the_slope_is_fitted_in_logarithms():
+def test_the_order_is_the_slope_of_a_log_log_fit():
     steps = [1, 1 / 2, 1 / 4, 1 / 8]
     assert fitted_order(steps, [7 * step**2.5 for step in steps]) == pytest.approx(2.5)

@@ -1,4 +1,4 @@
-"""The exact gradient: the enumeration against sums written out, and against differentiation."""
+"""The exact gradient: the enumeration, compared with explicit sums and with differentiation."""
 
 import math
 
@@ -28,7 +28,7 @@ def written_out(logits, outputs, loss):
     return choice, scale
 
 
-def test_both_terms_are_the_sums_of_the_formula():
+def test_both_terms_equal_the_sums_of_the_formula():
     logits, outputs = [0.3, -1.2, 0.9], [[1.0, 2.0], [-0.5, 0.3], [0.7, -1.1]]
     choice, scale = written_out(logits, outputs, lambda y: math.sin(y[0]) + y[0] * y[1] ** 2)
     problem = Problem(
@@ -50,7 +50,7 @@ def test_both_terms_are_the_sums_of_the_formula():
     jitter=st.sampled_from([None, 0.05, 0.1, 0.5]),
     seed=st.integers(0, 99),
 )
-def test_the_sum_of_the_terms_is_the_derivative_of_the_enumerated_expectation(loss, tokens, experts, jitter, seed):
+def test_the_terms_sum_to_the_derivative_of_the_enumerated_expectation(loss, tokens, experts, jitter, seed):
     exact = exact_gradient(synthetic_problem(loss, tokens, experts, 3, jitter, seed=seed))
     torch.testing.assert_close(exact.full, exact.autograd, rtol=1e-10, atol=1e-12)
 
@@ -63,6 +63,6 @@ def test_masked_experts_have_no_gradient():
     assert (exact.full[masked] == 0).all()
 
 
-def test_an_unknown_loss_is_refused_with_the_known_ones():
+def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(ValueError, match="--loss hinge is unknown; choose from cross-entropy, quadratic, cubic"):
         synthetic_problem("hinge")

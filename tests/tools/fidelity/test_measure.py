@@ -1,4 +1,4 @@
-"""Measured over draws: noise, bias, and the way to tell them apart."""
+"""Measurements over draws: noise, bias, and how to distinguish them."""
 
 from math import log
 
@@ -18,7 +18,7 @@ METHOD = {method.label: method for method in METHODS}
 QUADRATIC = dict(loss="quadratic", tokens=4, num_experts=4, model_dim=4)
 
 
-def test_the_bias_of_midpoint_on_a_quadratic_shrinks_as_one_over_the_root_of_the_draws():
+def test_midpoints_measured_bias_on_a_quadratic_decreases_with_the_root_of_the_draws():
     problem = synthetic_problem(**QUADRATIC)
     full = exact_gradient(problem).full
     sizes, seeds = [256, 1024, 4096, 16384], range(12)
@@ -31,7 +31,7 @@ def test_the_bias_of_midpoint_on_a_quadratic_shrinks_as_one_over_the_root_of_the
     assert slope == pytest.approx(-0.5, abs=0.1)
 
 
-def test_sampling_noise_is_told_from_bias():
+def test_sampling_noise_is_distinguished_from_bias():
     problem = synthetic_problem(**QUADRATIC)
     exact = exact_gradient(problem)
     found = {f.method.label: f for f in measure(problem, exact, select_methods(["midpoint", "euler", "switch"]), 20_000, 1)[0]}
@@ -41,13 +41,13 @@ def test_sampling_noise_is_told_from_bias():
     assert not found["euler"].unbiased and found["euler"].z > 10
 
 
-def test_the_same_seed_gives_the_same_figures_and_another_seed_others():
+def test_the_figures_depend_only_on_the_seed():
     problem = synthetic_problem(**QUADRATIC)
     means = [sampled_moments(METHOD["midpoint"], problem, 500, seed).mean for seed in (5, 5, 6)]
     assert torch.equal(means[0], means[1]) and not torch.equal(means[0], means[2])
 
 
-def test_measuring_leaves_the_random_state_alone():
+def test_measuring_does_not_change_the_random_state():
     before = torch.get_rng_state()
     sampled_moments(METHOD["midpoint"], synthetic_problem(**QUADRATIC), 100, 1)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""A layer of a trained model: its downstream loss is the model's own."""
+"""Fidelity of a layer in a trained model, with the model's own loss downstream."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def plain_losses(model, criterion, contexts):
         return [criterion(model, context.sample, reduce=True)[0] for context in contexts]
 
 
-def test_at_the_models_own_output_every_token_has_its_sentences_loss(setting):
+def test_with_the_models_own_output_every_tokens_loss_is_its_sentences_loss(setting):
     model, criterion, moe, contexts = setting
     loss = trained.DownstreamLoss(model, criterion, moe, contexts, tokens=6)
     losses = loss(torch.cat([context.outcome for context in contexts]).unsqueeze(0))[0]
@@ -37,7 +37,7 @@ def test_at_the_models_own_output_every_token_has_its_sentences_loss(setting):
     torch.testing.assert_close(losses, torch.stack([first] * 4 + [second] * 2), rtol=1e-12, atol=0)
 
 
-def test_another_expert_for_one_token_gives_the_loss_of_a_gate_that_sends_it_there(setting):
+def test_replacing_one_tokens_expert_gives_the_loss_of_routing_it_there(setting):
     model, criterion, moe, contexts = setting
     context, position = contexts[0], 2
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_another_expert_for_one_token_gives_the_loss_of_a_gate_that_sends_it_the
     torch.testing.assert_close(found[position], expected, rtol=1e-12, atol=0)
 
 
-def test_the_losses_gradient_is_its_derivative(setting):
+def test_the_losses_gradient_matches_its_derivative(setting):
     model, criterion, moe, contexts = setting
     loss = trained.DownstreamLoss(model, criterion, moe, contexts, tokens=5)
     y = torch.cat([context.outcome for context in contexts])[:5].requires_grad_()
@@ -65,7 +65,7 @@ def test_the_losses_gradient_is_its_derivative(setting):
     torch.testing.assert_close((gradient * direction).sum(1), difference, rtol=1e-5, atol=1e-7)
 
 
-def test_the_batch_size_of_the_evaluation_changes_nothing(setting, monkeypatch):
+def test_the_evaluation_batch_size_does_not_change_results(setting, monkeypatch):
     model, criterion, moe, contexts = setting
     loss = trained.DownstreamLoss(model, criterion, moe, contexts, tokens=6)
     y = torch.randn(3, 6, 16).double()
@@ -88,13 +88,13 @@ def test_the_enumeration_through_the_model_agrees_with_its_derivative(setting):
     torch.testing.assert_close(exact.full, exact.autograd, rtol=1e-9, atol=1e-11)
 
 
-def test_the_model_is_as_it_was_afterwards(setting):
+def test_the_model_is_unchanged_afterwards(setting):
     model, criterion, moe, contexts = setting
     trained.DownstreamLoss(model, criterion, moe, contexts, 6)(torch.randn(1, 6, 16).double())
     assert "forward" not in vars(moe) and not any("forward" in vars(gate) for gate, _ in contexts[0].routings)
 
 
-def test_a_layer_that_is_not_there_is_refused_with_those_that_are(build_translation_model):
+def test_an_unknown_layer_lists_the_existing_ones(build_translation_model):
     with pytest.raises(
         ConfigurationError, match="--layer encoder.layers.1 is not an MoE layer of m.pt; choose from encoder.layers.0"
     ):
@@ -106,12 +106,19 @@ def test_a_model_without_experts_is_refused(build_translation_model):
         trained.find_layer(build_translation_model(router="dense"), None, "m.pt")
 
 
-def test_a_layer_of_several_experts_a_token_is_refused(build_translation_model):
+@pytest.mark.parametrize("router", ["default_moe", "expert_choice", "expert_threshold", "remoe"])
+def test_a_router_whose_output_is_not_that_of_one_expert_is_refused(router, build_translation_model):
+    model = build_translation_model(router=router, moe_encoder_only=True)
+    with pytest.raises(ConfigurationError, match=f"--router {router} of m.pt does not make a token's output from one expert"):
+        trained.find_layer(model, None, "m.pt")
+
+
+def test_a_layer_with_several_experts_per_token_is_refused(build_translation_model):
     with pytest.raises(ConfigurationError, match="gives each token 2 experts, but fidelity needs k = 1"):
         trained.find_layer(build_translation_model(router="sparsemixer_v2", moe_top_k=2), None, "m.pt")
 
 
-def test_texts_must_be_pairs(tmp_path):
+def test_texts_must_be_parallel(tmp_path):
     (tmp_path / "a").write_text("one\ntwo\n")
     (tmp_path / "b").write_text("eins\n")
     with pytest.raises(ConfigurationError, match="has 2 lines, but --target .*b has 1; give files of paired lines"):

@@ -1,4 +1,4 @@
-"""Runs as results.py gathers them, made up for tests of what is computed from them."""
+"""Artificial runs in the form that results.py collects, for tests of the analysis."""
 
 from typing import Any, Callable, Dict, List, Optional
 
@@ -13,9 +13,9 @@ def runs(
     test: Optional[Callable[[float], Dict[str, Any]]] = None,
     curves: Optional[List[List[float]]] = None,
 ) -> List[Dict[str, Any]]:
-    """The runs of a model, one for each final loss, with seeds 1, 2, ... A validation every 10 updates, and 5 seconds.
+    """The runs of a model, one per final loss, with seeds 1, 2, ...; a validation every 10 updates and 5 seconds.
 
-    test: the test's result for a loss. curves: of each run, the losses before the last.
+    test: final loss -> test result. curves: for each run, the losses before the final one.
     """
     group = router if experts is None else f"{router}-e{experts}"
     made = []
@@ -30,6 +30,6 @@ def runs(
 
 
 def text(*members: List[Dict[str, Any]], baseline: str = "switch", wide: Optional[str] = None) -> str:
-    """The report of some runs."""
+    """The report on some runs."""
     results = {"title": "t", "machines": [], "baseline": baseline, "wide": wide, "runs": sum(members, [])}
     return report.markdown(analysed(results))

@@ -1,4 +1,4 @@
-"""What can go wrong while a study runs: interruptions, failures, a full disk, an edited spec. A script plays fairseq."""
+"""A study with interruptions, failures, a full disk or an edited spec. A script replaces fairseq."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ SPEC = {
     "routers": {"dense": {"router": "dense"}, "switch": {"router": "switch"}}, "baseline": "switch",
     "test": {"metric": "bleu", "reference": "test.de"},
 }  # fmt: skip
-# `program` in the folder of data is run in the training of Switch's first seed
+# training of Switch's first seed runs `program` in the data folder
 PLAYER = """
 import os, signal, sys, time
 program, data, *flags = sys.argv[1:]
@@ -45,7 +45,7 @@ NAMES = ["dense-seed1", "switch-e2-seed1", "dense-seed2", "switch-e2-seed2"]
 
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Path:
-    """The path of a study whose fairseq is PLAYER."""
+    """The path of a study that runs PLAYER instead of fairseq."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "program").write_text("")
     (tmp_path / "test.de").write_text("ein Hund\nzwei Katzen\n", encoding="utf-8")
@@ -65,7 +65,7 @@ def finished(out: Path):
 
 
 def run_played(spec: Path, out: Path) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as these tests may be, ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, such as these tests, ignore SIGINT
     runner.executable = played(spec.parent / "player.py")
     return main(["study", str(spec), "--out", str(out), "--workers", "1"])
 
@@ -79,7 +79,7 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interruption_ends_the_trainings_and_starts_no_more(number, study, tmp_path):
+def test_an_interruption_stops_running_trainings_and_starts_no_more(number, study, tmp_path):
     (tmp_path / "bin" / "program").write_text("time.sleep(1000)")
     (process,) = start_ranks(1, run_played, study, tmp_path / "out", group=False)
     started = tmp_path / "bin" / "started"
@@ -102,7 +102,7 @@ def test_an_interruption_ends_the_trainings_and_starts_no_more(number, study, tm
         ("sys.exit(1)", "it printed nothing"),
     ],
 )
-def test_a_failed_run_says_why_in_one_line_and_the_others_go_on(program, reason, study, tmp_path):
+def test_a_failed_run_gives_a_one_line_reason_and_the_others_continue(program, reason, study, tmp_path):
     out = tmp_path / "out"
     (tmp_path / "bin" / "program").write_text("print('RuntimeError: of the attempt before'); sys.exit(1)")
     runner.run_study(read_study(study), out, workers=1)
@@ -113,13 +113,13 @@ def test_a_failed_run_says_why_in_one_line_and_the_others_go_on(program, reason,
     assert finished(out) == [NAMES[0], *NAMES[2:]]
 
 
-def test_a_test_without_a_score_fails_its_run_alone(study, tmp_path):
+def test_a_test_without_a_score_fails_only_its_run(study, tmp_path):
     (tmp_path / "test.de").write_text("ein Hund\n", encoding="utf-8")
     failures = runner.run_study(read_study(study), tmp_path / "out", workers=2)
     assert len(failures) == 4 and "dense-seed1 failed in its test: " in failures[0] and "has 2 hypotheses" in failures[0]
 
 
-def test_a_full_disk_is_said_and_costs_one_run(study, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_fails_one_run(study, tmp_path, monkeypatch):
     def write(path, text):
         if path.parent.name == "switch-e2-seed1" and path.name == "result.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -131,7 +131,7 @@ def test_a_full_disk_is_said_and_costs_one_run(study, tmp_path, monkeypatch):
     assert finished(tmp_path / "out") == [NAMES[0], *NAMES[2:]]
 
 
-def test_half_a_result_counts_as_none(study, tmp_path):
+def test_a_truncated_result_is_ignored(study, tmp_path):
     out = tmp_path / "out"
     runner.run_study(read_study(study), out, workers=1)
     for name, text in zip(NAMES, ("", '{"run": "swi')):
@@ -142,7 +142,7 @@ def test_half_a_result_counts_as_none(study, tmp_path):
     assert times == {name: (out / "runs" / name / "result.json").stat().st_mtime_ns for name in NAMES[2:]}
 
 
-def test_seeds_may_be_added_and_flags_not_changed_even_of_finished_runs(study, tmp_path):
+def test_seeds_can_be_added_but_flags_of_finished_runs_cannot_change(study, tmp_path):
     out = tmp_path / "out"
     runner.run_study(read_study(study), out, workers=1)
     study.write_text(yaml.safe_dump({**SPEC, "seeds": [1, 2, 3]}, sort_keys=False))
@@ -153,7 +153,7 @@ def test_seeds_may_be_added_and_flags_not_changed_even_of_finished_runs(study, t
         runner.run_study(read_study(study), out, workers=1)
 
 
-def test_data_that_were_prepared_anew_are_not_those_of_the_runs_there_are(study, tmp_path):
+def test_data_prepared_again_is_refused_for_existing_runs(study, tmp_path):
     dictionary = tmp_path / "bin" / "dict.en.txt"
     dictionary.write_text("Hund 2\n")
     runner.run_study(read_study(study), tmp_path / "out", workers=1)
@@ -164,7 +164,7 @@ def test_data_that_were_prepared_anew_are_not_those_of_the_runs_there_are(study,
     assert runner.run_study(read_study(study), tmp_path / "out", workers=1) == []
 
 
-def test_folders_of_earlier_versions_have_no_note_and_are_understood(study, tmp_path):
+def test_run_folders_of_earlier_versions_without_a_note_are_accepted(study, tmp_path):
     runner.run_study(read_study(study), tmp_path / "out", workers=1)
     folders = [tmp_path / "out" / "runs" / name for name in NAMES]
     for folder in folders:
@@ -176,14 +176,14 @@ def test_folders_of_earlier_versions_have_no_note_and_are_understood(study, tmp_
     assert all(json.loads((folder / "step.json").read_text())["finished"] for folder in folders)
 
 
-def test_a_moved_package_is_not_another_study(study, tmp_path):
+def test_moving_the_package_keeps_the_study(study, tmp_path):
     runner.run_study(read_study(study), tmp_path / "out", workers=1)
     note = tmp_path / "out" / "runs" / "dense-seed1" / "command.txt"
     note.write_text(note.read_text().replace("--user-dir /", "--user-dir /elsewhere/"))
     assert runner.run_study(read_study(study), tmp_path / "out", workers=1) == []
 
 
-def test_a_training_that_outlived_its_study_is_waited_for(study, tmp_path):
+def test_a_study_waits_for_a_training_of_an_earlier_study(study, tmp_path):
     folder, said = tmp_path / "out" / "runs" / "dense-seed1", io.StringIO()
     folder.mkdir(parents=True)
     progress = Progress(console=Console(file=said, width=200))
@@ -198,8 +198,8 @@ def test_a_training_that_outlived_its_study_is_waited_for(study, tmp_path):
     assert finished(tmp_path / "out") == NAMES
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
-def test_a_study_that_is_killed_leaves_no_training_behind(study, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills children when their parent dies")
+def test_a_killed_study_leaves_no_training_behind(study, tmp_path):
     (tmp_path / "bin" / "program").write_text("time.sleep(1000)")
     (process,) = start_ranks(1, run_played, study, tmp_path / "out", group=False)
     started = tmp_path / "bin" / "started"
@@ -211,7 +211,7 @@ def test_a_study_that_is_killed_leaves_no_training_behind(study, tmp_path):
         time.sleep(0.01)
 
 
-def test_of_studies_that_start_together_one_runs_each_training(study, tmp_path):
+def test_concurrent_studies_run_each_training_once(study, tmp_path):
     failures = []
     threads = [Thread(target=lambda: failures.extend(runner.run_study(read_study(study), tmp_path / "out", 1))) for _ in range(6)]
     for thread in threads:
@@ -223,7 +223,7 @@ def test_of_studies_that_start_together_one_runs_each_training(study, tmp_path):
     assert sorted(programs) == ["generate"] * 4 + ["train"] * 4
 
 
-def test_of_studies_with_other_flags_that_start_together_one_is_refused(study, tmp_path):
+def test_one_of_two_concurrent_studies_with_different_flags_is_refused(study, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(
         yaml.safe_dump({**SPEC, "seeds": [2, 1], "flags": {"task": "translation", "max-update": 40}}, sort_keys=False)
@@ -243,10 +243,10 @@ def test_of_studies_with_other_flags_that_start_together_one_is_refused(study, t
         thread.join()
     assert [] in said and sum("begun with other flags" in str(what) for what in said) == 1
     commands = {(tmp_path / "out" / "runs" / name / "command.txt").read_text().count("--max-update 40") for name in NAMES}
-    assert len(commands) == 1  # all runs are of one study
+    assert len(commands) == 1  # all runs belong to one study
 
 
-def test_a_refused_study_claims_nothing(study, tmp_path):
+def test_a_refused_study_claims_no_folder(study, tmp_path):
     out = tmp_path / "out"
     runner.run_study(read_study(study), out, workers=1)
     study.write_text(
@@ -258,7 +258,7 @@ def test_a_refused_study_claims_nothing(study, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["fairseq-train 'x", "\udce9"])
-def test_a_damaged_note_of_a_command_is_a_sentence(study, tmp_path, command):
+def test_a_damaged_command_file_gives_a_one_line_error(study, tmp_path, command):
     folder = tmp_path / "out" / "runs" / "dense-seed1"
     folder.mkdir(parents=True)
     (folder / "command.txt").write_text(command, encoding="utf-8", errors="surrogateescape")
@@ -267,7 +267,7 @@ def test_a_damaged_note_of_a_command_is_a_sentence(study, tmp_path, command):
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "x" * 300, "a\0b"])
-def test_a_folder_that_cannot_be_written_is_a_sentence(study, tmp_path, out):
+def test_an_unwritable_folder_gives_a_one_line_error(study, tmp_path, out):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigurationError, match="cannot be written .*; give another --out"):
         runner.run_study(read_study(study), tmp_path / out, workers=1)
@@ -282,13 +282,13 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(study, tmp_path, out):
         (1, "GPU-8932f937", None, ["GPU-8932f937"]),
     ],
 )
-def test_runs_go_to_the_gpus_that_are_visible(gpus, visible, workers, expected, monkeypatch):
+def test_runs_use_the_visible_gpus(gpus, visible, workers, expected, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in runner.devices(workers)] == expected
 
 
-def test_cores_are_shared_evenly_and_every_run_has_a_thread(monkeypatch):
+def test_cores_are_divided_evenly_and_every_run_has_a_thread(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)), raising=False)
     for workers, count, threads in ((None, 8, "1"), (3, 3, "2"), (20, 20, "1")):

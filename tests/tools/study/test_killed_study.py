@@ -1,4 +1,4 @@
-"""A study of fairseq's own commands, killed in the middle and started again."""
+"""A study with fairseq's own commands, killed in the middle and restarted."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from fairseq_sparsemixer.cli import main
 pytestmark = pytest.mark.slow
 
 UPDATES, SAVE_EVERY = 12, 3
-PATIENCE = 120  # seconds until a study that does not come to where it is to be killed is given up
+PATIENCE = 120  # seconds to wait for the moment at which to kill the study
 FLAGS = {
     "task": "translation", "arch": "transformer_moe_tiny", "encoder-layers": 1, "decoder-layers": 1, "update-freq": 4,
     "criterion": "moe_cross_entropy", "optimizer": "adam", "lr": 0.01, "batch-size": 4, "max-update": UPDATES,
@@ -27,7 +27,7 @@ FLAGS = {
 
 @pytest.fixture
 def study(corpus, tmp_path) -> Path:
-    """Two runs, dense and SparseMixer; `valid` is the test set, too."""
+    """Two runs, dense and SparseMixer; `valid` is also the test set."""
     (tmp_path / "bin").symlink_to(corpus)
     (tmp_path / "reference.en").write_text((corpus.parent / "valid.en").read_text())
     test = {"gen-subset": "valid", "beam": 1, "max-len-b": 10, "required-batch-size-multiple": 1}
@@ -41,7 +41,7 @@ def study(corpus, tmp_path) -> Path:
 
 
 def kill_when(there: Path, command) -> None:
-    """SIGKILL to the command and all its children, which share its session, once a file is there."""
+    """Send SIGKILL to the command and all its children, which share its session, once a file exists."""
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + PATIENCE
@@ -53,7 +53,7 @@ def kill_when(there: Path, command) -> None:
         process.wait()
 
 
-def test_a_study_killed_in_its_second_run_finishes_the_second_and_leaves_the_first_alone(study, tmp_path, monkeypatch):
+def test_a_study_killed_in_its_second_run_resumes_it_and_keeps_the_first(study, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, command = tmp_path / "out", ["study", str(study), "--out", str(tmp_path / "out"), "--workers", "1"]
     first, second = out / "runs" / "dense-seed1", out / "runs" / "sparsemixer-e2-seed1"

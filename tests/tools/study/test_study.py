@@ -1,4 +1,4 @@
-"""A whole study whose trainings are played by a script: it is killed, resumed, and reported."""
+"""A whole study, run and reported, with a script instead of fairseq."""
 
 import json
 import re
@@ -29,8 +29,8 @@ SPEC = {
     "test": {"metric": "bleu", "reference": "test.de"},
 }
 REFERENCE = ["ein Hund läuft durch den grünen Park", "zwei Kinder spielen am Strand mit einem Ball"] * 10
-# fairseq-train: three validations, the loss falling twice as fast for sparsemixer; fairseq-generate: the better the model, the
-# more of the reference. `fail` in the folder of data makes Switch's second seed fail.
+# fairseq-train: three validations, with the loss falling twice as fast for sparsemixer; fairseq-generate: a better model
+# reproduces more of the reference. The file `fail` in the data folder makes Switch's second seed fail.
 PLAYER = """
 import json, os, sys
 program, data, *flags = sys.argv[1:]
@@ -62,7 +62,7 @@ else:
 
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Path:
-    """The path of a study whose fairseq is PLAYER."""
+    """The path of a study that runs PLAYER instead of fairseq."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "test.de").write_text("\n".join(REFERENCE) + "\n", encoding="utf-8")
     (tmp_path / "player.py").write_text(PLAYER)
@@ -104,17 +104,19 @@ def test_a_study_reports_means_deviations_and_speed_up_over_the_baseline(study, 
         assert (out / name).stat().st_size > 1000
 
 
-def test_a_dense_baseline_is_that_of_every_number_of_experts(study, tmp_path):
+def test_a_dense_baseline_applies_to_every_number_of_experts(study, tmp_path):
     study.write_text(study.read_text().replace("baseline: switch", "baseline: dense"))
     runner.run_study(read_study(study), tmp_path / "out", workers=1)
     assert main(["study", str(study), "--out", str(tmp_path / "out"), "--report-only"]) == 0
     groups = {group["group"]: group for group in json.loads((tmp_path / "out" / "results.json").read_text())["groups"]}
-    assert groups["sparsemixer-e2"]["comparison"]["speed_up"]["updates"]["mean"] == pytest.approx(4)  # falls four times as fast
+    assert groups["sparsemixer-e2"]["comparison"]["speed_up"]["updates"]["mean"] == pytest.approx(
+        4
+    )  # its loss falls four times as fast
     assert groups["switch-e2"]["comparison"]["speed_up"]["updates"]["mean"] == pytest.approx(2)
     assert groups["switch-e2"]["bleu_p_value"] < 0.05 and groups["dense"]["bleu_p_value"] is None
 
 
-def test_a_dense_model_is_set_against_the_baseline_with_the_fewest_experts(study, tmp_path):
+def test_a_dense_model_is_compared_with_the_baseline_with_the_fewest_experts(study, tmp_path):
     study.write_text(study.read_text().replace("num-experts:\n- 2", "num-experts:\n- 4\n- 2"))
     runner.run_study(read_study(study), tmp_path / "out", workers=2)
     groups = by_group(gather(read_study(study), tmp_path / "out")["runs"])
@@ -122,7 +124,7 @@ def test_a_dense_model_is_set_against_the_baseline_with_the_fewest_experts(study
     assert baseline_of(groups, "dense", "switch") == "switch-e2"
 
 
-def test_a_run_that_failed_is_named_and_run_again_while_finished_ones_are_left_alone(study, tmp_path, capsys):
+def test_a_failed_run_is_reported_and_rerun_while_finished_runs_are_kept(study, tmp_path, capsys):
     out, broken = tmp_path / "out", tmp_path / "bin" / "fail"
     broken.touch()
     assert main(["study", str(study), "--out", str(out), "--workers", "1"]) == 1
@@ -135,7 +137,7 @@ def test_a_run_that_failed_is_named_and_run_again_while_finished_ones_are_left_a
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 
 
-def test_a_report_passes_over_half_a_result(study, tmp_path):
+def test_a_report_skips_a_truncated_result(study, tmp_path):
     out = tmp_path / "out"
     runner.run_study(read_study(study), out, workers=1)
     (out / "runs/switch-e2-seed1/result.json").write_text('{"run": "swi')
@@ -154,7 +156,7 @@ def test_a_diverged_run_is_reported(study, tmp_path, capsys):
     assert "nan" in capsys.readouterr().out
 
 
-def test_a_folder_begun_with_other_flags_is_refused(study, tmp_path):
+def test_a_folder_with_other_flags_is_refused(study, tmp_path):
     begun = read_study(study)
     runner.run_study(begun, tmp_path / "out", workers=1)
     (tmp_path / "out/runs/switch-e2-seed1/result.json").unlink()
@@ -163,13 +165,13 @@ def test_a_folder_begun_with_other_flags_is_refused(study, tmp_path):
         runner.run_study(read_study(study), tmp_path / "out", workers=1)
 
 
-def test_a_dry_run_prints_the_command_of_every_run_and_starts_none(study, tmp_path, capsys):
+def test_a_dry_run_prints_every_command_and_starts_none(study, tmp_path, capsys):
     assert main(["study", str(study), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and all(re.match(r"fairseq-train \S+/bin --user-dir \S+", line) for line in lines)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_of_nothing_ends_in_one_sentence(study, tmp_path):
+def test_a_report_without_results_gives_a_one_line_error(study, tmp_path):
     with pytest.raises(ConfigurationError, match="no run of"):
         main(["study", str(study), "--out", str(tmp_path / "out"), "--report-only"])

@@ -1,4 +1,4 @@
-"""BLEU and chrF of translations: intervals by paired bootstrap, and scores by language."""
+"""BLEU and chrF of translations: paired-bootstrap intervals, and scores per language."""
 
 import random
 
@@ -24,14 +24,14 @@ def sentences(count, seed=1):
 
 
 def spoiled(texts, share, seed):
-    """Translations: words of the references, some of which are others."""
+    """Translations: the references with some words replaced."""
     draw = random.Random(seed)
     return [" ".join(draw.choice(WORDS) if draw.random() < share else word for word in text.split()) for text in texts]
 
 
 @pytest.fixture
 def scored(tmp_path):
-    """scored(references, {router: translations of each seed}, **test) -> what `translations` says, the baseline being switch."""
+    """scored(references, {router: translations per seed}, **test) -> the result of `translations` with baseline switch."""
 
     def score(references, systems, **test):
         (tmp_path / "reference").write_text("".join(f"{text}\n" for text in references), encoding="utf-8")
@@ -49,7 +49,7 @@ def scored(tmp_path):
     return score
 
 
-def test_scores_and_signatures_are_those_of_sacrebleu(scored):
+def test_scores_and_signatures_equal_sacrebleus(scored):
     references = sentences(40)
     systems = {"switch": [spoiled(references, 0.4, 1)], "ours": [spoiled(references, 0.2, seed) for seed in (2, 3)]}
     found = scored(references, systems)
@@ -62,8 +62,8 @@ def test_scores_and_signatures_are_those_of_sacrebleu(scored):
         assert found["signatures"][name] == str(metric.get_signature())
 
 
-def test_the_interval_is_that_of_resampled_sentences(scored, monkeypatch):
-    """Against the drawn sentences laid out and scored by sacreBLEU."""
+def test_the_interval_equals_that_of_resampled_sentences(scored, monkeypatch):
+    """Compared with sacreBLEU on explicitly resampled sentences."""
     monkeypatch.setattr(translation, "RESAMPLES", 40)
     references = sentences(20)
     switch, ours = spoiled(references, 0.5, 1), spoiled(references, 0.4, 2)
@@ -81,7 +81,7 @@ def test_the_interval_is_that_of_resampled_sentences(scored, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.49, 0.46, 0.42])
-def test_p_is_that_of_sacrebleus_paired_bootstrap(scored, share):
+def test_p_matches_sacrebleus_paired_bootstrap(scored, share):
     references = sentences(200)
     switch, ours = spoiled(references, 0.5, 1), spoiled(references, share, 2)
     found = scored(references, {"switch": [switch], "ours": [ours]})["models"]["ours-e4"]
@@ -91,7 +91,7 @@ def test_p_is_that_of_sacrebleus_paired_bootstrap(scored, share):
         assert found[name]["p"] == pytest.approx(theirs[1].p_value, abs=0.04)
 
 
-def test_the_same_translations_differ_by_nothing(scored):
+def test_identical_translations_have_zero_difference(scored):
     references = sentences(30)
     texts = spoiled(references, 0.3, 1)
     figures = scored(references, {"switch": [texts], "ours": [texts]})["models"]
@@ -99,15 +99,15 @@ def test_the_same_translations_differ_by_nothing(scored):
     assert "difference" not in figures["switch-e4"]["BLEU"]
 
 
-def test_more_seeds_on_the_same_sentences_do_not_make_the_test_set_larger(scored):
-    """Two seeds that translate alike say what one says: a sentence is drawn with the translations of all seeds."""
+def test_more_seeds_do_not_count_as_more_test_sentences(scored):
+    """Two seeds with equal translations give the result of one, because a sentence is drawn with those of all seeds."""
     references = sentences(50)
     switch, ours = spoiled(references, 0.5, 1), spoiled(references, 0.4, 2)
     models = scored(references, {"switch": [switch] * 2, "ours": [ours] * 2, "single": [ours]})["models"]
     assert models["ours-e4"]["chrF"]["difference"] == pytest.approx(models["single-e4"]["chrF"]["difference"])
 
 
-def test_runs_whose_translations_are_gone_are_left_out(scored, tmp_path):
+def test_runs_without_translations_are_left_out(scored, tmp_path):
     references = sentences(10)
     systems = {"switch": [references], "ours": [references]}
     scored(references, systems)
@@ -118,7 +118,7 @@ def test_runs_whose_translations_are_gone_are_left_out(scored, tmp_path):
 
 
 @pytest.mark.parametrize("tagged", [True, False])
-def test_every_language_is_scored_alone(scored, tmp_path, tagged):
+def test_every_language_is_scored_separately(scored, tmp_path, tagged):
     references, languages = sentences(30), ["de", "fr", "zh-Hans"] * 10
     (tmp_path / "languages").write_text("".join(f"<2{language}> a b\n" if tagged else f"{language}\n" for language in languages))
     seeds = [spoiled(references, 0.3, 1), spoiled(references, 0.3, 2)]

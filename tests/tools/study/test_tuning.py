@@ -1,4 +1,4 @@
-"""Tuning: a flag's value chosen for each model before its seeds are trained. A script plays fairseq."""
+"""Tuning: the value of a flag is chosen per model before its seeds are trained. A script replaces fairseq."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ SPEC = {
     "baseline": "switch", "test": {"metric": "perplexity"},
     "tune": {"flag": "lr", "values": [1, 2, 3], "flags": {"max-update": 4}},
 }  # fmt: skip
-# a loss that is lowest at --lr 2 for Switch and at --lr 3 for dense; `program` in the folder of data is run by every training
+# the loss is lowest at --lr 2 for Switch and at --lr 3 for dense; every training runs `program` in the data folder
 PLAYER = """
 import json, os, sys
 program, data, *flags = sys.argv[1:]
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Path:
-    """The path of a study whose fairseq is PLAYER."""
+    """The path of a study that runs PLAYER instead of fairseq."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "program").write_text("")
     (tmp_path / "player.py").write_text(PLAYER)
@@ -77,18 +77,18 @@ def models(study: Path) -> dict:
     return {model["group"]: model for model in results["tuning"]["models"]}
 
 
-def test_every_value_is_tried_with_one_seed_before_all_seeds_are_trained_with_the_best(study):
+def test_every_value_is_tried_with_one_seed_then_all_seeds_use_the_best(study):
     assert run(study) == []
     trained = [name for name, program in started(study) if program == "train"]
     assert trained == [*TRIALS, *RUNS]
-    assert [name for name, program in started(study) if program != "train"] == RUNS  # no trial sees the test set
+    assert [name for name, program in started(study) if program != "train"] == RUNS  # trials do not use the test set
     assert "--max-update 20 " in command(study, "switch-e2-seed1") and "--max-update 4 " in command(study, TRIALS[0])
     values = {name: command(study, name).split("--lr ")[1].split()[0] for name in [*TRIALS, *RUNS]}
     assert [values[name] for name in TRIALS] == ["1", "2", "3"] * 2
     assert [values[name] for name in RUNS] == ["3", "2", "5"] * 2  # a variant that sets the flag keeps its value
 
 
-def test_the_report_has_all_values_with_their_losses_and_a_warning_at_the_edge(study, capsys):
+def test_the_report_has_the_losses_of_all_values_and_a_warning_at_the_edge(study, capsys):
     run(study)
     assert models(study)["switch-e2"] == {
         "group": "switch-e2",
@@ -124,14 +124,14 @@ def test_a_value_that_diverges_is_reported_and_never_chosen(study, capsys):
     assert models(study)["switch-e2"]["chosen"] == 1 and "diverged" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_no_number_counts_as_diverged(study):
+def test_a_nan_loss_counts_as_diverged(study):
     run(study)
     log = study.parent / "out" / "runs" / TRIALS[4] / "train.log"
     log.write_text(log.read_text().replace('"5"', '"nan"'))
     assert models(study)["switch-e2"]["tried"][1]["diverged"]
 
 
-def test_a_model_that_always_diverges_is_left_out_and_the_others_go_on(study):
+def test_a_model_that_always_diverges_is_left_out_and_the_others_continue(study):
     (study.parent / "bin" / "program").write_text("if router == 'switch' and lr < 4: sys.exit('FloatingPointError: Nan')")
     assert run(study) == ["switch-e2 is not trained: it diverged with every lr that was tried; give other values"]
     assert [name for name, program in started(study)[len(TRIALS) :] if program == "train"] == [
@@ -139,7 +139,7 @@ def test_a_model_that_always_diverges_is_left_out_and_the_others_go_on(study):
     ]
 
 
-def test_a_model_of_which_a_trial_failed_waits_for_the_next_time(study):
+def test_a_model_with_a_failed_trial_waits_for_the_next_call(study):
     (study.parent / "bin" / "program").write_text("if router == 'switch' and lr == 3: sys.exit('OSError: no space')")
     (failure,) = run(study)
     assert failure.startswith("switch-e2-lr3-seed1 failed in training: OSError: no space")
@@ -154,7 +154,7 @@ def test_a_model_of_which_a_trial_failed_waits_for_the_next_time(study):
     ]
 
 
-def test_values_may_be_added_until_that_changes_what_finished_runs_have(study):
+def test_values_can_be_added_unless_that_changes_finished_runs(study):
     run(study)
     change(study, values=[1, 2, 3, 8])
     assert run(study) == [] and models(study)["dense"]["edge"] is None
@@ -163,7 +163,7 @@ def test_values_may_be_added_until_that_changes_what_finished_runs_have(study):
         run(study)
 
 
-def test_a_dry_run_shows_the_trials_and_what_is_still_to_be_chosen(study, capsys):
+def test_a_dry_run_shows_the_trials_and_the_open_choices(study, capsys):
     dry_run = ["study", str(study), "--out", str(study.parent / "out"), "--dry-run"]
     assert main(dry_run) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -172,7 +172,7 @@ def test_a_dry_run_shows_the_trials_and_what_is_still_to_be_chosen(study, capsys
     assert main(dry_run) == 0 and "CHOSEN" not in capsys.readouterr().out
 
 
-def test_a_seed_of_its_own_leaves_all_seeds_to_the_comparison(study):
+def test_a_separate_tuning_seed_leaves_all_seeds_for_the_comparison(study):
     change(study, seed=7)
     names = [trial.name for trial in read_study(study).trials()]
     assert names == [name.replace("seed1", "seed7") for name in TRIALS]
@@ -182,7 +182,7 @@ def test_a_seed_of_its_own_leaves_all_seeds_to_the_comparison(study):
     ({"flag": "lrr"}, "has tune: lrr, and fairseq-train has no such flag"),
     ({"flags": {"max-updat": 3}}, "has tune: max-updat, and fairseq-train has no such flag"),
 ])  # fmt: skip
-def test_the_tuned_flag_is_one_that_fairseq_train_has(study, tune, complaint):
+def test_the_tuned_flag_must_be_a_flag_of_fairseq_train(study, tune, complaint):
     change(study, **tune)
     with pytest.raises(ConfigurationError, match=complaint):
         check_flags(study, read_study(study))
