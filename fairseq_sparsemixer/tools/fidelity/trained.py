@@ -97,6 +97,13 @@ def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple
             f"{name} of {checkpoint} gives each token {layers[name].gate.top_k} experts, but fidelity needs k = 1;"
             " give a checkpoint trained with --moe-top-k 1"
         )
+    gate = layers[name].gate
+    routing = gate(layers[name].experts.weight_in.new_zeros(0, gate.model_dim))
+    if routing.skipped is not None or routing.default is not None:
+        raise ConfigurationError(
+            f"--router {gate.router} of {checkpoint} does not make a token's output from one expert alone, as fidelity needs;"
+            " give a checkpoint trained with another router"
+        )
     return name, layers[name]
 
 
