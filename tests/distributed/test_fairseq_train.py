@@ -1,6 +1,6 @@
-"""fairseq-train itself on several ranks: its Trainer, its iterators, its optimizers, against one process.
+"""fairseq-train on several ranks, with its Trainer, iterators and optimizers, compared with one process.
 
-Two ranks take the batches that one process accumulates with `--update-freq 2`.
+Two ranks process the batches that one process accumulates with `--update-freq 2`.
 """
 
 from itertools import chain
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.distributed
 
 USER_DIR = Path(__file__).resolve().parent.parent.parent / "fairseq_sparsemixer"
 FLAGS = [*(flag for flag in SMALL if flag != "--disable-validation"), *EXPERTS, "--required-batch-size-multiple", "1"]
-ROUNDING_ALONE = "k_proj.bias"  # a key's bias changes no attention: its gradient is rounding, which Adam blows up
+ROUNDING_ALONE = "k_proj.bias"  # a key bias does not change attention: its gradient is rounding error, which Adam amplifies
 
 
 def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> Dict[str, Any]:
-    """What fairseq-train leaves behind on this rank; with `exit`, the sentence it ended with."""
+    """Run fairseq-train on this rank; its norms, losses and parameters, or the error it ended with as `exit`."""
     import fairseq_cli.train
     from fairseq.logging import metrics
 
@@ -39,7 +39,7 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
         started(self, *args)
         trainers.append(self)
 
-    def check(self, norm):  # fairseq does it on GPUs alone
+    def check(self, norm):  # fairseq checks norms only on GPUs
         self._grad_norm_buf = torch.zeros(self.data_parallel_world_size, dtype=torch.double)
         if self.data_parallel_world_size > 1:
             checked(self, norm)
@@ -72,7 +72,7 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
 
 
 def parameters(model: torch.nn.Module, ranks: Any) -> Dict[str, Any]:
-    """{name: (place in the group for an expert's, None for others; tensor)}, the gates' states among them."""
+    """{name: (index in the expert group, or None for parameters that are not experts; tensor)}, including gate states."""
     local = None if ranks is None else ranks.index
     gates = ((name, module) for name, module in model.named_modules() if isinstance(module, StepState))
     states = ((f"{name}.{part}", buffer) for name, module in gates for part, buffer in module.named_buffers())
@@ -91,7 +91,7 @@ def runs(data: Path, world_size: int, *flags: str) -> List[Dict[str, Any]]:
 
 
 def whole(results: List[Dict[str, Any]], kind: str = "parameters") -> Dict[str, torch.Tensor]:
-    """All parameters, experts put together from the ranks of the first group."""
+    """All parameters, with experts concatenated over the ranks of the first group."""
     tensors = {}
     for name, (index, tensor) in results[0][kind].items():
         shares = {result[kind][name][0]: result[kind][name][1] for result in results}
@@ -100,7 +100,7 @@ def whole(results: List[Dict[str, Any]], kind: str = "parameters") -> Dict[str, 
 
 
 def assert_same(found: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor], tolerance: float = 5e-5) -> None:
-    """Looser than test_equivalence, which compares gradients: Adam blows up the rounding of the small ones."""
+    """Looser than test_equivalence, which compares gradients: Adam amplifies the rounding error of small ones."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         if name.endswith(ROUNDING_ALONE):
@@ -112,13 +112,13 @@ def assert_same(found: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor
 
 @pytest.fixture(scope="module")
 def five_batches(tmp_path_factory) -> Path:
-    """20 sentences: 5 batches of 4, so that the last update finds the second of two ranks without one."""
+    """20 sentences: 5 batches of 4, so that in the last update the second of two ranks has no batch."""
     return make_corpus(tmp_path_factory.mktemp("corpus"), sentences=20)
 
 
 @pytest.fixture(scope="module")
 def one_process(five_batches) -> Dict[str, Any]:
-    """The reference of most tests: six updates, two batches each."""
+    """The reference of most tests: six updates with two batches each."""
     return runs(five_batches, 1, "--update-freq", "2", "--max-update", "6", "--batch-size-valid", "3")[0]
 
 
@@ -158,7 +158,7 @@ def test_four_ranks_with_replicas_equal_one_process(five_batches):
 
 
 @pytest.mark.parametrize("flags", [["--capacity-factor", "1.0"], ["--moe-bias-update-rate", "0.1"]], ids=lambda flags: flags[0])
-def test_what_depends_on_loads_is_the_same_on_two_ranks(flags, five_batches):
+def test_capacity_and_selection_bias_are_the_same_on_two_ranks(flags, five_batches):
     flags = ["--max-update", "4", "--disable-validation", *flags]
     alone = runs(five_batches, 1, *flags, "--update-freq", "2")
     assert_same(whole(runs(five_batches, 2, *flags)), whole(alone))
@@ -188,7 +188,7 @@ def test_the_states_of_gates_are_the_same_on_two_ranks(router, shared, five_batc
             assert torch.equal(tensor, both[1]["parameters"][name][1])
 
 
-def test_global_balance_is_that_of_the_whole_batch(tmp_path):
+def test_the_global_balance_loss_is_that_of_the_whole_batch(tmp_path):
     data = make_corpus(tmp_path, sentences=8)
     flags = "--max-update 3 --moe-balance-loss-weight 1.0 --disable-validation --store-ema --ema-decay 0.5".split()
     alone = runs(data, 1, *flags, "--batch-size", "8")
@@ -201,14 +201,14 @@ def test_global_balance_is_that_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--fp16"], ["--memory-efficient-fp16"]], ids=lambda flags: flags[0])
-def test_half_precision_has_one_norm_on_all_ranks(flags, five_batches, one_process):
+def test_the_gradient_norm_in_half_precision_is_the_same_on_all_ranks(flags, five_batches, one_process):
     results = runs(five_batches, 2, "--max-update", "3", "--disable-validation", "--fp16-init-scale", "4", *flags)
     assert results[0]["norms"] == results[1]["norms"]
     assert results[0]["norms"] == pytest.approx(one_process["norms"][:3], rel=0.05)
 
 
 def overflowing_rank(data: Path, meeting: str, flag: str) -> Dict[str, Any]:
-    """At the second update, an expert of rank 1 has an infinite gradient."""
+    """Train a rank; at the second update, an expert of rank 1 has an infinite gradient."""
     clip = MoETrainer.clip_grad_norm
     scales = []
 
@@ -225,7 +225,7 @@ def overflowing_rank(data: Path, meeting: str, flag: str) -> Dict[str, Any]:
 
 
 @pytest.mark.parametrize("flag", ["--fp16", "--memory-efficient-fp16"])
-def test_all_ranks_skip_an_update_that_overflows_on_one(flag, five_batches):
+def test_all_ranks_skip_an_update_that_overflows_on_one_rank(flag, five_batches):
     results = run_ranks(2, overflowing_rank, five_batches, meeting_place(), flag, group=False)
     assert results[0]["scales"] == results[1]["scales"] == [4.0, 4.0, 2.0, 2.0]
     assert results[0]["norms"] == results[1]["norms"] and len(results[0]["norms"]) == 3
@@ -238,7 +238,7 @@ def test_sampling_routers_never_deadlock(router, five_batches):
     assert results[0]["norms"] == results[1]["norms"]
 
 
-@pytest.mark.parametrize(  # test_moe_trainer.py has all sentences
+@pytest.mark.parametrize(  # tests/plugin/test_trainer.py has all errors
     "flags, sentence",
     [
         (["--expert-parallel-size", "3"], "--num-experts 4 cannot be split over --expert-parallel-size 3"),
@@ -246,6 +246,6 @@ def test_sampling_routers_never_deadlock(router, five_batches):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_refused_before_training(flags, sentence, five_batches):
+def test_invalid_parallel_settings_are_refused_before_training(flags, sentence, five_batches):
     for result in runs(five_batches, 2, *flags):
         assert sentence in result["exit"]

@@ -1,4 +1,4 @@
-"""One layer on fake CUDA tensors: every router, precision and mode runs, and the grouped path waits for nothing."""
+"""One layer on fake CUDA tensors: every router, precision and mode runs, and the grouped path never waits for the device."""
 
 import contextlib
 import itertools
@@ -15,9 +15,9 @@ from fairseq_sparsemixer.moe.gates import GATES, gate_options
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 S, M, H, E = 64, 16, 32, 8
-ROUTERS = sorted(set(GATES) - {"base"})  # base's solvers read the scores
+ROUTERS = sorted(set(GATES) - {"base"})  # base's solvers read the scores on the host
 PRECISIONS = ("float32", "float16", "bfloat16", "autocast")
-WAITS = {"sinkhorn": 1}  # in training: one an iteration, by which it sees that it has converged
+WAITS = {"sinkhorn": 1}  # waits in training: one per iteration, to check convergence
 ROWS_UNKNOWN = {"expert_threshold", "remoe"}  # tokens have different numbers of experts: one wait, to read the number of rows
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -29,7 +29,7 @@ def hopper(monkeypatch):
 
 
 def on_gpu(router, precision="bfloat16", experts=E, **options):
-    torch.set_default_dtype(dtype_of(precision))  # fake parameters cannot be moved to another
+    torch.set_default_dtype(dtype_of(precision))  # fake parameters cannot be converted later
     try:
         with torch.device("cuda"):
             return build_moe_layer(router, M, H, experts, **options)
@@ -59,7 +59,7 @@ def run(layer, x, precision, watch, padding=None):
 
 
 def balancing(router):
-    """The combinations of capacity and selection bias that a router takes."""
+    """The combinations of capacity and selection bias that a router supports."""
     options = [{}]
     if "capacity_factor" in gate_options(router):
         options.append({"capacity_factor": 1.25})
@@ -75,7 +75,7 @@ CASES = [(router, options) for router in ROUTERS for options in balancing(router
     "router, options", CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain"
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_it_runs_in_every_precision_and_mode(router, options, precision):
+def test_the_layer_runs_in_every_precision_and_mode(router, options, precision):
     for training, padded in itertools.product((True, False), (True, False)):
         with FakeTensorMode(allow_non_fake_inputs=False):
             layer, x = on_gpu(router, precision, **options).train(training), tokens(precision)
@@ -92,7 +92,7 @@ def test_it_runs_in_every_precision_and_mode(router, options, precision):
 
 @needs_grouped_mm
 @pytest.mark.parametrize("router", ROUTERS)
-def test_no_more_rows_are_computed_than_the_routing_asks_for(router):
+def test_no_more_rows_are_computed_than_routed(router):
     with FakeTensorMode():
         layer, x, watch = on_gpu(router, experts=16), tokens(), Watch()
         run(layer, x, "bfloat16", watch)
@@ -100,7 +100,7 @@ def test_no_more_rows_are_computed_than_the_routing_asks_for(router):
     assert watch.rows <= max(layer.routing.max_routed or index.numel(), S)
 
 
-LAUNCHES = {  # of one layer, forward and backward; a change that needs more says why
+LAUNCHES = {  # per layer, forward and backward; justify any increase
     "hash": 56,
     "expert_choice": 102,
     "switch": 103,
@@ -119,7 +119,7 @@ LAUNCHES = {  # of one layer, forward and backward; a change that needs more say
 
 @needs_grouped_mm
 @pytest.mark.parametrize("router", ROUTERS)
-def test_launches_stay_within_their_budget(router):
+def test_kernel_launches_stay_within_budget(router):
     with FakeTensorMode():
         layer, x, watch = on_gpu(router), tokens(), Watch()
         run(layer, x, "bfloat16", watch)
@@ -128,7 +128,7 @@ def test_launches_stay_within_their_budget(router):
 
 
 @needs_grouped_mm
-def test_rows_travel_in_the_precision_of_the_computation(monkeypatch):
+def test_rows_are_sent_in_the_precision_of_the_computation(monkeypatch):
     sent = []
     monkeypatch.setattr(dist, "all_to_all_single", lambda out, rows, *args, **kwargs: sent.append(rows.dtype))
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""The selection bias: what it moves, what it leaves alone, and when it steps."""
+"""The selection bias: its effect on selection, and its updates."""
 
 import math
 import multiprocessing
@@ -17,7 +17,7 @@ BIASED = routers_with("bias_update_rate")
 
 
 def skewed_layer(router="switch", **options):
-    """A layer whose tokens mostly go to expert 0, and its tokens [S, M]."""
+    """A layer with tokens [S, M] that mostly go to expert 0."""
     layer = build_moe_layer(router, 4, 8, 4, bias_update_rate=0.25, **options)
     with torch.no_grad():
         layer.gate.projection.weight.copy_(torch.eye(4))
@@ -34,7 +34,7 @@ def load(layer):
     return layer.routing.chosen_count().sum(0)
 
 
-def test_the_rule_is_a_step_against_the_sign_of_the_excess_load():
+def test_the_bias_steps_against_the_sign_of_the_excess_load():
     layer, x = skewed_layer()
     run(layer, x)
     first = load(layer).tolist()
@@ -44,24 +44,24 @@ def test_the_rule_is_a_step_against_the_sign_of_the_excess_load():
     mean = sum(total) / 4
     assert layer.gate.selection_bias.tolist() == [0.25 * ((mean > n) - (mean < n)) for n in total]
     before = layer.gate.selection_bias.clone()
-    update_step_states(layer)  # nothing ran since: nothing moves
+    update_step_states(layer)  # nothing ran since, so nothing changes
     assert torch.equal(layer.gate.selection_bias, before)
 
 
 @pytest.mark.parametrize("router", BIASED)
-def test_the_bias_selects_and_never_weighs(router):
+def test_the_bias_affects_selection_but_not_weights(router):
     gate = build_gate(router, 4, 4, bias_update_rate=1.0).eval()
     unbiased = build_gate(router, 4, 4).eval()
     logits = torch.randn(30, 4, dtype=torch.float64)
-    logits[:, :3] += 6  # far from zero, where SparseMixer's mask is wide: nothing is out
-    logits[:, 3] = logits[:, :3].amax(1) - 0.05  # second best, but for the bias
+    logits[:, :3] += 6  # far from zero, where SparseMixer's mask removes no expert
+    logits[:, 3] = logits[:, :3].amax(1) - 0.05  # second best without the bias
     gate.balancer.bias[3] = 0.1
     routing, plain = gate.route(logits), unbiased.route(logits)
     assert (routing.expert_index[:, 0] == 3).all() and (plain.expert_index[:, 0] != 3).all()
     torch.testing.assert_close(routing.probabilities, plain.probabilities)
     if router in ("switch", "dense_st"):
         torch.testing.assert_close(routing.combine_weight[:, 0], logits.softmax(-1)[:, 3])
-    if router in ("noisy_topk", "gshard"):  # where these are the same two experts, in another order
+    if router in ("noisy_topk", "gshard"):  # for tokens with the same two experts in swapped order
         same = (routing.expert_index == plain.expert_index.flip(1)).all(1)
         assert same.sum() > 20
         torch.testing.assert_close(routing.combine_weight[same], plain.combine_weight.flip(1)[same])
@@ -85,7 +85,7 @@ def test_a_skewed_router_is_balanced_by_its_bias(router):
     assert after - 1 < (before - 1) / 2
 
 
-def test_validation_and_recomputation_and_dummy_batches_are_not_counted():
+def test_validation_recomputation_and_dummy_batches_are_not_counted():
     layer, x = skewed_layer()
     checkpoint(layer, x.requires_grad_(), use_reentrant=False).sum().backward()
     once = load(layer)
@@ -94,7 +94,7 @@ def test_validation_and_recomputation_and_dummy_batches_are_not_counted():
     layer.train()
     with torch.no_grad():
         layer(x)
-    (layer(x).sum() * 0).backward()  # how fairseq ignores a dummy batch
+    (layer(x).sum() * 0).backward()  # fairseq's way to ignore a dummy batch
     assert torch.equal(layer.gate.balancer.pending, once)
 
 
@@ -105,7 +105,7 @@ def test_padding_is_not_counted_and_dropped_tokens_are():
     assert layer.routing.statistics()["load"].sum().item() < 40
 
 
-def test_a_failed_step_is_forgotten():
+def test_the_load_of_a_failed_step_is_discarded():
     layer, x = skewed_layer()
     run(layer, x)
     reset_step_states(layer)
@@ -124,7 +124,7 @@ def test_the_bias_is_saved_and_stays_float32_in_half_precision():
     assert "gate.balancer.bias" in layer.state_dict() and not any("load" in name for name in layer.state_dict())
 
 
-def test_rate_zero_is_no_bias_and_a_negative_rate_is_refused():
+def test_rate_zero_means_no_bias_and_invalid_rates_are_refused():
     assert build_gate("switch", 4, 4).selection_bias is None
     with pytest.raises(ValueError, match="bias_update_rate=-1 must be at least 0 and finite"):
         SelectionBias(4, -1)
@@ -143,13 +143,13 @@ def _one_rank(rank, file, queue):
     for gate, counted in zip(model, loads):
         gate.balancer.add(torch.tensor(counted))
     if rank == 1:
-        model[1].balancer.forget()  # a layer that did not run here
+        model[1].balancer.forget()  # a layer that did not run on this rank
     update_step_states(model)
     queue.put([gate.selection_bias.tolist() for gate in model])
     dist.destroy_process_group()
 
 
-def test_every_rank_steps_by_the_loads_of_all(tmp_path):
+def test_the_bias_uses_the_loads_of_all_ranks(tmp_path):
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
     ranks = [fork.Process(target=_one_rank, args=(rank, tmp_path / "store", queue)) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""What holds for every router, whatever it is: hypothesis draws the sizes, the padding and the logits."""
+"""Properties of every registered router: hypothesis draws sizes, padding and logits."""
 
 import copy
 
@@ -12,14 +12,14 @@ from fairseq_sparsemixer import build_gate, build_moe_layer
 from fairseq_sparsemixer.moe.gates import GATES, gate_options
 
 few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-LEAST_EXPERTS = {"gshard": 2}  # two different experts a token
+LEAST_EXPERTS = {"gshard": 2}  # two different experts per token
 UNBOUNDED = {"remoe"}  # combine weights above one
 MAYBE_NONE = {"expert_choice", "expert_threshold", "remoe"}  # a token may get no expert
 
 
 @st.composite
 def cases(draw, router, dropless=False, fewest=0):
-    """(gate in training or not, tokens [S, M], padding [S] or None)."""
+    """(gate in training or evaluation mode, tokens [S, M], padding [S] or None)."""
     num_experts = draw(st.integers(LEAST_EXPERTS.get(router, 1), 6))
     tokens = draw(st.integers(fewest, 20))
     options = {}
@@ -29,7 +29,7 @@ def cases(draw, router, dropless=False, fewest=0):
         options["capacity_factor"] = float("inf") if dropless else draw(st.sampled_from([0.5, 1.0, float("inf")]))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     gate = build_gate(router, 5, num_experts, **options).train(draw(st.booleans()))
-    torch.nn.init.normal_(gate.projection.weight)  # some start at zero, where everything ties
+    torch.nn.init.normal_(gate.projection.weight)  # some start at zero, where all logits are equal
     kind = draw(st.sampled_from(["none", "some", "all"]))
     padding = {"none": None, "some": torch.rand(tokens) < 0.4, "all": torch.ones(tokens, dtype=torch.bool)}[kind]
     return gate, torch.randn(tokens, 5), padding
@@ -87,7 +87,7 @@ def test_without_a_capacity_every_token_gets_weight_and_the_gradients_are_finite
         routing = gate(tokens, padding)
         real = torch.ones(len(tokens), dtype=torch.bool) if padding is None else ~padding
         assert torch.equal(routing.combine_weight.sum(1) > 0, real)
-        if router != "hash":  # which learns nothing
+        if router != "hash":  # it has no gradient
             (routing.combine_weight.sum() + sum(routing.aux_losses.values())).backward()
             assert gate.projection.weight.grad.isfinite().all()
 
@@ -95,14 +95,14 @@ def test_without_a_capacity_every_token_gets_weight_and_the_gradients_are_finite
 
 
 def fix_noise(gate, num_tokens, order):
-    """Let the gate draw the same noise each time, its rows in the given order."""
+    """Make the gate draw the same noise each time, with rows in the given order."""
     if not hasattr(gate, "draw_noise"):
         return
 
     def rearranged(noise):
         if isinstance(noise, list):
             return [rearranged(one) for one in noise]
-        if isinstance(noise, tuple):  # but a std given by the caller is in its order already
+        if isinstance(noise, tuple):  # std comes from the caller, already in that order
             return noise._replace(**{name: value[order] for name, value in noise._asdict().items() if name != "std"})
         return noise if noise is None else noise[order]
 
@@ -116,7 +116,7 @@ def fix_noise(gate, num_tokens, order):
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_tokens_in_another_order_are_routed_alike(router):
+def test_reordering_tokens_reorders_their_routing(router):
     @few
     @given(cases(router, dropless=True, fewest=1), st.randoms(use_true_random=False))
     def holds(case, random):
@@ -127,7 +127,7 @@ def test_tokens_in_another_order_are_routed_alike(router):
         straight = gate(tokens, padding)
         fix_noise(gate, len(tokens), order)
         shuffled = gate(tokens[order], None if padding is None else padding[order])
-        if router == "base" and gate.training:  # the auction depends on the order; either way it is near the best total
+        if router == "base" and gate.training:  # the auction depends on the order, but its total is near the optimum
             real = torch.ones(len(tokens)) if padding is None else (~padding).float()
             scores = gate.logits(tokens)
             totals = [
@@ -144,7 +144,7 @@ def test_tokens_in_another_order_are_routed_alike(router):
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_same_seed_same_routing(router):
+def test_the_same_seed_gives_the_same_routing(router):
     gate, tokens = build_gate(router, 5, 4), torch.randn(30, 5)
     runs = []
     for _ in range(2):
@@ -177,7 +177,7 @@ def test_activation_checkpointing_recomputes_the_same_routing(router):
 
 
 @pytest.mark.parametrize("router", sorted(GATES))
-def test_all_tokens_to_one_expert_and_one_token_and_none(router):
+def test_collapsed_single_token_and_empty_batches_are_routed(router):
     gate = build_gate(router, 5, 4)
     logits = torch.tensor([[9.0, 0, 0, 0]]).repeat(8, 1)
     for rows in (8, 1, 0):
@@ -190,7 +190,7 @@ def test_all_tokens_to_one_expert_and_one_token_and_none(router):
 
 
 @pytest.mark.parametrize("router", sorted(name for name, gate in GATES.items() if gate.causal))
-def test_at_inference_a_tokens_routing_depends_on_that_token_alone(router):
+def test_at_inference_a_tokens_routing_does_not_depend_on_its_batch(router):
     gate = build_gate(router, 5, 4).eval()
     torch.nn.init.normal_(gate.projection.weight)
     tokens = torch.randn(12, 5)

@@ -1,4 +1,4 @@
-"""What each estimator estimates, in exact expectation over expert and coin."""
+"""The exact expectation of each estimator over expert and coin."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_midpoint_is_exact_for_quadratic_losses(jitter):
 
 
 @pytest.mark.parametrize("loss", ["quadratic", "cubic"])
-def test_third_order_heun_is_exact_for_cubic_losses_and_estimates_the_choice_term_alone(loss):
+def test_third_order_heun_is_exact_for_cubic_losses_and_estimates_only_the_choice_term(loss):
     problem = synthetic_problem(loss)
     assert error("heun3*", problem, "choice") < 1e-10
     assert error("heun3*", problem, "full") > 0.1
@@ -51,7 +51,7 @@ def test_midpoint_is_not_exact_for_cubic_losses():
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
-def test_switch_estimates_the_scale_term_alone(loss):
+def test_switch_estimates_only_the_scale_term(loss):
     problem = synthetic_problem(loss)
     assert error("switch", problem, "scale") < 1e-10
     assert error("switch", problem, "full") > 0.1
@@ -91,7 +91,7 @@ def test_reinforce_is_unbiased(label, jitter):
     jitter=st.sampled_from([None, 0.1]),
     seed=st.integers(0, 99),
 )
-def test_the_outcomes_of_every_token_have_probability_one(method, tokens, experts, jitter, seed):
+def test_the_probabilities_of_every_tokens_outcomes_sum_to_one(method, tokens, experts, jitter, seed):
     problem = synthetic_problem("cubic", tokens, experts, 3, jitter, seed=seed)
     outcomes = method.outcomes(problem)
     torch.testing.assert_close(outcomes.probability.sum(0), torch.ones(tokens).double())
@@ -108,10 +108,10 @@ def test_draws_have_the_enumerated_mean_and_variance(method, jitter):
     assert abs(drawn.covariance.diagonal(dim1=1, dim2=2).sum() - variance) <= 0.1 * variance + 1e-12
 
 
-def test_an_unknown_method_is_refused_with_the_known_ones():
+def test_an_unknown_method_lists_the_known_ones():
     with pytest.raises(ValueError, match="--estimators simpson is unknown; choose from switch-argmax, switch, euler"):
         select_methods(["midpoint", "simpson"])
 
 
-def test_a_selected_method_comes_with_and_without_the_argmax_rule():
+def test_selecting_a_method_includes_both_variants_of_the_argmax_rule():
     assert [method.label for method in select_methods(["midpoint"])] == ["midpoint", "midpoint*"]
