@@ -1,4 +1,4 @@
-"""Headroom: how much experts improve on a dense model, in units of the seeds' noise. Without it, no study can rank routers."""
+"""Headroom: how much experts improve on a dense model, in units of the seeds' noise. Without it, routers cannot be ranked."""
 
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -16,11 +16,11 @@ TOO_SMALL = (
     f"**Warning:** this task cannot tell routers apart where the gap to {{dense}} is below {DISTINCT} standard deviations of the"
     " seeds, or negative: {models}."
 )
-UNKNOWN = "Unknown: it takes a finished run of a dense variant and, with the same seed, one of {baseline} with experts."
+UNKNOWN = "Unknown: it takes finished runs, with the same seed, of a dense variant and of the baseline with experts."
 
 
 class Figure(NamedTuple):
-    """What models are compared by. sign: -1 if less is better."""
+    """A figure to compare models by. sign: -1 if less is better."""
 
     name: str
     of: Callable[[Dict[str, Any]], float]
@@ -33,21 +33,23 @@ PERPLEXITY = Figure("perplexity", lambda run: run["test"]["score"], -1)
 
 
 def headroom(runs: Sequence[Dict[str, Any]], baseline: str, wide: Optional[str] = None) -> List[Dict[str, Any]]:
-    """How much better than the dense model the baseline is, with each number of experts, and the wide dense model.
+    """How much better than the dense model the baseline with experts is, per number of experts, and the wide dense model.
 
-    A gap for each figure: {"model", "dense", "figure", "seeds", "gap", "deviation", "distinct"}. `gap` is the mean difference
-    over the common seeds, positive if the model is better than dense. `deviation` is the seeds' standard deviation, pooled over
-    the two models (None for one seed). `distinct` tells whether the gap is at least DISTINCT deviations. Empty without a dense
-    model to compare with.
+    The baseline with experts: the first variant with experts if the baseline is dense. A gap for each figure: {"model", "dense",
+    "figure", "seeds", "gap", "deviation", "distinct"}. `gap` is the mean difference over the common seeds, positive if the model
+    is better than dense. `deviation` is the seeds' standard deviation, pooled over the two models (None for one seed). `distinct`
+    tells whether the gap is at least DISTINCT deviations. Empty without two models to compare.
     """
     groups = by_group(runs)
     dense = _dense(groups, baseline, wide)
-    names = [name for name, members in groups.items() if members[0]["router"] in (baseline, wide) and name != dense]
+    routers = [members[0]["router"] for members in groups.values() if members[0]["num_experts"] is not None]
+    routed = baseline if baseline in routers else next(iter(routers), None)
+    names = [name for name, members in groups.items() if members[0]["router"] in (routed, wide) and name != dense]
     return [gap for name in names if dense for gap in _gaps(name, groups[name], dense, groups[dense])]
 
 
 def _dense(groups: Dict[str, Members], baseline: str, wide: Optional[str]) -> Optional[str]:
-    """The dense group to compare with: the baseline if it is dense, otherwise the first but the wide one."""
+    """The dense group to compare with: the baseline if it is dense, otherwise the first except the wide one."""
     dense = [name for name, members in groups.items() if members[0]["num_experts"] is None]
     return next((name for name in dense if name == baseline), next((name for name in dense if name != wide), None))
 
@@ -82,7 +84,7 @@ def headroom_section(results: Dict[str, Any]) -> List[str]:
     """The report's paragraphs on the gaps to the dense model, with a warning where they are too small."""
     gaps = results["headroom"]
     if not gaps:
-        return [TITLE, UNKNOWN.format(baseline=results["baseline"])]
+        return [TITLE, UNKNOWN]
     cells = [
         [gap["model"], gap["figure"], str(len(gap["seeds"])), number(gap["gap"], 3), number(gap["deviation"], 3), _ratio(gap)]
         for gap in gaps
