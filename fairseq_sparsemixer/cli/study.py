@@ -1,7 +1,7 @@
 """Train a grid of routers, numbers of experts and seeds under one budget, and report how they compare.
 
-What is finished is never run again, and a run that was cut off goes on from its last checkpoint: start the same command again
-after a kill. SPEC is a YAML file; fairseq_sparsemixer/tools/study/spec.py describes it, recipes/*/study.yaml are examples.
+If killed, rerun the same command to resume: finished runs are skipped, others continue from their last checkpoint. SPEC is a YAML
+file, described in docs/study.md; examples are recipes/*/study.yaml.
 
 examples:
   fairseq-sparsemixer study recipes/multi30k_en_de/study.yaml --out runs/study --dry-run
@@ -16,21 +16,21 @@ from pathlib import Path
 from fairseq_sparsemixer.cli.folder import folder
 
 MOST_WORKERS = 10_000
-CHOSEN = "CHOSEN"  # in a dry run, for a value that tuning has still to choose
+CHOSEN = "CHOSEN"  # in a dry run, for a value that tuning has not chosen yet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The study's file, and where it runs."""
+    """The study's file, the output folder, and what to do."""
     parser.add_argument("spec", metavar="SPEC", type=Path, help="the study, a YAML file")
     parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder of runs, tables and plots")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at the same time (default: one a GPU, or one a CPU core)")
     parser.add_argument("--dry-run", action="store_true", help="print the command lines and run nothing")
     parser.add_argument("--report-only", action="store_true", help="report the finished runs and start none")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too, beside DIR/results.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here (default: DIR/results.json only)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what is missing, then report. Exit status 1 when a run failed, 130 after an interruption."""
+    """Run what is missing, then report. Exit status 1 if a run failed, 130 after an interruption."""
     from fairseq_sparsemixer.cli.json_file import require_json, write_json
     from fairseq_sparsemixer.errors import ConfigurationError
     from fairseq_sparsemixer.files import write_whole
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
             with interrupted_by_sigterm(), progress_display() as progress:
                 failures = run_study(study, options.out, options.workers, progress)
         except KeyboardInterrupt:
-            print("fairseq-sparsemixer: interrupted; the same command goes on from here", file=sys.stderr)
+            print("fairseq-sparsemixer: interrupted; rerun the same command to resume", file=sys.stderr)
             return INTERRUPTED
     gathered = results.gather(study, options.out)
     if not gathered["runs"]:
@@ -69,7 +69,9 @@ def run(options: argparse.Namespace) -> int:
         write_whole(options.out / "results.md", table)
         plots.draw(study, gathered, options.out)
     except OSError as error:
-        raise ConfigurationError(f"{error.filename or options.out} cannot be written ({error.strerror}); mend that") from None
+        raise ConfigurationError(
+            f"{error.filename or options.out} cannot be written ({error.strerror}); give another --out"
+        ) from None
     print(table)
     for failure in failures:
         print(failure)

@@ -1,4 +1,4 @@
-"""What the runs of a study say together: figures of each model over its seeds, its comparison with the baseline, headroom."""
+"""The analysis of a study's runs: figures of each model over its seeds, comparison with the baseline, headroom."""
 
 import statistics
 from typing import Any, Dict, List, Optional
@@ -11,13 +11,15 @@ FIGURES = ("valid_loss", "best_valid_loss", "train_seconds", "spikes", "load_max
 
 
 def analysed(results: Dict[str, Any]) -> Dict[str, Any]:
-    """The results with all that follows from their `runs`, `baseline` and `wide`; an earlier version may have written them.
+    """The results with everything that follows from `runs`, `baseline` and `wide`; also for results of earlier versions.
 
     `groups`: each router with its number of experts. Its figures are means and standard deviations over seeds (None for fewer
     than two). `comparison`: see comparisons.py (None for the baseline). `headroom`: see headroom.py.
     """
     groups = by_group(results["runs"])
-    old = {group["group"]: group for group in results.get("groups", [])}  # with what only the folders of the runs tell
+    old = {
+        group["group"]: group for group in results.get("groups", [])
+    }  # may have figures that were read from the folders of the runs
     analysis = []
     for name, members in groups.items():
         baseline = baseline_of(groups, name, results["baseline"])

@@ -1,6 +1,6 @@
-"""Which folders are a study's own, and which of its runs are finished.
+"""Which folders belong to a study, and which of its runs are finished.
 
-OUT/runs/NAME/ has command.txt, the command line to read, and step.json, what resume.py knows of it; result.json at the end.
+OUT/runs/NAME/ has command.txt, the command line for people to read; step.json, the note of resume.py; finally result.json.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from fairseq_sparsemixer.tools.resume import Note, fingerprint_of, locked, read_
 from fairseq_sparsemixer.tools.study.commands import COMMAND, RESULT, train_command
 from fairseq_sparsemixer.tools.study.grid import Run, Study
 
-CLAIMS = ".claims"  # beside the folders of runs: the lock under which they are given away
-BRIEFLY = 0.01  # seconds between two tries to get it
+CLAIMS = ".claims"  # lock file beside the folders of runs, held while runs are claimed
+BRIEFLY = 0.01  # seconds between two attempts to lock it
 
 
 def run_folder(out: Path, run: Run) -> Path:
@@ -27,21 +27,21 @@ def run_folder(out: Path, run: Run) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run was finished, and its result is there; one that a crash of the machine left in pieces is none."""
-    note = read_note(folder)  # an earlier version wrote none
+    """Whether a run is finished and its result can be read; a crash of the machine may leave it incomplete."""
+    note = read_note(folder)  # earlier versions wrote no note
     return (note is None or note.finished) and _has_result(folder)
 
 
 def claim_all(study: Study, runs: Sequence[Run], out: Path) -> None:
-    """Note what new runs of a study are; a folder begun with another command or data is somebody else's.
+    """Write the notes of a study's new runs; refuse folders begun with another command or other data.
 
-    All is looked at before any is noted. Raises ConfigurationError for such a folder, one that cannot be written, and data that
-    cannot be read.
+    All folders are checked before any note is written. Raises ConfigurationError for a refused or unwritable folder, and for
+    unreadable data.
     """
     data = fingerprint_of_data(study.data)
     try:
         (out / "runs").mkdir(parents=True, exist_ok=True)
-        # of two studies that start together, one is first
+        # two studies may start at the same time
         with locked(out / "runs" / CLAIMS, partial(time.sleep, BRIEFLY)):
             for run in runs:
                 _check(study, run, run_folder(out, run), data)
@@ -55,16 +55,16 @@ def claim_all(study: Study, runs: Sequence[Run], out: Path) -> None:
 
 
 def note_finished(folder: Path) -> None:
-    """Note that a claimed run's result is written. Raises OSError."""
+    """Mark a claimed run as finished, after its result is written. Raises OSError."""
     note = read_note(folder)
     if note is not None:
         write_note(folder, note._replace(finished=True))
 
 
 def fingerprint_of_data(folder: Path) -> str:
-    """What changes when other text is binarised into a folder: its dictionaries, and the sizes of its splits.
+    """A hash of a folder's dictionaries and of the sizes of its splits: it changes if other text is binarised into it.
 
-    Raises ConfigurationError where they cannot be read.
+    Raises ConfigurationError if they cannot be read.
     """
     try:
         sizes = {path.name: path.stat().st_size for kind in ("*.bin", "*.idx") for path in folder.glob(kind)}
@@ -100,7 +100,7 @@ def _check(study: Study, run: Run, folder: Path, data: str) -> None:
         return
     try:
         words = shlex.split(path.read_text(encoding="utf-8"))
-    except ValueError:  # no text, or quotes that do not end
+    except ValueError:  # not text, or an unclosed quote
         raise ConfigurationError(f"{path} is not a command line; give another --out, or delete {folder}") from None
     command = train_command(study, run, folder)
     before, now = _flags(words), _flags(command)
@@ -118,7 +118,7 @@ def _check(study: Study, run: Run, folder: Path, data: str) -> None:
 
 
 def _flags(command: List[str]) -> Dict[str, str]:
-    """{"--lr": "--lr 0.1", ...} of a command, the place of the package left out: it may be moved."""
+    """{"--lr": "--lr 0.1", ...} of a command, without --user-dir: the package may have moved."""
     flags: Dict[str, str] = {}
     name = "the data"
     for word in command[1:]:

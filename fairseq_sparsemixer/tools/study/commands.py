@@ -29,7 +29,7 @@ def as_arguments(flags: Dict[str, Any]) -> List[str]:
 
 
 def train_command(study: Study, run: Run, folder: Path) -> List[str]:
-    """fairseq-train for one run, everything it writes below `folder`."""
+    """fairseq-train for one run; it writes below `folder` only."""
     ours = {
         "user-dir": study.user_dir or USER_DIR,
         "num-experts": run.num_experts,
@@ -44,7 +44,7 @@ def train_command(study: Study, run: Run, folder: Path) -> List[str]:
 
 
 def test_command(study: Study, folder: Path) -> List[str]:
-    """What scores the best checkpoint of a run on the test split."""
+    """The command that scores the best checkpoint of a run on the test split."""
     assert study.test is not None
     program = PROGRAMS[study.test.metric]
     ours = {
@@ -58,5 +58,5 @@ def test_command(study: Study, folder: Path) -> List[str]:
 
 
 def executable(command: List[str]) -> List[str]:
-    """The same command run by this Python, whatever PATH says."""
+    """The same command run by this Python, regardless of PATH."""
     return [sys.executable, "-m", f"fairseq_cli.{MODULES[command[0]]}", *command[1:]]

@@ -1,4 +1,4 @@
-"""A model against the baseline, paired by seed: the difference of the final losses, and how much faster it gets there."""
+"""Compares a model with the baseline, paired by seed: the difference of the final losses, and the speed-up."""
 
 import math
 from typing import Any, Dict, List, Optional

@@ -10,7 +10,7 @@ SPIKE = 1.2  # a logged training loss this many times the one before counts as a
 
 
 class Point(NamedTuple):
-    """A place on a curve: updates done, seconds of training, validation loss."""
+    """A point of a curve: updates done, seconds of training, validation loss."""
 
     updates: float
     seconds: float
@@ -18,7 +18,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Validation losses, the updates before each, and the seconds: updates times the run's median time of one."""
+    """Validation losses, the updates before each, and the seconds: updates times the run's median time per update."""
 
     updates: List[int]
     seconds: List[float]
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
 
     @staticmethod
     def of(run: Run) -> "Curve":
-        """The curve of one training. A log without an interval of training, shorter than --log-interval, has no seconds: 0."""
+        """The curve of one training. If the log has no training interval (shorter than --log-interval), all seconds are 0."""
         updates = [done for done, _ in run.valid_loss]
         seconds = [done * (run.seconds_per_update or 0.0) for done in updates]
         return Curve(updates, seconds, [loss for _, loss in run.valid_loss])
@@ -40,7 +40,7 @@ class Curve(NamedTuple):
         return Curve(common, [seconds for seconds, _ in means], [loss for _, loss in means])
 
     def first_below(self, loss: float) -> Optional[Point]:
-        """Where the curve first reaches `loss`, on the straight line between two validations; None when it never does."""
+        """Where the curve first reaches `loss`, interpolated between validations; None if it never does."""
         points = [Point(*point) for point in zip(*self)]
         for before, after in zip([None, *points], points):
             if after.loss <= loss:

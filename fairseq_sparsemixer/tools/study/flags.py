@@ -1,4 +1,4 @@
-"""The names of a study's flags, held against the parsers of fairseq's programs: argparse would take `see` for `seed`."""
+"""Checks the names of a study's flags against the parsers of fairseq's programs: argparse would accept `see` for `seed`."""
 
 import contextlib
 import io
@@ -12,13 +12,13 @@ PARSERS = {
     "fairseq-generate": "get_generation_parser",
     "fairseq-eval-lm": "get_eval_lm_parser",
 }
-ARCH = "transformer_moe"  # whose flags are known where none is named
+ARCH = "transformer_moe"  # its flags are known if no architecture is given
 
 
 def unknown_flag(program: str, flags: Dict[str, Any]) -> Optional[str]:
-    """A flag of which no whole name is known to the program, under the architecture, task and so on of the flags; else None.
+    """The first flag that the program lacks, by its whole name, with the architecture, task etc. of the flags; else None.
 
-    Raises ConfigurationError where there is no such architecture, task and so on.
+    Raises ConfigurationError for an unknown architecture, task etc.
     """
     known = _known_flags(program, flags)
     return next((name for name in flags if f"--{name}" not in known), None)
@@ -29,7 +29,7 @@ def _known_flags(program: str, flags: Dict[str, Any]) -> Set[str]:
 
     parser = getattr(options, PARSERS[program])()
     parser.error = _refuse
-    # of the values, those alone that bring flags along: fairseq evaluates some of the others as expressions
+    # only values that add flags of their own: fairseq evaluates some of the others as expressions
     names = ["task", *(name.replace("_", "-") for name in registry.REGISTRIES)]
     chosen = {name: flags[name] for name in names if name in flags}
     if program == "fairseq-train":

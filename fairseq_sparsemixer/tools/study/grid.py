@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 
 from fairseq_sparsemixer.moe.gates import DENSE
 
-PROGRAMS = {"bleu": "fairseq-generate", "perplexity": "fairseq-eval-lm"}  # by metric, what scores a checkpoint
+PROGRAMS = {"bleu": "fairseq-generate", "perplexity": "fairseq-eval-lm"}  # metric: the program that scores a checkpoint
 METRICS = tuple(PROGRAMS)
 
 
@@ -25,7 +25,7 @@ class Run:
 
     @property
     def group(self) -> str:
-        """The model: what its seeds are averaged under, e.g. `switch-e4`."""
+        """The model: the name under which its seeds are averaged, e.g. `switch-e4`."""
         return self.router if self.num_experts is None else f"{self.router}-e{self.num_experts}"
 
     @property
@@ -78,9 +78,9 @@ class Study:
     chosen: Dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> List[Run]:
-        """Every run of the grid, seeds outermost: a study that is cut short has compared all routers.
+        """Every run of the grid, seeds outermost: an unfinished study has runs of all routers.
 
-        A model that is tuned has none until its value is chosen.
+        A tuned model has none until its value is chosen.
         """
         grid = [run for seed in self.seeds for run in self._grid(seed)]
         if self.tune is None:

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, and how they are paired with those of another model.
+"""Groups of runs that differ in the seed only, and how they are paired with the runs of another model.
 
 A run is a dict as results.py gathers it: run, group, router, num_experts, seed, valid_loss, curve, test, ...
 """
@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-Members = List[Dict[str, Any]]  # the runs of one group, a seed each
+Members = List[Dict[str, Any]]  # the runs of one group, one per seed
 
 
 def by_group(runs: Sequence[Dict[str, Any]]) -> Dict[str, Members]:

@@ -6,7 +6,7 @@ from typing import Dict, Optional, Sequence
 from fairseq_sparsemixer.tools.study.groups import deviation
 
 LEVEL = 0.95
-BISECTIONS = 60  # more halve nothing that a float64 can tell apart
+BISECTIONS = 60  # enough for float64
 
 
 def mean_interval(values: Sequence[float]) -> Dict[str, Optional[float]]:

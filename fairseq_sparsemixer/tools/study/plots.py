@@ -1,4 +1,4 @@
-"""A study's pictures: loss curves with bands, speed-up against loss level, and the experts' load over time."""
+"""A study's plots: loss curves with bands, speed-up against loss level, and the experts' load over time."""
 
 import itertools
 from pathlib import Path
@@ -16,7 +16,7 @@ LEVELS = 40  # points on a speed-up curve
 
 @styled
 def draw(study: Study, results: Dict[str, Any], out: Path) -> List[Path]:
-    """Write curves.png, speedup.png and, for models with experts, load.png into `out`; their paths."""
+    """Write curves.png, speedup.png and, for models with experts, load.png into `out`. Returns their paths."""
     written = [_curves(results, out / "curves.png"), _speedup(study, results, out / "speedup.png")]
     loads = _loads(results, out)
     return written + ([_load_over_time(loads, out / "load.png")] if loads else [])
@@ -27,7 +27,7 @@ def _members(results: Dict[str, Any], group: Dict[str, Any]) -> List[Dict[str, A
 
 
 def _panels(results: Dict[str, Any]) -> List[Any]:
-    """The numbers of experts, a panel each; a dense model is in all of them."""
+    """The numbers of experts, one panel each; dense models are in all panels."""
     return sorted({group["num_experts"] for group in results["groups"] if group["num_experts"] is not None}) or [None]
 
 
@@ -90,7 +90,7 @@ def _speedup(study: Study, results: Dict[str, Any], path: Path) -> Path:
         axis.invert_xaxis()
         axis.set_xlabel("validation loss reached")
     axes[0][0].set_ylabel(f"speed-up in updates over {as_text(study.baseline)}")
-    if axes[0][0].lines:  # a baseline that diverged has none
+    if axes[0][0].lines:  # there are none if the baseline diverged
         axes[0][0].legend()
     return _save(figure, path)
 
@@ -103,7 +103,7 @@ def _loads(results: Dict[str, Any], out: Path) -> Dict[str, ExpertLoad]:
 
 
 def _load_over_time(loads: Dict[str, ExpertLoad], path: Path) -> Path:
-    """A heatmap a group: experts (of all layers, one under the other) against updates, load over its layer's mean."""
+    """A heatmap per group: experts (of all layers, stacked) against updates, load relative to the layer's mean."""
     figure = new_figure(3.2 * len(loads) + 1, 3.6)
     axes = figure.subplots(1, len(loads), squeeze=False)[0]
     for axis, (group, logged) in zip(axes, loads.items()):

@@ -1,4 +1,4 @@
-"""A study's results in Markdown: the table of its models, and a section for each question asked of them."""
+"""A study's results in Markdown: the table of its models, and a section per question."""
 
 from typing import Any, Dict, List
 
@@ -21,14 +21,14 @@ COLUMNS = (
     "load max/mean",
 )
 NOTE = """Mean ± standard deviation over seeds.
-`p`: paired bootstrap of BLEU against the baseline, {baseline}, with as many experts.
-`seconds`: updates times the median time of one, without validation. `spikes`: training losses 1.2 times the one logged before.
-`load max/mean`: tokens of the busiest expert of any layer over the mean, late in training."""
+`p`: paired bootstrap of BLEU against the baseline, {baseline}, with the same number of experts.
+`seconds`: updates times the median time per update, without validation. `spikes`: logged training losses above 1.2 times the
+previous one. `load max/mean`: tokens of the busiest expert in any layer over the layer's mean, late in training."""
 SECTIONS = (comparison_section, translation_section, headroom_section, tuning_section)
 
 
 def rows(results: Dict[str, Any]) -> List[List[str]]:
-    """The cells of the table, a row a group, in COLUMNS' order."""
+    """The cells of the table: a row per group, in the order of COLUMNS."""
     return [
         [
             group["router"],

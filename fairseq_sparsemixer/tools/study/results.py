@@ -1,4 +1,4 @@
-"""A study's results: the figures of every finished run, read from its folder, and what they say together."""
+"""A study's results: the figures of every finished run, read from its folder, with their analysis."""
 
 import json
 import math

@@ -1,8 +1,8 @@
-"""Runs a study: trainings side by side, each in a folder of its own, so that a killed study goes on where it was.
+"""Runs a study: trainings side by side, each in its own folder, so that a killed study can be resumed.
 
-OUT/runs/NAME/ holds train.log, load.jsonl, checkpoints/, what claims.py notes, and at the end result.json, in one piece.
-fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a finished run is not touched again. A study that
-is interrupted ends its trainings, and on Linux so does one that is killed; elsewhere the next waits for them.
+OUT/runs/NAME/ holds train.log, load.jsonl, checkpoints/, the notes of claims.py, and finally result.json, written atomically.
+fairseq-train itself resumes from checkpoints/checkpoint_last.pt; a finished run is never changed. An interrupted study stops
+its trainings. If the study is killed, Linux ends them, too; elsewhere the next study waits for them.
 """
 
 import json
@@ -33,18 +33,18 @@ from fairseq_sparsemixer.tools.study.grid import Run, Study
 from fairseq_sparsemixer.tools.study.scores import score
 from fairseq_sparsemixer.tools.study.tuning import DIVERGED, tuned, untunable
 
-REFRESH = 0.5  # seconds between two looks at a log
+REFRESH = 0.5  # seconds between two reads of a log
 LOCK = "lock"  # in the folder of a run
-LINES = 10  # of a run's advance, where there is no terminal for a bar
-TAIL = 16384  # bytes of a log that surely hold its last line of figures
+LINES = 10  # of progress per run, if there is no terminal
+TAIL = 16384  # bytes at the end of a log that contain its last line of figures
 
 
 class Stopped(Exception):
-    """The study is being ended, and what it runs with it."""
+    """The study is being stopped."""
 
 
 def devices(workers: Optional[int]) -> List[Dict[str, str]]:
-    """The environment of each place where a run can go: a GPU among those visible, or an equal share of the CPU's cores."""
+    """The environment of each worker: one of the visible GPUs, or an equal share of the CPU's cores."""
     gpus = torch.cuda.device_count()
     if gpus:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [*map(str, range(gpus))]
@@ -55,16 +55,16 @@ def devices(workers: Optional[int]) -> List[Dict[str, str]]:
 
 
 def _environment(place: Dict[str, str]) -> Dict[str, str]:
-    """That of a run's programs in one of the places. Threads are as many as the user has set, where that was done."""
+    """The environment of a worker's programs; a number of threads that the user has set is kept."""
     kept = {name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"}
     return {**child_environment(), **place, **kept}
 
 
 def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: Optional[Progress] = None) -> List[str]:
-    """Train and score every run that has no result yet. Returns one sentence for each run that failed; the others go on.
+    """Train and score every run without a result. Returns one sentence for each failed run; the others continue.
 
-    The trials of tuning come first; a model of which one failed is not trained further. An interruption ends what runs, and
-    starts nothing more. Raises ConfigurationError when a folder holds a run of other flags, or cannot be written.
+    The trials of tuning come first; if one fails, its model is not trained further. An interruption stops all programs. Raises
+    ConfigurationError if a folder holds a run with other flags, or cannot be written.
     """
     study = tuned(study, out)
     claim_all(study, [*study.trials(), *study.runs()], out)
@@ -77,7 +77,7 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
 
 
 def _run_all(study: Study, runs: List[Run], out: Path, workers: Optional[int], progress: Optional[Progress]) -> List[str]:
-    """Train and score those of a study's runs that have no result yet, side by side; one sentence for each that failed."""
+    """Train and score the given runs without a result, side by side. Returns one sentence for each failed run."""
     runs = [run for run in runs if not is_finished(run_folder(out, run))]
     if not runs:
         return []
@@ -106,11 +106,11 @@ def _run_all(study: Study, runs: List[Run], out: Path, workers: Optional[int], p
         try:
             return [failure for failure in pool.map(work, runs) if failure]
         finally:
-            stopping.set()  # before the pool waits for its threads: only an interruption finds any at work
+            stopping.set()  # before the pool waits for its threads; some still work only after an interruption
 
 
 def progress_display(console: Optional[Console] = None) -> Progress:
-    """A bar a run, in updates; where there is no terminal, a line now and then instead (see _watch)."""
+    """A progress bar per run, in updates; without a terminal, a few lines instead (see _watch)."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -124,14 +124,14 @@ def progress_display(console: Optional[Console] = None) -> Progress:
 def _train_and_score(
     study: Study, run: Run, folder: Path, environment: Dict[str, str], progress: Optional[Progress], stopping: Event
 ) -> Optional[str]:
-    """None, or the sentence of the failure. Raises Stopped when the study is being ended, OSError when the disk is full."""
+    """None, or why the run failed. Raises Stopped if the study is being stopped, OSError if the disk is full."""
     output, scored = folder / "output.txt", folder / "test.txt"
     with locked(folder / LOCK, _waiting(run, progress, stopping)) as lock:
         _end_if(stopping)
-        if is_finished(folder):  # by whoever had the lock
+        if is_finished(folder):  # by the previous holder of the lock
             return None
         begun = time.time()
-        # the programs hold the lock as well: where they outlive this process, the next study waits for them
+        # the programs hold the lock, too: if they outlive this process, the next study waits for them
         call = partial(programs.run, environment=environment, interval=REFRESH, keep=[lock.fileno()])
         watch = _watch(run, folder, progress, stopping)
         result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
@@ -156,13 +156,13 @@ def _train_and_score(
 
 
 def _waiting(run: Run, progress: Optional[Progress], stopping: Event) -> Callable[[], None]:
-    """A function that waits a while for the lock, which a run's programs hold, too: a training may have outlived its study."""
+    """A function that waits for the lock of a run, which a training that outlived its study may hold."""
     told: List[str] = []
 
     def wait() -> None:
         if progress is not None and not told:
             told.append(run.name)
-            progress.console.print(f"{run.name} waits for its training that an earlier study began", highlight=False)
+            progress.console.print(f"{run.name} waits for its training, begun by an earlier study", highlight=False)
         stopping.wait(REFRESH)
         _end_if(stopping)
 
@@ -170,13 +170,13 @@ def _waiting(run: Run, progress: Optional[Progress], stopping: Event) -> Callabl
 
 
 def _end_if(stopping: Event) -> None:
-    """Raise Stopped when the study is being ended: the checkpoint of a training's last save stays."""
-    if stopping.is_set():  # Ctrl-C reaches the programs, too
+    """Raise Stopped if the study is being stopped; the last checkpoint of a training is kept."""
+    if stopping.is_set():  # Ctrl-C also reaches the programs
         raise Stopped
 
 
 def _watch(run: Run, folder: Path, progress: Optional[Progress], stopping: Event) -> Callable[[], None]:
-    """A function that shows the last update in the run's log, and raises Stopped when the study is being ended."""
+    """A function that shows the last update in the run's log, and raises Stopped if the study is being stopped."""
     if progress is None:
         return partial(_end_if, stopping)
     updates: Any = run.flags.get("max-update")
@@ -197,7 +197,7 @@ def _watch(run: Run, folder: Path, progress: Optional[Progress], stopping: Event
 
 
 def _last_update(log: Path) -> Tuple[int, str]:
-    """The number of updates in the last lines of a log, and the loss in words."""
+    """The number of updates and the loss, as text, from the last lines of a log."""
     if not log.exists():
         return 0, ""
     with log.open("rb") as file:

@@ -10,11 +10,11 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.generation import read_hypothesis, read_perplexity, read_sentences
 from fairseq_sparsemixer.tools.study.grid import Test
 
-TAG = re.compile(r"<2([\w-]+)>")  # of a source sentence: the language that it is to be translated into
+TAG = re.compile(r"<2([\w-]+)>")  # of a source sentence: the target language
 
 
 def score(test: Test, output: Path) -> Dict[str, Any]:
-    """{"score": number, ...}: sacreBLEU with its signature, or the perplexity. Raises ConfigurationError where there is none."""
+    """{"score": number, ...}: sacreBLEU with its signature, or the perplexity. Raises ConfigurationError if there is none."""
     if test.metric == "bleu":
         hypotheses, references = read_translations(test, output), read_references(test)
         bleu = BLEU()
@@ -22,7 +22,7 @@ def score(test: Test, output: Path) -> Dict[str, Any]:
         return {"score": round(value, 3), "signature": str(bleu.get_signature()), "sentences": len(references)}
     found = read_perplexity(output.read_text(encoding="utf-8", errors="replace"))
     if found is None:
-        raise ConfigurationError(f"{output} holds no perplexity; see what fairseq-eval-lm says there")
+        raise ConfigurationError(f"{output} has no perplexity; see the output of fairseq-eval-lm there")
     bits, perplexity = found
     return {"score": perplexity, "bits": bits}
 
@@ -45,8 +45,8 @@ def read_translations(test: Test, output: Path) -> List[str]:
 
 
 def read_references(test: Test) -> List[str]:
-    """The reference, a sentence a line."""
-    assert test.reference is not None  # of every test by BLEU
+    """The reference, one sentence per line."""
+    assert test.reference is not None  # every test by BLEU has one
     return read_sentences(test.reference)
 
 
@@ -58,7 +58,7 @@ def read_languages(test: Test) -> List[str]:
 
 
 def _language(path: Path, number: int, line: str) -> str:
-    """That of `<2de> a tagged source sentence`, or of a line that is a single word: `de`."""
+    """The language of `<2de> a tagged source sentence`, or of a line with a single word: `de`."""
     first, *rest = line.split() or [""]
     tag = TAG.fullmatch(first)
     if tag is None and (rest or not first):

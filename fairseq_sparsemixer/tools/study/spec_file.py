@@ -1,8 +1,8 @@
-"""What a study's file holds, with the file that it builds on merged in.
+"""Reads a study's file and merges it with the study that it builds on.
 
 base: study.yaml                # relative to this file; may have a base itself
-flags: {max-update: 600}        # maps are merged, key by key; lists and plain values take the place of the base's
-variants: {gshard-top2: null}   # null takes a key of the base out
+flags: {max-update: 600}        # mappings are merged, key by key; lists and plain values replace the base's
+variants: {gshard-top2: null}   # null removes a key of the base
 """
 
 import os
@@ -13,38 +13,38 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.study.yaml_file import BadYaml, read_yaml
 
 BASE = "base"
-VARIANTS, ROUTERS = "variants", "routers"  # two names of one key
+VARIANTS, ROUTERS = "variants", "routers"  # two names for the same key
 PATHS, TEST_FILES = ("data", "user-dir"), ("reference", "languages")  # keys of a study and of its `test`
 SHOWN = 100  # characters of a value in a message
 
 
 def read_spec_file(path: Path) -> Dict[str, Any]:
-    """The keys and values of a study, those of its base among them; paths of a base are relative to that no more.
+    """The keys and values of a study, including those of its base; paths in a base are made absolute.
 
-    Raises ConfigurationError, naming the file, for one that cannot be read, and for a base that is none.
+    Raises ConfigurationError, naming the file, if it or its base cannot be read.
     """
     return _read(path, ())
 
 
 def require(path: Path, condition: Any, complaint: str) -> None:
-    """Raise ConfigurationError, a sentence of which the complaint is the end, unless the condition holds."""
+    """Unless the condition holds, raise ConfigurationError with a sentence that names the file and ends in the complaint."""
     if not condition:
         raise ConfigurationError(f"the study {shown(path, 300)} {complaint}")
 
 
 def shown(value: Any, longest: int = SHOWN) -> str:
-    """A value in a message, cut where it is long."""
+    """A value for a message, shortened if it is long."""
     text = " ".join(str(value).split())
     return text if len(text) <= longest else text[:longest] + "..."
 
 
 def variants_key(content: Dict[str, Any]) -> str:
-    """The name that the variants go by in a file."""
+    """The key of the variants in a file."""
     return ROUTERS if ROUTERS in content else VARIANTS
 
 
 def merged(base: Dict[str, Any], heir: Dict[str, Any]) -> Dict[str, Any]:
-    """The base's values, the heir's in their place: mappings key by key, everything else whole; None takes a key out."""
+    """The base's values, replaced by the heir's: mappings key by key, everything else whole; None removes a key."""
     result = dict(base)
     for key, value in heir.items():
         if key in base and value is None:
@@ -60,7 +60,7 @@ def _read(path: Path, heirs: Tuple[str, ...]) -> Dict[str, Any]:
     """heirs: the real paths of the files that build on this one."""
     content = _content(path)
     both = ROUTERS in content and VARIANTS in content
-    require(path, not both, f"has {ROUTERS} and {VARIANTS}, two names of one key; give {VARIANTS} alone")
+    require(path, not both, f"has {ROUTERS} and {VARIANTS}, two names for the same key; use {VARIANTS} only")
     if BASE not in content:
         return content
     base_path = _base_path(path, content.pop(BASE), (*heirs, os.path.realpath(path)))
@@ -76,13 +76,13 @@ def _base_path(path: Path, value: Any, heirs: Tuple[str, ...]) -> Path:
     base = Path(os.path.realpath(path.parent / value))
     there = f"and there is no file {shown(base)}; give the path of a study, relative to this file"
     require(path, os.path.isfile(base), f"has {BASE}: {shown(value)}, {there}")
-    circle = f"has {BASE}: {shown(value)}, which builds on this file itself; take {BASE} out of one of them"
+    circle = f"has {BASE}: {shown(value)}, which builds on this file itself; remove {BASE} from one of them"
     require(path, str(base) not in heirs, circle)
     return base
 
 
 def _absolute(path: Path, content: Dict[str, Any]) -> Dict[str, Any]:
-    """The same study with paths that can be read from the folder of another file."""
+    """The same study with absolute paths."""
 
     def beside(value: Any) -> Any:
         return os.path.join(os.path.realpath(path.parent), value) if isinstance(value, str) else value

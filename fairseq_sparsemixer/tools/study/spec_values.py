@@ -1,4 +1,4 @@
-"""The values in a study's file: each is read, or refused in one sentence that names the file, the key and what to give."""
+"""Reads the values of a study's file, or refuses them in one sentence with the file, the key, the value and a remedy."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.tools.study.spec_file import require, shown
 
 LARGEST = 2**32 - 1  # numpy's largest seed
-LONGEST_NAME = 100  # characters of a name of a folder
+LONGEST_NAME = 100  # characters of a folder's name
 FLAG = re.compile(r"[A-Za-z0-9][\w-]*")
-SMUGGLED = re.compile(r"-(?![\d.]|$)|--")  # the beginning of a value that argparse takes for a flag
+SMUGGLED = re.compile(r"-(?![\d.]|$)|--")  # the beginning of a value that argparse reads as a flag
 NEEDED_OFF = ("disable-validation", "no-save")
 OURS = ("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file", "restore-file")
 
 
 def check_keys(path: Path, key: str, content: Dict[str, Any], known: Collection[str], optional: Collection[str]) -> None:
-    """Refuse a mapping with a key that is not known, or without one that is needed. key: of the mapping; empty for the file."""
+    """Refuse an unknown or a missing key of a mapping. key: of the mapping itself; empty for the file."""
     where = f"{key}: " if key else ""
     unknown = next((name for name in sorted(content) if name not in known), None)
     if unknown is not None:
@@ -32,26 +32,26 @@ def check_keys(path: Path, key: str, content: Dict[str, Any], known: Collection[
 
 
 def is_name(name: str) -> bool:
-    """Whether it can be (the beginning of) a folder's name."""
+    """Whether it can be a folder's name, or the beginning of one."""
     return Path(name).name == name and name not in (".", "..") and len(name) <= LONGEST_NAME and name.isprintable()
 
 
 def as_path(path: Path, key: str, value: Any) -> Path:
-    """The path that a spec gives, relative to the spec."""
+    """A path relative to the spec."""
     require(path, isinstance(value, (str, int, float)) and not isinstance(value, bool), f"has {key}: {shown(value)}; give a path")
     require(path, "\0" not in str(value), f"has {key}: {shown(value)}; give a path")
     return Path(os.path.realpath(path.parent / str(value)))
 
 
 def as_file(path: Path, key: str, value: Any) -> Path:
-    """The path of a file that is there, relative to the spec."""
+    """The path of an existing file, relative to the spec."""
     file = as_path(path, key, value)
     require(path, is_there(Path.is_file, file), f"has {key}: {shown(value)}, and there is no file {shown(file)}")
     return file
 
 
 def is_there(test: Callable[[Path], bool], path: Path) -> bool:
-    """Whether a path is something; False for one that no file can have."""
+    """test(path), such as Path.is_file; False for a path that no file can have."""
     try:
         return test(path)
     except (OSError, ValueError):
@@ -62,18 +62,18 @@ def as_mapping(path: Path, key: str, value: Any) -> Dict[str, Any]:
     good = value is None or isinstance(value, dict)
     require(path, good, f"has {key}: {shown(value)}; give keys with values, as in key: value")
     other = next((name for name in value or {} if not isinstance(name, str)), None)
-    require(path, other is None, f"has {key}: {shown(other)}, a key that is not a text; put it in quotes")
+    require(path, other is None, f"has {key}: {shown(other)}, a key that is not text; put it in quotes")
     return dict(value or {})
 
 
 def as_values(path: Path, key: str, flags: Any) -> Dict[str, Any]:
-    """Flags whose values can stand on a command line."""
+    """Flags whose values can be given on a command line."""
     flags = as_mapping(path, key, flags)
     for name, value in flags.items():
         require(
             path,
             FLAG.fullmatch(name),
-            f"has {key}: {shown(name)}, which is not a name of a flag; give it without dashes and value",
+            f"has {key}: {shown(name)}, which is not the name of a flag; give the name without dashes and without a value",
         )
         several = isinstance(value, list) and bool(value)
         parts = value if several else [value]
@@ -91,14 +91,14 @@ def as_flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
     if "router" in flags:
         _check_router(path, key, flags["router"])
     taken = set(flags) & set(OURS)
-    require(path, not taken, f"has {key}: {first(taken)}, which the study sets itself; take it out")
+    require(path, not taken, f"has {key}: {first(taken)}, which the study sets itself; remove it")
     for name in flags:
         whole = next((ours for ours in OURS if ours.startswith(name)), None)
-        require(
-            path, whole is None, f"has {key}: {name}, which is short for {whole}, and that the study sets itself; take it out"
-        )
+        require(path, whole is None, f"has {key}: {name}, which is short for {whole}, which the study sets itself; remove it")
     for flag in NEEDED_OFF:
-        require(path, not flags.get(flag), f"has {key}: {flag}, and compares validation losses and best checkpoints; take it out")
+        require(
+            path, not flags.get(flag), f"has {key}: {flag}, but a study needs validation losses and best checkpoints; remove it"
+        )
     return flags
 
 
@@ -112,7 +112,7 @@ def _check_router(path: Path, key: str, router: Any) -> None:
 
 
 def is_seed(value: Any) -> bool:
-    """Whether it is a positive integer that can seed a training, or count experts."""
+    """Whether it is a positive integer, and not too large for a seed."""
     return type(value) is int and 0 < value <= LARGEST
 
 

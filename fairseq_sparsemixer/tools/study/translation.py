@@ -48,7 +48,7 @@ def translations(test: Test, out: Path, runs: Members, baseline: str) -> Dict[st
 
 def _statistics(metrics: Dict[str, Any], hypotheses: List[str]) -> Dict[str, np.ndarray]:
     """[sentences, figures] for each metric: what is added up over sentences before a score is computed."""
-    # private names, but those by which sacreBLEU's own significance tests use every metric, since 2.0
+    # private names, but sacreBLEU's own significance tests use them on every metric, since 2.0
     return {name: np.array(metric._extract_corpus_statistics(hypotheses, None), float) for name, metric in metrics.items()}
 
 
@@ -82,7 +82,7 @@ def _interval(differences: np.ndarray) -> Dict[str, Optional[float]]:
 
 
 def _p_value(differences: np.ndarray) -> float:
-    """As sacreBLEU computes it, to be compared with other papers: one-sided where the difference is clear."""
+    """As sacreBLEU computes it, for comparison with papers: one-sided if the difference is clear."""
     sizes = np.abs(differences[1:])
     return float((np.sum(sizes - sizes.mean() > abs(differences[0])) + 1) / (RESAMPLES + 1))
 

@@ -1,7 +1,7 @@
-"""Tuning: each model gets the value of a flag, such as the learning rate, that does best in one training with one seed.
+"""Tuning: each model gets the value of a flag, such as the learning rate, that is best in a training with one seed.
 
-Trials are runs as others are, with folders of their own; what they say is read from those whenever it is needed. They are not
-scored on the test set. A training that ends in a FloatingPointError has diverged: its value is never chosen.
+Trials are runs like others, with their own folders, from which the choice is read each time. They are not scored on the test set.
+A training that ends in a FloatingPointError has diverged: its value is never chosen.
 """
 
 import json
@@ -18,15 +18,15 @@ from fairseq_sparsemixer.tools.study.grid import Study
 from fairseq_sparsemixer.tools.tables import cell, markdown_table
 
 DIVERGED = "diverged"  # in a trial's result: what fairseq said
-NOTE = """Final validation loss of one training for each value, with seed {seed}{budget}. The best value is that of all seeds."""
+NOTE = "Final validation loss of one training per value, with seed {seed}{budget}. All seeds are trained with the best value."
 AT_EDGE = "**Warning:** the best {flag} is at the edge of the values tried, and a better one may lie beyond: {models}."
 
 
 def tuning(study: Study, out: Path) -> List[Dict[str, Any]]:
     """What was tried for each tuned model: {"group", "tried": [{"value", "valid_loss", "diverged"}], "chosen", "edge"}.
 
-    valid_loss: the last of the training; None if it diverged or is not finished. chosen: None until all trials of the model are
-    finished, or if all diverged. edge: "lowest" or "highest" if the chosen number is that of the values, otherwise None.
+    valid_loss: of the last validation; None if the training diverged or is not finished. chosen: None until all trials of the
+    model are finished, or if all diverged. edge: "lowest" or "highest" if the chosen number is that of the values, else None.
     """
     models: Dict[str, List[Dict[str, Any]]] = {}
     for trial in study.trials():
@@ -36,7 +36,7 @@ def tuning(study: Study, out: Path) -> List[Dict[str, Any]]:
 
 
 def tuned(study: Study, out: Path, missing: Optional[str] = None) -> Study:
-    """The study with the values that are chosen so far; missing: what takes the place of others, if given."""
+    """The study with the values chosen so far. missing: a placeholder for values that are not chosen yet."""
     chosen = {model["group"]: missing if model["chosen"] is None else model["chosen"] for model in tuning(study, out)}
     return replace(study, chosen={group: value for group, value in chosen.items() if value is not None})
 

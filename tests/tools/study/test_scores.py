@@ -7,16 +7,16 @@ from fairseq_sparsemixer.tools.study.scores import score
 from fairseq_sparsemixer.tools.study.spec import Test as Scoring  # a name that pytest does not collect
 
 
-def test_a_language_models_score_is_the_perplexity_that_fairseq_eval_lm_ends_with(tmp_path):
+def test_the_score_of_a_language_model_is_the_perplexity_of_fairseq_eval_lm(tmp_path):
     output = tmp_path / "test.txt"
     output.write_text("2026 | INFO | Evaluated 9 tokens\n2026 | INFO | Loss (base 2): 5.0000, Perplexity: 32.00\n")
     assert score(Scoring("perplexity"), output) == {"score": 32.0, "bits": 5.0}
     output.write_text("killed\n")
-    with pytest.raises(ConfigurationError, match="test.txt holds no perplexity"):
+    with pytest.raises(ConfigurationError, match="test.txt has no perplexity"):
         score(Scoring("perplexity"), output)
 
 
-def test_hypotheses_are_put_in_order_and_must_be_as_many_as_the_references(tmp_path):
+def test_hypotheses_are_sorted_and_must_match_the_number_of_references(tmp_path):
     output, reference = tmp_path / "test.txt", tmp_path / "test.de"
     sentences = ["ein Hund läuft durch den Park", "zwei Kinder spielen am Strand"]
     reference.write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")

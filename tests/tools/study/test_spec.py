@@ -25,7 +25,7 @@ TUNE = {"flag": "max-lr", "values": [0.1, 0.2]}
 
 @pytest.fixture
 def spec(tmp_path):
-    """write(**changes) -> the path of a study file, GOOD but for the changes; None takes a key out."""
+    """write(**changes) -> the path of a study file, GOOD with the changes; None removes a key."""
     (tmp_path / "bin").mkdir()
 
     def write(**changes) -> Path:
@@ -37,13 +37,13 @@ def spec(tmp_path):
     return write
 
 
-def test_the_grid_has_every_router_experts_and_seed_and_one_dense_model_a_seed(spec):
+def test_the_grid_has_every_router_experts_and_seed_and_one_dense_model_per_seed(spec):
     names = [run.name for run in read_study(spec()).runs()]
     assert names[:5] == ["dense-seed1", "switch-e4-seed1", "switch-e8-seed1", "ours-e4-seed1", "ours-e8-seed1"]
     assert len(names) == len(set(names)) == 10
 
 
-def test_a_routers_flags_win_over_the_common_ones(spec):
+def test_a_variants_flags_override_the_common_flags(spec):
     runs = {run.name: run for run in read_study(spec(flags={"lr": 1.0})).runs()}
     assert runs["ours-e4-seed1"].flags == {"lr": 0.1, "router": "sparsemixer"}
     assert runs["switch-e4-seed1"].flags == {"lr": 1.0, "router": "switch"}
@@ -64,8 +64,8 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(routers={"switch": {"router": True}}), "routers: switch: "),
         (dict(flags={"see": 7}), "flags: see, which is short for seed"),
         (dict(flags={"save": "x"}), "which is short for save-dir"),
-        (dict(flags={"seed=7": True}), "flags: seed=7, which is not a name of a flag"),
-        (dict(flags={"--lr": 1}), "flags: --lr, which is not a name of a flag"),
+        (dict(flags={"seed=7": True}), "flags: seed=7, which is not the name of a flag"),
+        (dict(flags={"--lr": 1}), "flags: --lr, which is not the name of a flag"),
         (dict(flags={"lr": "--seed"}), "lr: --seed, which would be read as a flag"),
         (dict(flags={"lr": ["0.1", "--seed", "7"]}), "which would be read as a flag"),
         (dict(flags={"source-lang": "-s"}), "which would be read as a flag"),
@@ -73,20 +73,20 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(flags={"lr": {"a": 1}}), "give a value, or a list of values"),
         (dict(flags={"lr": [[1]]}), "give a value, or a list of values"),
         (dict(flags={"lr": "a\0b"}), "flags: lr"),
-        (dict(flags={False: 1}), "False, a key that is not a text"),
-        (dict(routers={"switch": {}, 3: {}}), "routers: 3, a key that is not a text"),
+        (dict(flags={False: 1}), "False, a key that is not text"),
+        (dict(routers={"switch": {}, 3: {}}), "routers: 3, a key that is not text"),
         (dict(routers={"switch": {}, "..": {}}), "routers: .., which cannot name a folder"),
         (dict(routers={"switch": {}, "x" * 500: {}}), "which cannot name a folder"),
         (dict(routers={"switch": {}, "switch-e4": {"router": "dense"}}), "two runs that would be called switch-e4-seed1"),
         (dict(data="x" * 5000), "no folder"),
         (dict(data=["bin"]), "data: ['bin']; give a path"),
-        (dict(baseline="x" * 5000), "which is none of its routers"),
+        (dict(baseline="x" * 5000), "which is not one of its routers"),
         (dict(test={"metric": "perplexity", "flags": {"path": "x.pt"}}), "test: flags: path, which the study sets itself"),
         (dict(num_experts=4), "positive integers"),
         (dict(baseline="glam"), "baseline: glam"),
-        (dict(wide="glam"), "wide: glam, which is none of its dense routers; name one with router: dense"),
-        (dict(wide="switch"), "wide: switch, which is none of its dense routers"),
-        (dict(wide=["dense"]), "wide: ['dense'], which is none"),
+        (dict(wide="glam"), "wide: glam, which is not one of its dense routers; name one with router: dense"),
+        (dict(wide="switch"), "wide: switch, which is not one of its dense routers"),
+        (dict(wide=["dense"]), "wide: ['dense'], which is not one of its dense routers"),
         (dict(data="nowhere"), "no folder"),
         (dict(flags={"disable-validation": True}), "flags: disable-validation"),
         (dict(flags={"no-save": True}), "flags: no-save"),
@@ -103,7 +103,7 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(tune={"flag": "lr"}), "lacks the key tune: values"),
         (dict(tune={"flag": "lr", "value": [1, 2]}), "has tune: value: [1, 2], an unknown key; the closest known key is values"),
         (dict(tune={**TUNE, "flag": ["lr"]}), "has tune: flag: ['lr']; give the name of a flag, such as lr"),
-        (dict(tune={**TUNE, "flag": "--max-lr"}), "has tune: values: --max-lr, which is not a name of a flag"),
+        (dict(tune={**TUNE, "flag": "--max-lr"}), "has tune: values: --max-lr, which is not the name of a flag"),
         (dict(tune={**TUNE, "flag": "seed"}), "has tune: values: seed, which the study sets itself"),
         (dict(tune={**TUNE, "values": 0.1}), "has tune: values: 0.1; give a list of two values or more, each once"),
         (dict(tune={**TUNE, "values": [0.1]}), "give a list of two values or more"),
@@ -113,7 +113,7 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(tune={**TUNE, "values": [0.1, float("nan")]}), "give a number"),
         (dict(tune={**TUNE, "values": ["a/b", "c"]}), "tune: values: max-lra/b, which cannot name a folder; set that in routers"),
         (dict(tune={**TUNE, "seed": 0}), "has tune: seed: 0; give a positive integer"),
-        (dict(tune={**TUNE, "flags": {"max-lr": 1}}), "has tune: flags: max-lr, which is tuned; take it out"),
+        (dict(tune={**TUNE, "flags": {"max-lr": 1}}), "has tune: flags: max-lr, which is tuned; remove it"),
         (dict(tune={**TUNE, "flags": {"no-save": True}}), "has tune: flags: no-save"),
         (
             dict(tune={"flag": "lr", "values": [1, 2]}, routers={"switch": {"lr": 1}}),
@@ -126,7 +126,7 @@ def test_a_routers_flags_win_over_the_common_ones(spec):
         (dict(test={"metric": "perplexity", "languages": "test.en"}), "languages: test.en, which perplexity does not use"),
     ],
 )
-def test_a_bad_study_ends_in_one_sentence_that_names_the_file(spec, changes, complaint):
+def test_a_bad_study_gives_a_one_line_error_with_the_file(spec, changes, complaint):
     path = spec(**changes)
     with pytest.raises(ConfigurationError) as error:
         read_study(path)
@@ -134,7 +134,7 @@ def test_a_bad_study_ends_in_one_sentence_that_names_the_file(spec, changes, com
     assert len(str(error.value)) < 1000
 
 
-def test_a_reference_is_read_before_anything_is_trained(spec, tmp_path):
+def test_the_reference_is_read_before_training(spec, tmp_path):
     path = spec(test={"metric": "bleu", "reference": "test.de"})
     for content, complaint in (
         (b"gut\nK\xe4tzin\n", "test.de, line 2 is not UTF-8"),
@@ -150,7 +150,7 @@ def test_a_reference_is_read_before_anything_is_trained(spec, tmp_path):
     ("de\n", "has test: languages: test.en of 1 lines, and a reference of 2; give as many"),
     ("de\na house\n", "test.en, line 2 does not begin with a tag such as <2de>"),
 ])  # fmt: skip
-def test_the_languages_of_a_test_are_read_before_anything_is_trained(spec, tmp_path, text, complaint):
+def test_the_languages_of_a_test_are_read_before_training(spec, tmp_path, text, complaint):
     (tmp_path / "test.de").write_text("gut\nsehr gut\n")
     if text is not None:
         (tmp_path / "test.en").write_text(text)
@@ -158,7 +158,7 @@ def test_the_languages_of_a_test_are_read_before_anything_is_trained(spec, tmp_p
         read_study(spec(test={"metric": "bleu", "reference": "test.de", "languages": "test.en"}))
 
 
-def test_text_that_is_no_yaml_and_a_missing_file_are_refused(tmp_path):
+def test_invalid_yaml_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "s.yaml"
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_study(path)
@@ -174,22 +174,22 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        ("seeds: [1]\ntitle: t\nseeds: [2]\n", "has the key seeds twice, in line 3 again"),
-        ("routers:\n  a: {router: switch}\n  a: {router: base}\n", "has the key a twice, in line 3 again"),
-        (BOMB, "stands for more than 20,000 values"),
-        (MERGE_BOMB, "stands for more than 20,000 values"),
+        ("seeds: [1]\ntitle: t\nseeds: [2]\n", "has the key seeds twice, again in line 3"),
+        ("routers:\n  a: {router: switch}\n  a: {router: base}\n", "has the key a twice, again in line 3"),
+        (BOMB, "expands to more than 20,000 values"),
+        (MERGE_BOMB, "expands to more than 20,000 values"),
         ("a: &a [*a]\n", "levels deep"),
         ("[" * 3000 + "]" * 3000, "levels deep"),
         ("{a: " * 60 + "1" + "}" * 60, "levels deep"),
         ("#" * (1 << 20) + "\n", "has more than 1,048,576 bytes"),
         ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
-        ("title: 2026-99-99\n", "holds a value that cannot be read"),
+        ("title: 2026-99-99\n", "has a value that cannot be read"),
         ("a: 1\n---\nb: 2\n", "is not YAML"),
         ("\0", "is not YAML"),
         ("", "is not a mapping"),
     ],
 )
-def test_yaml_that_is_more_than_it_looks_is_refused(tmp_path, text, complaint):
+def test_yaml_with_double_keys_or_excessive_size_is_refused(tmp_path, text, complaint):
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(ConfigurationError) as error:
@@ -197,7 +197,7 @@ def test_yaml_that_is_more_than_it_looks_is_refused(tmp_path, text, complaint):
     assert complaint in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+def test_pipes_folders_and_impossible_paths_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "x" * 300, "y" * 5000, ".", "a\0b"):
         with pytest.raises(ConfigurationError, match="the study .* cannot be read"):
@@ -214,7 +214,7 @@ class OfAStudy(SwitchGate):
 """
 
 
-def test_a_user_dir_brings_its_routers(spec, tmp_path):
+def test_a_user_dir_adds_its_routers(spec, tmp_path):
     (tmp_path / "moe_of_a_study").mkdir()
     (tmp_path / "moe_of_a_study" / "__init__.py").write_text(USER_DIR)
     routers = {"switch": {"router": "switch"}, "own": {"router": "of_a_study"}}
@@ -238,7 +238,7 @@ def test_a_user_dir_that_cannot_be_imported_is_refused(spec, tmp_path, name, com
         read_study(spec(user_dir=name))
 
 
-def test_keys_may_be_merged(spec):
+def test_yaml_merge_keys_work(spec):
     path = spec()
     text = path.read_text().replace(
         "routers:\n", "routers:\n  base: &base {router: switch, lr: 0.5}\n  hot: {<<: *base, lr: 1.0}\n"
@@ -262,7 +262,7 @@ def test_keys_may_be_merged(spec):
                      "label-smoothing": 0.1, "moe-balance-loss-weight": 0.01, "capacity-factor": 2.0}), None),
     ],
 )  # fmt: skip
-def test_flags_are_whole_names_that_the_program_has(spec, changes, complaint):
+def test_flags_must_be_whole_names_of_the_programs_flags(spec, changes, complaint):
     path = spec(**changes)
     study = read_study(path)
     if complaint is None:
@@ -272,7 +272,7 @@ def test_flags_are_whole_names_that_the_program_has(spec, changes, complaint):
     assert complaint in str(error.value) and str(path) in str(error.value) and len(str(error.value)) < 1000
 
 
-def test_no_value_of_a_flag_is_evaluated(spec, tmp_path):
+def test_flag_values_are_never_evaluated(spec, tmp_path):
     value = f"[open('{tmp_path}/ran', 'w')]"
     path = spec(flags={"lr": value, "adam-betas": value, "optimizer": "adam", "update-freq": value})
     check_flags(path, read_study(path))

@@ -31,7 +31,7 @@ def write(path: Path, content) -> Path:
     return path
 
 
-def test_a_study_has_what_its_base_has_and_it_does_not_say_itself(folder):
+def test_a_study_inherits_what_it_does_not_set(folder):
     own = {
         "base": "base.yaml",
         "title": "the heir",
@@ -45,7 +45,7 @@ def test_a_study_has_what_its_base_has_and_it_does_not_say_itself(folder):
     assert heir.routers == {**base.routers, "ours": {"router": "sparsemixer"}}
 
 
-def test_null_takes_a_key_of_the_base_out(folder):
+def test_null_removes_a_key_of_the_base(folder):
     own = {"base": "base.yaml", "flags": {"lr": None}, "variants": {"dense": None, "switch": {"lr": None}}, "test": None}
     heir = read_study(write(folder / "heir.yaml", own))
     assert heir.routers == {"switch": {"router": "switch"}} and "lr" not in heir.flags and heir.test is None
@@ -59,12 +59,12 @@ def test_null_takes_a_key_of_the_base_out(folder):
     ({"a": 1}, {"a": {"b": 2}}, {"a": {"b": 2}}),
     ({}, {"a": None}, {"a": None}),
 ])  # fmt: skip
-def test_maps_merge_and_everything_else_takes_the_place_of_the_bases(base, heir, result):
+def test_mappings_are_merged_and_other_values_replaced(base, heir, result):
     before = repr(base)
     assert merged(base, heir) == result and repr(base) == before
 
 
-def test_a_chain_goes_through_folders_and_paths_stay_relative_to_the_file_that_has_them(folder):
+def test_paths_are_relative_to_the_file_of_the_chain_that_has_them(folder):
     write(folder / "below" / "middle.yaml", {"base": "../base.yaml", "title": "the middle"})
     heir = read_study(write(folder / "other" / "heir.yaml", {"base": "../below/middle.yaml", "seeds": [7]}))
     assert (heir.title, heir.seeds, heir.data) == ("the middle", [7], (folder / "bin").resolve())
@@ -89,27 +89,27 @@ def test_variants_may_be_called_routers_in_either_file(folder, old, new):
     ({"base": ""}, "has base: ; give the path"),
     ({"base": "none.yaml"}, "has base: none.yaml, and there is no file .*none.yaml; give the path of a study, relative"),
     ({"base": "bin"}, "has base: bin, and there is no file"),
-    ({"base": "heir.yaml"}, "has base: heir.yaml, which builds on this file itself; take base out of one of them"),
-    ({"routers": {}, "variants": {}}, "has routers and variants, two names of one key; give variants alone"),
+    ({"base": "heir.yaml"}, "has base: heir.yaml, which builds on this file itself; remove base from one of them"),
+    ({"routers": {}, "variants": {}}, "has routers and variants, two names for the same key; use variants only"),
     ({"base": "base.yaml", "variants": {"switch": 3}}, "has variants: switch: 3; give keys with values"),
     ({"base": "base.yaml", "flags": 3}, "has flags: 3; give keys with values"),
-    ({"base": "base.yaml", "variants": {"switch": None}}, "has baseline: switch, which is none of its variants"),
+    ({"base": "base.yaml", "variants": {"switch": None}}, "has baseline: switch, which is not one of its variants"),
 ])  # fmt: skip
-def test_a_bad_base_ends_in_one_sentence_that_names_the_file(folder, content, complaint):
+def test_a_bad_base_gives_a_one_line_error_with_the_file(folder, content, complaint):
     path = write(folder / "heir.yaml", content)
     with pytest.raises(ConfigurationError, match=f"the study {path} {complaint}") as error:
         read_study(path)
     assert "\n" not in str(error.value)
 
 
-def test_a_circle_of_several_names_the_file_that_closes_it(folder):
+def test_a_cycle_of_bases_names_the_file_that_closes_it(folder):
     write(folder / "a.yaml", {"base": "b.yaml"})
     write(folder / "b.yaml", {"base": "a.yaml"})
     with pytest.raises(ConfigurationError, match="b.yaml has base: a.yaml, which builds on this file itself"):
         read_spec_file(folder / "a.yaml")
 
 
-def test_a_base_that_is_no_study_is_named_itself(folder):
+def test_an_unreadable_base_is_named_in_the_error(folder):
     write(folder / "base.yaml", "a: [")
     with pytest.raises(ConfigurationError, match="base.yaml is not YAML"):
         read_study(write(folder / "heir.yaml", {"base": "base.yaml"}))
