@@ -122,11 +122,11 @@ class ExpertThresholdGate(Gate):
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See expert_threshold_routing; in training, the backward counts the batch's cut-offs."""
-        taken = logits > self.threshold.value
+        taken = ~(logits <= self.threshold.value)  # NaN is taken, and so reaches the output
         if not self.training:
             return expert_threshold_routing(logits, padding_mask, taken)
         cutoffs = batch_cutoffs(logits, padding_mask, self.top_k)
         warming_up = self.threshold.updates < self.warmup_updates
-        routing = expert_threshold_routing(logits, padding_mask, torch.where(warming_up, logits >= cutoffs, taken))
+        routing = expert_threshold_routing(logits, padding_mask, torch.where(warming_up, ~(logits < cutoffs), taken))
         weight = self.threshold.watch_cutoffs(routing.combine_weight, cutoffs, routing.num_real_tokens())
         return replace(routing, combine_weight=weight)
