@@ -1,4 +1,4 @@
-"""Default MoE against its formulas, one token at a time in float64: output, gradients, and the path of the averages."""
+"""Default MoE, compared with its formulas token by token in float64: output, gradients, and updates of the averages."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ E, M = 4, 5
 
 
 def outputs_of_all(layer, token):
-    """[E, M]: every expert on one token [M], from the weights."""
+    """[E, M]: the output of every expert for one token [M], from the weights."""
     experts = layer.experts
     hidden = torch.relu(torch.einsum("m,emh->eh", token, experts.weight_in) + experts.bias_in)
     return torch.einsum("eh,ehm->em", hidden, experts.weight_out) + experts.bias_out
@@ -109,7 +109,7 @@ def test_validation_recomputation_dummy_batches_and_failed_steps_do_not_count():
     layer.eval()(x).sum().backward()
     with torch.no_grad():
         layer.train()(x)
-    (layer(x).sum() * 0).backward()  # how fairseq ignores a dummy batch
+    (layer(x).sum() * 0).backward()  # fairseq's way to ignore a dummy batch
     assert torch.equal(layer.gate.average.pending, once)
     before = layer.gate.average.vectors.clone()
     reset_step_states(layer)
@@ -137,7 +137,7 @@ def test_rows_that_do_not_run_are_not_averaged_on_a_device():
     assert pending[0][:, -1].sum() == 12
 
 
-def test_the_averages_are_in_the_checkpoint_and_stay_float32_in_half_precision():
+def test_the_averages_are_in_checkpoints_and_stay_float32_in_half_precision():
     layer = build_moe_layer("default_moe", M, 7, E)
     layer.gate.average.vectors.normal_()
     restored = build_moe_layer("default_moe", M, 7, E).half()
@@ -148,6 +148,6 @@ def test_the_averages_are_in_the_checkpoint_and_stay_float32_in_half_precision()
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])
-def test_a_decay_out_of_range_is_refused(decay):
+def test_an_out_of_range_decay_is_refused(decay):
     with pytest.raises(ValueError, match=f"default_decay={decay} must be at least 0 and below 1"):
         build_gate("default_moe", M, E, default_decay=decay)

@@ -1,4 +1,4 @@
-"""Expert threshold routing against its formulas, one token at a time in float64, and the path of its thresholds."""
+"""Expert threshold routing, compared with its formulas token by token in float64, and the updates of its thresholds."""
 
 import math
 
@@ -12,7 +12,7 @@ E = 4
 
 
 def outputs_of_all(layer, token):
-    """[E, M]: every expert on one token [M], from the weights."""
+    """[E, M]: the output of every expert for one token [M], from the weights."""
     experts = layer.experts
     hidden = torch.relu(torch.einsum("m,emh->eh", token, experts.weight_in) + experts.bias_in)
     return torch.einsum("eh,ehm->em", hidden, experts.weight_out) + experts.bias_out
@@ -23,7 +23,7 @@ def logits_of(layer, token):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_an_expert_takes_a_token_whose_logit_exceeds_its_threshold(training):
+def test_an_expert_takes_the_tokens_with_logits_above_its_threshold(training):
     layer = build_moe_layer("expert_threshold", 5, 7, E, warmup_updates=0).double().train(training)
     layer.gate.threshold.value.copy_(torch.tensor([-0.4, 0.0, 0.1, 0.3]))
     x, upstream = torch.randn(2, 30, 5, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_an_expert_takes_a_token_whose_logit_exceeds_its_threshold(training):
     assert counts.shape == (1, E) and 0 < counts.sum() < 30 * E
 
 
-def test_at_inference_other_tokens_change_nothing_and_the_threshold_stays():
+def test_at_inference_a_token_does_not_depend_on_others_and_thresholds_stay():
     layer = build_moe_layer("expert_threshold", 5, 7, E, top_k=2).eval()
     layer.gate.threshold.value.normal_()
     before = layer.gate.threshold.value.clone()
@@ -60,7 +60,7 @@ def test_at_inference_other_tokens_change_nothing_and_the_threshold_stays():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_in_the_warm_up_every_expert_takes_its_best_tokens_of_the_batch(k):
+def test_during_warm_up_every_expert_takes_its_best_tokens_of_the_batch(k):
     gate = build_gate("expert_threshold", 5, E, top_k=k)
     logits = torch.randn(22, E)
     padding = torch.arange(22) >= 18
@@ -76,7 +76,7 @@ def _chosen(routing):
     return routing.expert_index, runs.float()
 
 
-def test_thresholds_follow_the_mean_cut_off_of_each_update_corrected_for_the_start():
+def test_thresholds_are_bias_corrected_averages_of_each_updates_mean_cut_off():
     gate = build_gate("expert_threshold", 5, E, top_k=2, threshold_decay=0.9, warmup_updates=2).double()
     averages = [0.0] * E
     for update in range(5):
@@ -97,7 +97,7 @@ def test_thresholds_follow_the_mean_cut_off_of_each_update_corrected_for_the_sta
     assert gate.threshold.updates == 5
 
 
-def test_updates_without_tokens_and_failed_steps_change_nothing():
+def test_updates_without_tokens_and_failed_steps_do_not_change_thresholds():
     gate = build_gate("expert_threshold", 5, E)
     logits = torch.randn(6, E, requires_grad=True)
     gate.route(logits, torch.ones(6, dtype=torch.bool)).combine_weight.sum().backward()
@@ -108,7 +108,7 @@ def test_updates_without_tokens_and_failed_steps_change_nothing():
     assert gate.threshold.updates == 0 and not gate.threshold.value.any()
 
 
-def test_loads_are_even_at_inference_once_thresholds_have_settled():
+def test_loads_are_balanced_at_inference_once_thresholds_have_converged():
     torch.manual_seed(0)
     gate = build_gate("expert_threshold", 6, E, top_k=2, threshold_decay=0.9, warmup_updates=5)
     gate.projection.weight.data.normal_()
@@ -124,6 +124,6 @@ def test_loads_are_even_at_inference_once_thresholds_have_settled():
     (dict(warmup_updates=-1), "warmup_updates=-1 must be at least 0"),
     (dict(top_k=5), "top_k=5 must lie between 1 and num_experts=4"),
 ])  # fmt: skip
-def test_options_out_of_range_are_refused(options, message):
+def test_out_of_range_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_gate("expert_threshold", 4, E, **options)

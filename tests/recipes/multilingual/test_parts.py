@@ -1,4 +1,4 @@
-"""SparseMixer taken apart: the router made of its parts, the plan of the study, and the effects read off it."""
+"""The parts of SparseMixer: a router with each part switchable, the study's design, and the estimated effects."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ SWITCH = dict(sampled=False, jitter_eps=math.inf, gain=1, coin=False, scale=Fals
 
 @pytest.fixture(scope="module", autouse=True)
 def user_dir():
-    """The study's user-dir, imported as fairseq does."""
+    """The study's user-dir, imported as by fairseq."""
     sys.path.insert(0, str(FOLDER))
     import sparsemixer_parts  # noqa: F401
 
@@ -29,7 +29,7 @@ def user_dir():
 
 
 def routed(router, **options):
-    """(routing, gradient of the tokens) of one training pass under fixed seeds."""
+    """(routing, gradient of the tokens) of one training pass with fixed seeds."""
     torch.manual_seed(0)
     gate = build_gate(router, 8, 6, **options).train()
     torch.manual_seed(1)
@@ -47,7 +47,7 @@ def routed(router, **options):
     ("switch", {"jitter_eps": 0.0}, SWITCH),
     ("switch", {"jitter_eps": 0.1}, {**SWITCH, "noise": 0.1}),
 ])  # fmt: skip
-def test_with_all_parts_it_is_sparsemixer_and_without_any_switch(router, own, parts):
+def test_with_all_parts_the_router_is_sparsemixer_and_without_any_switch(router, own, parts):
     theirs, their_gradient = routed(router, **own)
     ours, our_gradient = routed("sparsemixer_parts", **parts)
     assert torch.equal(theirs.expert_index, ours.expert_index)
@@ -82,7 +82,7 @@ class Spec:
 
 
 def plan():
-    """[16, 8] of -1 and 1: the eight parts as the variants set them, whether they can act or not."""
+    """[16, 8] of -1 and 1: the settings of the eight parts in each variant, even if a part has no effect there."""
     rows = []
     for flags in Spec().routers.values():
         if "router-option" in flags:
@@ -95,12 +95,12 @@ def plan():
     return np.array(rows)
 
 
-def test_the_plan_is_orthogonal_and_of_resolution_four():
+def test_the_design_is_orthogonal_with_resolution_four():
     design = plan()
     assert design.shape == (16, 8)
     assert np.array_equal(design.T @ design, 16 * np.eye(8))
     for a, b in itertools.combinations(range(8), 2):
-        assert not (design.T @ (design[:, a] * design[:, b])).any()  # no part is confounded with an interaction of two
+        assert not (design.T @ (design[:, a] * design[:, b])).any()  # no part is confounded with a two-part interaction
 
 
 def test_the_letters_of_a_variant_name_its_parts():
@@ -116,7 +116,7 @@ def test_the_coin_counts_where_experts_are_sampled_and_the_balance_where_there_i
     assert parts_of(spec, "switch") is None
 
 
-def test_effects_are_found_again_in_losses_made_of_them():
+def test_effects_are_recovered_from_losses_generated_with_them():
     spec = Spec()
     truth = dict(zip(PARTS, (-0.1, 0.05, -0.2, 0.01, 0.03, 0.0, 0.07, -0.02)))
     runs = []
@@ -131,7 +131,7 @@ def test_effects_are_found_again_in_losses_made_of_them():
         assert effect.high - effect.low == pytest.approx(0, abs=1e-9)
 
 
-def test_the_interval_is_the_pooled_t_interval_of_two_groups():
+def test_the_interval_is_the_pooled_two_sample_t_interval():
     without, having = [1.0, 1.2, 1.1, 1.5], [0.8, 0.9, 1.1]
     design = np.array([[1.0, 0.0]] * 4 + [[1.0, 1.0]] * 3)
     _, (mean, low, high) = fit(design, np.array(without + having))
