@@ -1,4 +1,4 @@
-"""Headroom: the gap between dense and experts, and the warning where it is too small."""
+"""Headroom: the gap between dense and experts, and the warning if it is too small."""
 
 import numpy as np
 import pytest
@@ -32,14 +32,14 @@ def test_higher_bleu_and_lower_perplexity_are_better(test, figure, sign):
     assert other["gap"] == pytest.approx(sign * (means[1] - means[0]))
 
 
-def test_only_seeds_of_both_models_count():
+def test_only_common_seeds_count():
     (gap,) = headroom(runs("dense", [5.0, 5.2, 99.0]) + runs("switch", [4.0, 4.2], 4), "switch")
     assert gap["seeds"] == [1, 2] and gap["gap"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
     "switch, distinct",
-    [([4.81, 5.01], True), ([4.82, 5.02], False), ([5.11, 5.31], False)],  # the deviation is 0.1414, two are 0.283
+    [([4.81, 5.01], True), ([4.82, 5.02], False), ([5.11, 5.31], False)],  # the deviation is 0.1414, so two are 0.283
 )
 def test_gaps_below_two_deviations_or_zero_give_a_warning(switch, distinct):
     (gap,) = headroom(runs("dense", [5.1, 5.3]) + runs("switch", switch, 4), "switch")

@@ -1,4 +1,4 @@
-"""The test score of a run, from what fairseq's programs print."""
+"""The test score of a run, from the output of fairseq's programs."""
 
 import pytest
 

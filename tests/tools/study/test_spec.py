@@ -1,4 +1,4 @@
-"""The study's file: what it becomes, and what is refused."""
+"""The study file: the resulting grid, and invalid files."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Studies that build on others."""
+"""Studies with a base study."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_paths_are_relative_to_the_file_of_the_chain_that_has_them(folder):
 
 
 @pytest.mark.parametrize("old, new", [("base", "heir"), ("heir", "base")])
-def test_variants_may_be_called_routers_in_either_file(folder, old, new):
+def test_variants_can_be_called_routers_in_either_file(folder, old, new):
     own = {"base": "base.yaml", "variants": {"ours": {"router": "sparsemixer"}}}
     for name, content in (("base", BASE), ("heir", own)):
         content = dict(content)
