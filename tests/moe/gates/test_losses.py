@@ -102,7 +102,7 @@ def losses_of_a_shard():
 
 
 @pytest.mark.distributed
-def test_over_several_ranks_balance_and_its_gradient_are_those_of_all_their_tokens():
+def test_over_several_ranks_balance_and_its_gradient_use_the_tokens_of_all_ranks():
     probabilities, expert_index, padding = tokens_of_all_ranks()
     real = ~padding
     share = torch.bincount(expert_index[real].flatten(), minlength=4).double() / (2 * real.sum())
