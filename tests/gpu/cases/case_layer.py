@@ -108,7 +108,7 @@ LAUNCHES = {  # per layer, forward and backward; justify any increase
     "dense_st": 108,
     "topk": 119,
     "remoe": 126,
-    "expert_threshold": 117,
+    "expert_threshold": 119,
     "default_moe": 118,
     "sparsemixer": 134,
     "gshard": 159,
