@@ -17,7 +17,7 @@ from fairseq_sparsemixer.cli import main
 pytestmark = pytest.mark.slow
 
 UPDATES, SAVE_EVERY = 12, 3
-PATIENCE = 120  # seconds to wait for the moment at which to kill the study
+PATIENCE = 600  # seconds to wait for the moment at which to kill the study
 FLAGS = {
     "task": "translation", "arch": "transformer_moe_tiny", "encoder-layers": 1, "decoder-layers": 1, "update-freq": 4,
     "criterion": "moe_cross_entropy", "optimizer": "adam", "lr": 0.01, "batch-size": 4, "max-update": UPDATES,
