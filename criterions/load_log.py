@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class LoadLog:
     """Sums loads over `interval` updates and appends `{"num_updates", "layers", "load"}` to the file, on rank 0.
 
-    load is [layers][experts], the tokens of each expert since the previous line. Raises ConfigurationError if the file
+    load is [layers][experts], the tokens of each expert of a layer since the previous line. Raises ConfigurationError if the file
     cannot be written at the start. If a later write fails, the training goes on with a warning.
     """
 
@@ -37,7 +37,7 @@ class LoadLog:
         self.layers, self.num_updates = layers, num_updates
 
     def add(self, load: Tensor) -> None:
-        """load [L, E] of one update, summed over ranks."""
+        """load [L, E] of one update, summed over ranks; NaN beyond a layer's experts."""
         if self.num_updates is None:
             return
         self.sum = load if self.sum is None else self.sum + load
@@ -49,7 +49,8 @@ class LoadLog:
         load, self.sum = self.sum, None
         if load is None or dist.is_initialized() and dist.get_rank() != 0:
             return
-        line = {"num_updates": num_updates, "layers": self.layers, "load": load.round().long().tolist()}
+        counts = [layer[~layer.isnan()].round().long().tolist() for layer in load]
+        line = {"num_updates": num_updates, "layers": self.layers, "load": counts}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(self.separator + json.dumps(line) + "\n")

@@ -1,6 +1,7 @@
 """The routers' metrics: sums in the logging output of a batch, means in fairseq's log.
 
-Names follow fairseq's `moe` branch where it has them. L MoE layers, E experts, k choices.
+Names follow fairseq's `moe` branch where it has them. L MoE layers, E experts, k choices. If layers have different numbers of
+experts, loads are padded to the largest with NaN, which stays NaN when ranks and batches are summed.
 """
 
 import math
@@ -16,6 +17,7 @@ from fairseq_sparsemixer.moe.layer import MoELayer
 PREFIX = "moe/"  # of our entries in a logging output
 AUX = "aux/"
 AUX_METRICS = {"balance": "moe_gate_loss", "router_z": "moe_z_loss"}
+BY_EXPERT = ("load", "chosen")  # statistics [k, E]
 FIFTH = 0.2  # of the experts, rounded up: the share of most and least used ones in `expert1_balance_*`
 
 
@@ -28,7 +30,19 @@ def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
     sums = [None if layer.routing is None else _layer_sums(layer.routing, sample_size) for layer in layers]
     example = next((entry for entry in sums if entry is not None), None) or _layer_sums(_empty_routing(layers[0]), 0)
     zeros = {name: torch.zeros_like(value) for name, value in example.items()}
-    return {PREFIX + name: torch.stack([(entry or zeros)[name] for entry in sums]) for name in zeros}
+    sizes = [layer.gate.num_experts if layer.routing is None else layer.routing.num_experts for layer in layers]
+    entries = {name: [(entry or zeros)[name] for entry in sums] for name in zeros}
+    for name in BY_EXPERT:
+        entries[name] = [_padded(value, size, max(sizes)) for value, size in zip(entries[name], sizes)]
+    return {PREFIX + name: torch.stack(values) for name, values in entries.items()}
+
+
+def _padded(load: Tensor, num_experts: int, most: int) -> Tensor:
+    """load [k, E] of a layer, or zeros [k, any] if it did not run -> [k, most]."""
+    if load.size(1) == num_experts == most:
+        return load
+    own = load if load.size(1) == num_experts else load.new_zeros(load.size(0), num_experts)
+    return torch.nn.functional.pad(own, (0, most - num_experts), value=math.nan)
 
 
 @torch.no_grad()
@@ -69,19 +83,24 @@ def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
     tokens = totals["tokens"].clamp(min=1)  # [L]
     metrics.log_scalar("entropy_gating", (totals["entropy"] / tokens).mean(), weight, round=3)
     metrics.log_scalar("moe_argmax_share", (totals["argmax"] / tokens).mean(), weight, round=3)
-    metrics.log_scalar("moe_experts_per_token", (totals["load"].sum((1, 2)) / tokens).mean(), weight, round=3)
+    loads = [load[:, ~load.isnan().any(0)] for load in totals["load"]]  # L times [k, E]
+    metrics.log_scalar("moe_experts_per_token", (torch.stack([load.sum() for load in loads]) / tokens).mean(), weight, round=3)
     for choice in range(totals["load"].size(1)):
-        _log_load(f"expert{choice + 1}", totals["load"][:, choice], totals["dropped"][:, choice], tokens, weight)
-    spread = totals["load"].sum(1) / totals["load"].sum((1, 2)).clamp(min=1).unsqueeze(1) * totals["load"].size(2)  # [L, E]
-    metrics.log_scalar("moe_load_max", spread.amax(1).mean(), weight, round=2)
-    metrics.log_scalar("moe_load_min", spread.amin(1).mean(), weight, round=2)
+        _log_load(f"expert{choice + 1}", [load[choice] for load in loads], totals["dropped"][:, choice], tokens, weight)
+    spread = [load.sum(0) / load.sum().clamp(min=1) * load.size(1) for load in loads]  # L times [E], 1 if balanced
+    metrics.log_scalar("moe_load_max", _mean([layer.max() for layer in spread]), weight, round=2)
+    metrics.log_scalar("moe_load_min", _mean([layer.min() for layer in spread]), weight, round=2)
 
 
-def _log_load(name: str, load: Tensor, dropped: Tensor, tokens: Tensor, weight: Any) -> None:
-    """Log, for load [L, E] and dropped [L] of one choice: top and bottom fifths in %, unused experts, dropped tokens in %."""
-    fifth = max(math.ceil(FIFTH * load.size(1)), 1)
-    share = 100 * load.sort(dim=1, descending=True).values / load.sum(1, keepdim=True).clamp(min=1)
-    metrics.log_scalar(f"{name}_balance_top", share[:, :fifth].sum(1).mean(), weight, round=2)
-    metrics.log_scalar(f"{name}_balance_bottom", share[:, -fifth:].sum(1).mean(), weight, round=2)
-    metrics.log_scalar(f"unused_{name}_count", (load == 0).sum(1).to(share.dtype).mean(), weight, round=2)
+def _log_load(name: str, loads: List[Tensor], dropped: Tensor, tokens: Tensor, weight: Any) -> None:
+    """Log, for L loads [E] and dropped [L] of one choice: top and bottom fifths in %, unused experts, dropped tokens in %."""
+    shares = [100 * load.sort(descending=True).values / load.sum().clamp(min=1) for load in loads]
+    fifths = [max(math.ceil(FIFTH * len(load)), 1) for load in loads]
+    metrics.log_scalar(f"{name}_balance_top", _mean([s[:n].sum() for s, n in zip(shares, fifths)]), weight, round=2)
+    metrics.log_scalar(f"{name}_balance_bottom", _mean([s[-n:].sum() for s, n in zip(shares, fifths)]), weight, round=2)
+    metrics.log_scalar(f"unused_{name}_count", _mean([(load == 0).sum() for load in loads]), weight, round=2)
     metrics.log_scalar(f"overflow_{name}", (100 * dropped / tokens).mean(), weight, round=2)
+
+
+def _mean(values: List[Tensor]) -> Tensor:
+    return torch.stack(values).double().mean()

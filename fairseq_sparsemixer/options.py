@@ -29,7 +29,24 @@ class MoEOptions:
     )
     num_experts: int = field(default=8, metadata={"help": "experts per MoE layer"})
     moe_freq: int = field(
-        default=2, metadata={"help": "place an MoE layer every N layers, starting with the first (1: every layer)"}
+        default=2,
+        metadata={
+            "help": "place an MoE layer every N layers, starting with the first (1: every layer); --encoder-moe-layers and"
+            " --decoder-moe-layers choose layers one by one"
+        },
+    )
+    encoder_moe_layers: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "encoder layers with experts, counted from 0: 1,3,5, or with their own number of experts 1:8,3:16; all, none,"
+            " last:4, every:2 or every:2:1 (every second, from layer 1 on); default: by --moe-freq"
+        },
+    )
+    decoder_moe_layers: Optional[str] = field(
+        default=None, metadata={"help": "decoder layers with experts, as --encoder-moe-layers"}
+    )
+    expert_ffn_embed_dim: Optional[int] = field(
+        default=None, metadata={"help": "hidden size of an expert (default: that of the stack's feed-forward layers)"}
     )
     moe_top_k: Optional[int] = field(
         default=None,

@@ -6,6 +6,7 @@ in checkpointing_trainer.py, and the checks of flags are in refusals.py.
 """
 
 import logging
+import math
 import sys
 from datetime import timedelta
 from functools import partial
@@ -172,7 +173,8 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     layers = moe_layers(model)
     with in_flags():
-        size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, layers[0].gate.num_experts)
+        common = math.gcd(*(layer.gate.num_experts for layer in layers))
+        size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, common)
     if size == 1:
         return None
     refuse_incompatible(cfg, size)
@@ -181,9 +183,8 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
         size, timeout, CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
     )
     shard_experts(model, expert_group)
-    logger.info(
-        "experts sharded over %d ranks, %d on each, %d replicas", size, layers[0].num_local_experts, expert_group.num_replicas
-    )
+    local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
+    logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
 
 

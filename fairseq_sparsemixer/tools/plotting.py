@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
@@ -108,18 +109,19 @@ def draw_expert_load(runs: Sequence[Run]) -> Optional[Figure]:
 
 
 def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> None:
-    """Draw shares [L][E]; the even share 1 / E is the middle of the colour scale."""
-    experts = len(shares[0])
-    image = axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2 / experts)
+    """Draw shares [L][E]; a layer's even share 1 / E is the middle of the colour scale. Layers may differ in E."""
+    experts = max(map(len, shares))
+    relative = [[value * len(row) for value in row] + [math.nan] * (experts - len(row)) for row in shares]
+    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
     axes.grid(False)
     axes.set(title=f"{as_text(title)}: share of tokens", xlabel="expert", xticks=range(experts))
     axes.set_yticks(range(len(layers)), list(map(_layer_label, layers)))
     if experts <= 16:
         for row, values in enumerate(shares):
             for column, value in enumerate(values):
-                colour = "white" if abs(value * experts - 1) > DARK else "black"
+                colour = "white" if abs(relative[row][column] - 1) > DARK else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes, label="share * E")
 
 
 def plot_language_load(loads: Dict[str, "LanguageLoad"], path: Path) -> None:

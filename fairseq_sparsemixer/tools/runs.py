@@ -102,14 +102,19 @@ def _read_load(path: Path) -> Optional[ExpertLoad]:
         return None
     counts: Dict[int, Any] = {}
     layers: List[str] = []
-    shape = None
+    shape: Optional[List[int]] = None  # experts of each layer
     for entry in _json_lines(path):
         layers, load = entry.get("layers", _is_names), entry.get("load", _is_load)
-        shape = shape or (len(layers), len(load[0]))
-        if (len(layers), len(load[0])) != shape or len(load) != len(layers):
-            entry.refuse("load", load, f"does not have the {shape[0]} layers and {shape[1]} experts of earlier lines")
+        shape = shape or [len(row) for row in load]
+        if [len(row) for row in load] != shape or len(load) != len(layers):
+            entry.refuse("load", load, f"does not have the {len(shape)} layers and {_span(shape)} experts of earlier lines")
         counts[entry.count("num_updates")] = load
     return ExpertLoad(layers, sorted(counts.items())) if counts else None
+
+
+def _span(counts: List[int]) -> str:
+    """One number if all are the same, otherwise the range."""
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _is_names(value: Any) -> bool:
@@ -117,9 +122,9 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_load(value: Any) -> bool:
-    """Whether the value is a list of rows of counts, all of the same length, and neither is empty."""
+    """Whether the value is a list of rows of counts, and none is empty."""
     rows = isinstance(value, list) and bool(value) and all(isinstance(row, list) and row for row in value)
-    return rows and len({len(row) for row in value}) == 1 and all(_is_count(tokens) for row in value for tokens in row)
+    return rows and all(_is_count(tokens) for row in value for tokens in row)
 
 
 def _is_count(value: Any) -> bool:

@@ -98,6 +98,7 @@ def test_fairseq_interactive(clone, data, checkpoint, run):
 @pytest.mark.slow
 def test_fairseq_hydra_train_with_the_quickstarts_config(clone, data, elsewhere, run):
     paths = [f"common.user_dir={clone / 'fairseq_sparsemixer'}", f"task.data={data}"]
+    paths.append("task.target_lang=de")  # of this data
     small = [f"model.{option}" for option in MODEL] + ["model.share_all_embeddings=false", "model.decoder_embed_dim=16"]
     config = ["--config-dir", ROOT / "recipes" / "quickstart", "--config-name", "quickstart"]
     budget = ["optimization.max_update=1", f"checkpoint.save_dir={elsewhere / 'hydra'}"]

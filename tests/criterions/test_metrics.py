@@ -91,3 +91,17 @@ def test_the_least_used_experts_have_their_own_metrics():
     assert found["expert1_balance_bottom"] == pytest.approx(100 * 1 / 12, abs=0.01)
     assert found["moe_load_max"] == pytest.approx(4 / 2.4, abs=0.01)
     assert found["moe_load_min"] == pytest.approx(1 / 2.4, abs=0.01)
+
+
+def test_layers_with_different_numbers_of_experts_are_measured_each_by_its_own():
+    small, large = routing([0, 0, 1], num_experts=2), routing([0, 1, 2], num_experts=5)
+    alone = [figures([log_of([one], 3)]) for one in (small, large)]
+    both = figures([log_of([small, large], 3)])
+    for name in ("moe_load_max", "moe_load_min", "expert1_balance_top", "expert1_balance_bottom", "unused_expert1_count"):
+        assert both[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, abs=0.01), name
+
+
+def test_loads_of_different_numbers_of_experts_add_up_over_batches():
+    logs = [log_of([routing([0, 1, 1], num_experts=2), routing([4, 4, 0], num_experts=5)], 3) for _ in range(2)]
+    load = sum_routing_logs(logs)["load"].sum(1)  # [L, E]
+    assert load[0, :2].tolist() == [2, 4] and load[0, 2:].isnan().all() and load[1].tolist() == [2, 0, 0, 0, 4]

@@ -31,7 +31,7 @@ def check(flags, task):
         options.get_training_parser(), BASE + shlex.split(flags)
     )  # the last occurrence of a flag wins
     model = TransformerMoEConfig.from_namespace(args)
-    check_options(model, autoregressive=not model.moe_encoder_only)
+    check_options(model, {"encoder": 6, "decoder": 6})
     CRITERION_REGISTRY[args.criterion].build_criterion(args, task)
 
 

@@ -10,7 +10,7 @@ import argparse
 import copy
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Dict, NamedTuple, Optional
 
 import torch
@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, build_gate
-from fairseq_sparsemixer.names import EXPERTS, GATE, LAYER
+from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, LAYER
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL
 from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
+from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, experts_in_layer, with_experts
 from fairseq_sparsemixer.plugin.models.moe_block import MoEDecoderLayer, MoEEncoderLayer
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
 WITH_EXPERTS = {"transformer": "transformer_moe", "transformer_moe": "transformer_moe", "transformer_lm": "transformer_lm_moe"}
-FEED_FORWARD = re.compile(r"((?:encoder|decoder)\.layers\.(\d+))\.fc1\.weight")
+FEED_FORWARD = re.compile(r"((encoder|decoder)\.layers\.(\d+))\.fc1\.weight")
 TIE_BREAK = 1e-6  # scale of the initial logits: enough for an arg-max to spread tokens, too small to change a multiplier
 PROBES = 64  # random tokens on which a router's multiplier is measured
 TOLERANCE = 1e-5  # relative difference of the multiplier allowed between tokens
@@ -50,13 +51,14 @@ def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed
     noise: standard deviation of the noise added to each expert's weights, relative to that of the weights; with 0, experts
     differ only by what they learn. Raises ConfigurationError for an unsuitable checkpoint or unsuitable options.
     """
-    check_options(options)
+    if any(EXPERTS in name for name in state["model"]):
+        raise ConfigurationError("the checkpoint already has experts; upcycle needs a dense one")
+    options = replace(options)  # the choice of layers is made explicit in a copy
+    check_options(options, _count_layers(state["model"]))
     if options.router == DENSE:
         raise ConfigurationError(f"--router {DENSE} has no experts; choose another router")
     if not 0 <= noise < math.inf:
         raise ConfigurationError(f"--noise {noise} must be at least 0 and finite; give 0 for none")
-    if any(EXPERTS in name for name in state["model"]):
-        raise ConfigurationError("the checkpoint already has experts; upcycle needs a dense one")
     cfg = _configuration(state)
     cfg["model"] = _with_experts(cfg["model"], options)
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
@@ -66,6 +68,12 @@ def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed
     copies = {key: _convert(extra[key], options, noise, seed) for key in COPIES_OF_MODEL if key in extra}
     result["extra_state"] = {**extra, **copies}
     return result
+
+
+def _count_layers(weights: Dict[str, Tensor]) -> Dict[str, int]:
+    """The number of layers of each stack of a dense model."""
+    layers = [name.split(".layers.")[0] for name in weights if FEED_FORWARD.fullmatch(name)]
+    return {stack: layers.count(stack) for stack in STACKS if stack in layers}
 
 
 def _configuration(state: Dict[str, Any]) -> Dict[str, Any]:
@@ -101,11 +109,15 @@ def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
     values = vars(model) if isinstance(model, argparse.Namespace) else model
     cfg = TransformerMoEConfig.from_namespace(argparse.Namespace(**values))
     for stack, layer_class in (("encoder", MoEEncoderLayer), ("decoder", MoEDecoderLayer)):
-        prefix = f"{stack}.layers.0.fc1."
-        found = {name[len(prefix) :]: value.shape for name, value in weights.items() if name.startswith(prefix + "moe.")}
-        if found:
+        first = next(
+            (name[: -len(FIRST_WEIGHT)] for name in weights if name.startswith(stack) and name.endswith(FIRST_WEIGHT)), None
+        )
+        if first is not None:
+            prefix = f"{first.removesuffix('.moe')}."
+            found = {name[len(prefix) :]: value.shape for name, value in weights.items() if name.startswith(prefix + "moe.")}
+            own = with_experts(cfg, weights[first + FIRST_WEIGHT].size(0))
             with torch.device("meta"):
-                expected = {name: value.shape for name, value in layer_class(cfg).fc1.state_dict().items()}
+                expected = {name: value.shape for name, value in layer_class(own).fc1.state_dict().items()}
             for name in sorted(expected):
                 if found.get(name) != expected[name]:
                     raise ConfigurationError(
@@ -116,16 +128,20 @@ def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
 
 def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed: int) -> Dict[str, Tensor]:
     """Dense weights by name -> weights with experts in every MoE layer."""
-    result = without_copies(weights)
+    result, layers = without_copies(weights), _count_layers(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in sorted(weights):
             feed_forward = FEED_FORWARD.fullmatch(name)
-            if feed_forward and int(feed_forward.group(2)) % options.moe_freq == 0:
-                layer = feed_forward.group(1)
-                indifferent = indifferent_gate(weights[name].size(1), options)
+            if feed_forward is None:
+                continue
+            layer, stack, index = feed_forward.groups()
+            num_experts = experts_in_layer(options, stack, int(index), layers[stack])
+            if num_experts:
+                own = with_experts(options, num_experts)
+                indifferent = indifferent_gate(weights[name].size(1), own)
                 dense = {part: result.pop(f"{layer}.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
-                moved = _experts(dense, options.num_experts, noise)
+                moved = _experts(dense, num_experts, noise)
                 _compensate(moved, indifferent)
                 result.update({f"{layer}{LAYER}{EXPERTS}{part}": value for part, value in moved.items()})
                 result.update({f"{layer}.fc1{GATE}{part}": value for part, value in indifferent.gate.state_dict().items()})

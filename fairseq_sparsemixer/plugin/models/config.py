@@ -1,33 +1,42 @@
 """Checks on the flags of a Mixture-of-Experts model before anything is built."""
 
-from typing import Any, List
+from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
 from fairseq_sparsemixer.moe.gates import DENSE, build_gate, gate_class
 from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
 
 
-def check_options(cfg: Any, autoregressive: bool = True) -> None:
-    """Raise ConfigurationError, naming flag, value and remedy, for invalid options.
+def check_options(cfg: Any, layers: Dict[str, int]) -> None:
+    """Raise ConfigurationError, naming flag, value and remedy, for invalid options; make the choice of layers explicit.
 
-    autoregressive: whether there are MoE layers in a decoder that generates token by token.
+    layers: the number of layers of each stack that the model has, "encoder" and "decoder".
     """
     check_numbers(cfg)
-    for stack in ("encoder", "decoder"):
+    for stack in STACKS:
         layers_to_keep(cfg, stack)
     if cfg.router == DENSE:
         return
     check_noise(cfg)
     if getattr(cfg, "scale_fc", False):
         raise ConfigurationError("--scale-fc normalises inside layers that experts replace; leave it out, or use --router dense")
+    resolve_layers(cfg, layers)
     with in_flags():
-        build_gate(cfg.router, 1, cfg.num_experts, **router_options(cfg))  # a gate checks its own options
+        for num_experts, own in configurations(cfg, layers).items():
+            build_gate(cfg.router, 1, num_experts, **router_options(own))  # a gate checks its own options
         if cfg.expert_activation is not None:
             resolve_activation(cfg.expert_activation)
-    if autoregressive and not gate_class(cfg.router).causal and not cfg.force_expert_choice:
+    if "decoder" in layers and has_experts(cfg, "decoder", layers["decoder"]):
+        check_causal(cfg)
+
+
+def check_causal(cfg: Any) -> None:
+    """Raise ConfigurationError for a router that an autoregressive decoder must not have, unless it is forced."""
+    if not gate_class(cfg.router).causal and not cfg.force_expert_choice:
         raise ConfigurationError(
             f"--router {cfg.router} lets a token's experts depend on later tokens, which an autoregressive decoder must not"
             " see; use --moe-encoder-only (transformer_moe) or another router, or --force-expert-choice to allow it"
@@ -38,6 +47,7 @@ def check_options(cfg: Any, autoregressive: bool = True) -> None:
 NUMBERS = {
     "moe_freq": (COUNT, "2 puts experts in every second layer"),
     "num_experts": (COUNT, ""),
+    "expert_ffn_embed_dim": (COUNT, ""),
     "moe_top_k": (COUNT, ""),
     "jitter_eps": (Rule(lambda x: x >= 0, "be at least 0"), "the papers use 0.1"),
     "expert_dropout": (PROBABILITY, ""),

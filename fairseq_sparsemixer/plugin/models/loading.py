@@ -28,7 +28,10 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
         difference = "the checkpoint has experts in {}, but the flags have none there"
         if name in expected:
             difference = "the flags have experts in {}, but the checkpoint has none there"
-        raise ConfigurationError(f"{difference.format(layer)}; give the --router and --moe-freq the checkpoint was trained with")
+        raise ConfigurationError(
+            f"{difference.format(layer)}; give the --router and --moe-freq (or --encoder-moe-layers, --decoder-moe-layers)"
+            " the checkpoint was trained with"
+        )
     _check_shared_experts(model.state_dict(), state_dict)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     _check_gates(model.state_dict(), state_dict)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.moe.layer import MoELayer, build_moe_layer
 from fairseq_sparsemixer.plugin.models.config import layers_to_keep
 from fairseq_sparsemixer.plugin.models.fast_path import NoFastPath
+from fairseq_sparsemixer.plugin.models.layer_choice import UNKNOWN, experts_in_layer, with_experts
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 
 
@@ -114,7 +114,7 @@ class _MoEBlock:
             build_moe_layer(
                 cfg.router,
                 input_dim,
-                output_dim,
+                cfg.expert_ffn_embed_dim or output_dim,
                 cfg.num_experts,
                 activation=cfg.expert_activation or utils.get_activation_fn(str(cfg.activation_fn)),
                 dropout=expert_dropout(cfg),
@@ -171,8 +171,8 @@ class MoEDecoderLayer(_MoEBlock, TransformerDecoderLayerBase):
         )
 
 
-class RoutesEveryNth:
-    """Mixin for an encoder or decoder: decides which of the layers built in sequence are MoE layers.
+class ChoosesLayers:
+    """Mixin for an encoder or decoder: decides which of the layers built in sequence have experts, see layer_choice.
 
     In a pruned model (--encoder-layers-to-keep, --decoder-layers-to-keep), these are the MoE layers of the full model.
     """
@@ -180,12 +180,14 @@ class RoutesEveryNth:
     stack = ""  # encoder or decoder
     _built = 0
 
-    def routes_next_layer(self, cfg: Any) -> bool:
-        """Whether the layer being built is an MoE layer; call once per layer."""
+    def next_layer_config(self, cfg: Any) -> Any:
+        """The configuration of the MoE layer being built, with its own num_experts; None for a dense layer. Call once a layer."""
         kept = layers_to_keep(cfg, self.stack)
         index = kept[self._built] if kept else self._built
         self._built += 1
-        return cfg.router != DENSE and index % cfg.moe_freq == 0
+        num_layers = UNKNOWN if kept else getattr(cfg, self.stack).layers
+        num_experts = experts_in_layer(cfg, self.stack, index, num_layers)
+        return with_experts(cfg, num_experts) if num_experts else None
 
 
 class RemembersUpdates:

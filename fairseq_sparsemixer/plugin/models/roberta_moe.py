@@ -1,4 +1,4 @@
-"""`roberta_moe`: fairseq's RoBERTa with experts in every n-th layer of its encoder."""
+"""`roberta_moe`: fairseq's RoBERTa with experts in chosen layers of its encoder."""
 
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
@@ -73,7 +73,7 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
         check_option_names(args, cls, base)
         with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             cls.complete(args, task)
-        check_options(args, autoregressive=False)
+        check_options(args, {"encoder": args.encoder_layers})
         check_pruning(args)
         if OmegaConf.is_config(args):  # the model uses hasattr(args, name), which is always true for a config of omegaconf 2.0
             args = Namespace(**{name: args[name] for name in args})

@@ -1,4 +1,4 @@
-"""`transformer_lm_moe`: fairseq's decoder-only language model with experts in every n-th layer."""
+"""`transformer_lm_moe`: fairseq's decoder-only language model with experts in chosen layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class TransformerLanguageModelMoE(ChecksCheckpoints, RemembersUpdates, Transform
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "TransformerLanguageModelMoE":
         """See TransformerLanguageModel. Raises ConfigurationError for invalid options."""
-        check_options(args)
+        check_options(args, {"decoder": args.decoder_layers})
         dense = super().build_model(args, task)  # hard-codes its decoder class; only the embeddings are reused
         if args.router == DENSE:
             return dense

@@ -1,4 +1,4 @@
-"""`transformer_moe`: fairseq's encoder-decoder transformer with experts in every n-th layer of both stacks."""
+"""`transformer_moe`: fairseq's encoder-decoder transformer with experts in chosen layers of both stacks."""
 
 import copy
 from dataclasses import dataclass, field
@@ -24,12 +24,13 @@ from fairseq_sparsemixer.plugin.models.architectures import fill_defaults, regis
 from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.fast_path import DenseEncoderLayer
 from fairseq_sparsemixer.plugin.models.hydra import check_option_names
+from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, given
 from fairseq_sparsemixer.plugin.models.loading import ChecksCheckpoints
 from fairseq_sparsemixer.plugin.models.moe_block import (
+    ChoosesLayers,
     MoEDecoderLayer,
     MoEEncoderLayer,
     RemembersUpdates,
-    RoutesEveryNth,
     hand_down_token_ids,
     name_dropout,
 )
@@ -57,8 +58,8 @@ def as_class(module: nn.Module, base: Type[nn.Module]) -> nn.Module:
     return plain
 
 
-class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
-    """fairseq's encoder; every n-th layer has experts."""
+class MoEEncoder(ChoosesLayers, TransformerEncoderBase):
+    """fairseq's encoder; chosen layers have experts."""
 
     stack = "encoder"
 
@@ -67,8 +68,9 @@ class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
         name_dropout(self, TransformerEncoder.__name__)
 
     def build_encoder_layer(self, cfg: Any) -> nn.Module:
-        if self.routes_next_layer(cfg):
-            return wrap_for_fsdp(cfg, MoEEncoderLayer(cfg, return_fc=self.return_fc))
+        own = self.next_layer_config(cfg)
+        if own is not None:
+            return wrap_for_fsdp(cfg, MoEEncoderLayer(own, return_fc=self.return_fc))
         layer = DenseEncoderLayer(cfg, return_fc=self.return_fc)
         if cfg.checkpoint_activations:
             layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
@@ -83,8 +85,8 @@ class MoEEncoder(RoutesEveryNth, TransformerEncoderBase):
         return as_class(self, TransformerEncoderBase)
 
 
-class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
-    """fairseq's decoder; every n-th layer has experts."""
+class MoEDecoder(ChoosesLayers, TransformerDecoderBase):
+    """fairseq's decoder; chosen layers have experts."""
 
     stack = "decoder"
 
@@ -93,13 +95,10 @@ class MoEDecoder(RoutesEveryNth, TransformerDecoderBase):
         name_dropout(self, TransformerDecoder.__name__)
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
-        if not self.routes_next_layer(cfg):
+        own = self.next_layer_config(cfg)
+        if own is None:
             return super().build_decoder_layer(cfg, no_encoder_attn)
-        return wrap_for_fsdp(cfg, MoEDecoderLayer(cfg, no_encoder_attn))
-
-    def routes_next_layer(self, cfg: Any) -> bool:
-        """See RoutesEveryNth."""
-        return super().routes_next_layer(cfg) and not cfg.moe_encoder_only
+        return wrap_for_fsdp(cfg, MoEDecoderLayer(own, no_encoder_attn))
 
     def extract_features(self, prev_output_tokens: Tensor, encoder_out: Any = None, incremental_state: Any = None, **kwargs):
         """See TransformerDecoderBase; in incremental decoding, the layers see only the last token."""
@@ -124,7 +123,9 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
         """See TransformerModel. Raises ConfigurationError for invalid options."""
         check_option_names(args, cls, base)
         cfg = TransformerMoEConfig.from_namespace(args)
-        check_options(cfg, autoregressive=not cfg.moe_encoder_only)
+        check_options(cfg, {stack: getattr(cfg, stack).layers for stack in STACKS})
+        if cfg is not args:  # a checkpoint saves args
+            args.encoder_moe_layers, args.decoder_moe_layers = (given(cfg, stack) for stack in STACKS)
         return super().build_model(cfg, task)
 
     @classmethod

@@ -107,13 +107,14 @@ def _load_over_time(loads: Dict[str, ExpertLoad], path: Path) -> Path:
     figure = new_figure(3.2 * len(loads) + 1, 3.6)
     axes = figure.subplots(1, len(loads), squeeze=False)[0]
     for axis, (group, logged) in zip(axes, loads.items()):
-        load = np.array([counts for _, counts in logged.counts], dtype=float)  # [time, L, E]
-        share = load / np.maximum(load.mean(-1, keepdims=True), 1)
-        _, layers, experts = load.shape
-        extent = (0, logged.counts[-1][0], layers * experts, 0)
-        image = axis.imshow(share.reshape(len(load), -1).T, aspect="auto", extent=extent, cmap="viridis", vmin=0, vmax=2)
+        by_layer = [np.array(rows, dtype=float) for rows in zip(*(counts for _, counts in logged.counts))]  # L times [time, E]
+        share = np.concatenate([load / np.maximum(load.mean(-1, keepdims=True), 1) for load in by_layer], axis=1)
+        extent = (0, logged.counts[-1][0], share.shape[1], 0)
+        image = axis.imshow(share.T, aspect="auto", extent=extent, cmap="viridis", vmin=0, vmax=2)
         axis.grid(False)
-        axis.set_yticks([(layer + 0.5) * experts for layer in range(layers)], [f"layer {layer + 1}" for layer in range(layers)])
+        ends = np.cumsum([load.shape[1] for load in by_layer])
+        middles = [end - load.shape[1] / 2 for end, load in zip(ends, by_layer)]
+        axis.set_yticks(middles, [f"layer {layer + 1}" for layer in range(len(by_layer))])
         axis.set(title=as_text(group), xlabel="updates")
     figure.colorbar(image, ax=axes.tolist(), label="load / mean load of the layer")
     return _save(figure, path)

@@ -16,6 +16,8 @@ from fairseq_sparsemixer.plugin.models.config import NUMBERS, check_options
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
+LAYERS = {"encoder": 6, "decoder": 6}
+
 
 @pytest.mark.parametrize("options, message", [
     (dict(router="sparsmixer"), "--router sparsmixer is unknown; choose from dense, .*sparsemixer, .*switch"),
@@ -48,7 +50,7 @@ from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConf
 ])  # fmt: skip
 def test_each_bad_option_is_named_with_its_value(options, message):
     with pytest.raises(ConfigurationError, match=message):
-        check_options(MoEOptions(**options))
+        check_options(MoEOptions(**options), LAYERS)
 
 
 @pytest.mark.parametrize("router", ["sparsemixer", "switch", "dense"])
@@ -61,7 +63,7 @@ def test_each_bad_option_is_named_with_its_value(options, message):
 def test_an_out_of_range_number_is_named_for_every_router(router, flag, value):
     options = MoEOptions(**{"router": router, flag: value})
     with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} {value} must be "):
-        check_options(options)
+        check_options(options, LAYERS)
 
 
 def test_every_numeric_flag_has_a_range():
@@ -73,15 +75,15 @@ def test_every_numeric_flag_has_a_range():
 def test_quantization_noise_is_refused_because_it_would_not_reach_experts(flag):
     for args in (Namespace(**vars(MoEOptions()), **{flag: 0.1}), TransformerMoEConfig.from_namespace(Namespace(**{flag: 0.1}))):
         with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} 0.1 adds noise .* or use --router dense"):
-            check_options(args)
+            check_options(args, LAYERS)
         args.router = "dense"
-        check_options(args)
+        check_options(args, LAYERS)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5])
 def test_fairseqs_dropouts_used_by_experts_are_checked(value):
     with pytest.raises(ConfigurationError, match=f"--activation-dropout {value} must be at least 0 and at most 1"):
-        check_options(Namespace(**vars(MoEOptions()), activation_dropout=value))
+        check_options(Namespace(**vars(MoEOptions()), activation_dropout=value), LAYERS)
 
 
 @pytest.mark.parametrize("options", [
@@ -91,7 +93,7 @@ def test_fairseqs_dropouts_used_by_experts_are_checked(value):
     dict(router="dense_st", moe_bias_update_rate=0.001), dict(expert_activation="swiglu", num_shared_experts=2),
 ])  # fmt: skip
 def test_valid_options_are_accepted(options):
-    check_options(MoEOptions(**options))
+    check_options(MoEOptions(**options), LAYERS)
 
 
 def test_a_router_gets_the_options_it_supports_and_its_own_defaults():
@@ -145,14 +147,14 @@ def test_router_option_sets_the_options_of_a_custom_router(router_of_ones_own, b
 ])  # fmt: skip
 def test_invalid_router_options_are_refused(router_of_ones_own, given, sentence):
     with pytest.raises(ConfigurationError, match=re.escape(sentence)):
-        check_options(MoEOptions(router=router_of_ones_own, router_option=given))
+        check_options(MoEOptions(router=router_of_ones_own, router_option=given), LAYERS)
 
 
 def test_a_router_without_further_options_says_so():
     with pytest.raises(
         ConfigurationError, match="temperature=1 does not work with --router switch; it takes none besides its flags"
     ):
-        check_options(MoEOptions(router="switch", router_option="temperature=1"))
+        check_options(MoEOptions(router="switch", router_option="temperature=1"), LAYERS)
 
 
 def test_the_cores_errors_name_parameters_and_the_plugins_name_flags():
