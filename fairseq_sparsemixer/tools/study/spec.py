@@ -176,6 +176,6 @@ def _test(path: Path, content: Dict[str, Any]) -> Test:
     test = Test(metric, reference, flags, languages)
     if languages:
         lines, sentences = len(read_languages(test)), len(read_references(test))
-        good = lines == sentences
-        require(path, good, f"has test: languages: {shown(given)} of {lines} lines, and a reference of {sentences}; give as many")
+        equal = lines == sentences
+        require(path, equal, f"has test: languages: {shown(given)} of {lines} lines, and a reference of {sentences}; give as many")
     return test
