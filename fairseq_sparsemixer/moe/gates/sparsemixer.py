@@ -102,6 +102,8 @@ class SparseMixerGate(Gate):
 
     `jitter_eps` masks experts before sampling: 0 masks all but the arg-max, infinity none. `gradient_estimator` is one of
     estimators.ESTIMATORS; as in the paper, it does not apply to the arg-max expert unless `estimator_at_argmax`.
+    Not the paper's: without `sampled`, training takes the arg-max, too, and keeps the mask, the masked softmax and the
+    estimator's gain (see docs/why.md); without `scaled`, there is no omega.
     Raises ValueError for a negative jitter or an unknown estimator.
     """
 
@@ -112,16 +114,22 @@ class SparseMixerGate(Gate):
         jitter_eps: float = 0.1,
         gradient_estimator: str = "midpoint",
         estimator_at_argmax: bool = False,
+        sampled: bool = True,
+        scaled: bool = True,
         **balancing: Any,
     ):
         super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps)
         self.estimator = get_estimator(gradient_estimator, first_order_argmax=not estimator_at_argmax)
-        self.omega = nn.Parameter(torch.ones(model_dim))
+        self.sampled = sampled
+        self.omega = nn.Parameter(torch.ones(model_dim)) if scaled else None
 
     def draw_noise(self, logits: Tensor) -> Optional[SamplingNoise]:
         """The noise of one forward pass over logits [S, E]; None at inference."""
-        return draw_sampling_noise(logits) if self.training else None
+        if not self.training:
+            return None
+        noise = draw_sampling_noise(logits)
+        return noise if self.sampled else noise._replace(gumbel=torch.zeros_like(logits))
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_routing."""

@@ -202,3 +202,35 @@ def test_noise_is_finite_and_the_coin_is_below_one():
     noise = draw_sampling_noise(torch.zeros(2000, 50))
     assert isinstance(noise, SamplingNoise)
     assert noise.gumbel.isfinite().all() and (noise.coin >= 0).all() and (noise.coin < 1).all()
+
+
+def test_without_sampling_the_masked_arg_max_learns_with_twice_the_gradient_of_its_masked_probability():
+    gate = build_gate("sparsemixer", 6, 5, sampled=False, scaled=False).double().train()
+    tokens = torch.randn(40, 6, dtype=torch.float64)
+    routing = gate(tokens)
+    upstream = torch.randn(40, 1, dtype=torch.float64)
+    (found,) = torch.autograd.grad((routing.combine_weight * upstream).sum(), gate.projection.weight)
+    expected = torch.zeros_like(found)
+    rows = gate.projection.weight.tolist()
+    for token, x in enumerate(tokens.tolist()):
+        theta = [sum(w * v for w, v in zip(row, x)) for row in rows]
+        top = max(theta)
+        kept = [e for e in range(5) if (top - theta[e]) / max(abs(theta[e]), top) <= 0.2]
+        total = sum(math.exp(theta[e]) for e in kept)
+        p = {e: math.exp(theta[e]) / total for e in kept}
+        best = theta.index(top)
+        assert routing.expert_index[token].item() == best
+        assert math.isclose(routing.combine_weight[token].item(), p[best], rel_tol=1e-12)
+        for e in kept:  # dp_best / dtheta_e = p_best (1[e = best] - p_e), and the gain is 2
+            slope = 2 * upstream[token].item() * p[best] * ((e == best) - p[e])
+            expected[e] += slope * tokens[token]
+    torch.testing.assert_close(found, expected)
+    assert routing.output_scale is None
+
+
+def test_without_sampling_training_and_inference_give_the_same_output():
+    gate = build_gate("sparsemixer", 6, 5, sampled=False)
+    tokens = torch.randn(30, 6)
+    trained, inferred = gate.train()(tokens), gate.eval()(tokens)
+    assert torch.equal(trained.expert_index, inferred.expert_index)
+    torch.testing.assert_close(trained.combine_weight, inferred.combine_weight)
