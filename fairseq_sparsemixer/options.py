@@ -94,6 +94,15 @@ class MoEOptions:
             " limit, but 1 for gshard; inf: no limit. expert_choice: mean experts per token, default 2, at inference too)",
         },
     )
+    capacity_policy: Optional[str] = field(
+        default=None,
+        metadata={
+            "option": "capacity_policy",
+            "help": "which tokens an expert drops beyond its capacity: position (the last of the batch, second choices first),"
+            " probability (those with the smallest weights), batch (as position, but tokens are ordered by their largest routing"
+            " probability, as in V-MoE and fairseq's --moe-batch-prioritized-routing) (default: position)",
+        },
+    )
     moe_bias_update_rate: float = field(
         default=0.0,
         metadata={

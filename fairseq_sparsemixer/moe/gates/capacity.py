@@ -1,7 +1,13 @@
 """Expert capacity: how many tokens an expert accepts in training, and which ones overflow and are dropped.
 
-C = ceil(capacity_factor * k * real tokens / E). An expert's queue is in GShard's order: the first choices of all tokens,
-by position, then the second choices, and so on. For dropped tokens only the residual connection remains.
+C = ceil(capacity_factor * k * real tokens / E). The policy orders an expert's queue, of which the first C choices run:
+
+    position      GShard's order: the first choices of all tokens, by position, then the second choices, and so on
+    probability   descending combine weight, whatever the choice
+    batch         the first choices of all tokens, by descending largest probability of the token, then the second choices:
+                  batch-prioritised routing (Riquelme et al., 2021; arXiv 2106.05974, Section 4), also in fairseq's branch moe
+
+Ties are in GShard's order. For dropped tokens only the residual connection remains.
 """
 
 import math
@@ -13,6 +19,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.moe.gates.routing import Routing
 
+POLICIES = ("position", "probability", "batch")
 ROUNDING = 1e-9  # 1.1 * 50 is slightly above 55 in floating point, and must not round up to 56
 
 
@@ -23,6 +30,13 @@ def require_capacity_factor(capacity_factor: Optional[float]) -> Optional[float]
     if not capacity_factor > 0:
         raise ValueError(f"capacity_factor={capacity_factor} must be positive; 1.25 is usual, and inf drops nothing")
     return capacity_factor
+
+
+def require_policy(capacity_policy: str) -> str:
+    """Return the policy. Raises ValueError if it is unknown."""
+    if capacity_policy not in POLICIES:
+        raise ValueError(f"capacity_policy={capacity_policy} is unknown; choose from {', '.join(POLICIES)}")
+    return capacity_policy
 
 
 def expert_capacity(num_tokens: Union[int, Tensor], num_experts: int, capacity_factor: float, top_k: int = 1) -> Tensor:
@@ -41,17 +55,29 @@ def most_routed(num_choices: int, num_experts: int, capacity_factor: float, num_
 
 
 @torch.no_grad()
-def _dropped(routing: Routing, capacity_factor: float) -> Tensor:
+def arrival_order(routing: Routing, policy: str) -> Optional[Tensor]:
+    """[k * S]: the order in which choices enter the queues, as numbers j * S + s; None for GShard's."""
+    if policy == "position":
+        return None
+    if policy == "probability":
+        return routing.combine_weight.detach().t().reshape(-1).argsort(descending=True, stable=True)
+    tokens = routing.probabilities.amax(-1).argsort(descending=True, stable=True)  # [S]
+    start = torch.arange(routing.expert_index.size(1), device=tokens.device).unsqueeze(-1) * len(tokens)
+    return (start + tokens).view(-1)
+
+
+@torch.no_grad()
+def _dropped(routing: Routing, capacity_factor: float, policy: str) -> Tensor:
     top_k = routing.expert_index.size(1)
     capacity = expert_capacity(routing.num_real_tokens(), routing.num_experts, capacity_factor, top_k)
-    dropped = routing.queue_positions() >= capacity
+    dropped = routing.queue_positions(arrival_order(routing, policy)) >= capacity
     unrouted = routing.unrouted()
     return dropped if unrouted is None else dropped & ~unrouted
 
 
-def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
+def limit_capacity(routing: Routing, capacity_factor: float, policy: str = "position") -> Routing:
     """The same routing with choices beyond an expert's capacity marked as dropped and given weight zero."""
-    dropped = _dropped(routing, capacity_factor)  # [S, k]
+    dropped = _dropped(routing, capacity_factor, policy)  # [S, k]
     return replace(
         routing,
         combine_weight=routing.combine_weight.masked_fill(dropped, 0),

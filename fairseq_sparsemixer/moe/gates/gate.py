@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.gates.bias import SelectionBias
-from fairseq_sparsemixer.moe.gates.capacity import limit_capacity, require_capacity_factor
+from fairseq_sparsemixer.moe.gates.capacity import limit_capacity, require_capacity_factor, require_policy
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import RankGroup
 
@@ -20,7 +20,8 @@ class Gate(nn.Module):
     A router is a subclass with `decide`. Its constructor takes `**balancing` if it supports all options below, or names
     the ones it supports; flags for the others are refused before training.
     `capacity_factor`: in training, an expert takes at most this multiple of its fair share of tokens and drops the rest;
-    None and infinity drop nothing. `bias_update_rate`: the step of the selection bias (see bias.py); 0 for none.
+    None and infinity drop nothing. `capacity_policy`: which choices it drops (see capacity.py).
+    `bias_update_rate`: the step of the selection bias (see bias.py); 0 for none.
     `router_bias`: the projection has a learned bias, initialised to zero.
     Raises ValueError for fewer than one expert, or an option out of range.
     """
@@ -38,6 +39,7 @@ class Gate(nn.Module):
         capacity_factor: Optional[float] = None,
         bias_update_rate: float = 0.0,
         router_bias: bool = False,
+        capacity_policy: str = "position",
     ):
         super().__init__()
         if num_experts < 1:
@@ -45,6 +47,7 @@ class Gate(nn.Module):
         self.model_dim = model_dim
         self.num_experts = num_experts
         self.capacity_factor = require_capacity_factor(capacity_factor)
+        self.capacity_policy = require_policy(capacity_policy)
         self.projection = nn.Linear(model_dim, num_experts, bias=router_bias)
         if router_bias:
             nn.init.zeros_(self.projection.bias)  # no expert is preferred before training
@@ -89,7 +92,7 @@ class Gate(nn.Module):
     def limit(self, routing: Routing) -> Routing:
         """The routing with choices beyond the capacity dropped."""
         assert self.capacity_factor is not None
-        return limit_capacity(routing, self.capacity_factor)
+        return limit_capacity(routing, self.capacity_factor, self.capacity_policy)
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
         """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] if the model knows them -> Routing."""

@@ -59,8 +59,15 @@ class GShardGate(Gate):
 
     top_k = 2
 
-    def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = 1.0, bias_update_rate: float = 0.0):
-        super().__init__(model_dim, num_experts, capacity_factor, bias_update_rate)
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        capacity_factor: Optional[float] = 1.0,
+        bias_update_rate: float = 0.0,
+        capacity_policy: str = "position",
+    ):
+        super().__init__(model_dim, num_experts, capacity_factor, bias_update_rate, capacity_policy=capacity_policy)
         if num_experts < 2:
             raise ValueError(f"router=gshard gives each token two experts; num_experts={num_experts} must be at least 2")
 

@@ -71,15 +71,16 @@ class Routing:
             return torch.full((), len(self.expert_index), dtype=torch.int64, device=self.expert_index.device)
         return (~self.padding_mask).sum()
 
-    def queue_positions(self) -> Tensor:
+    def queue_positions(self, arrival: Optional[Tensor] = None) -> Tensor:
         """[S, k] int64: the position of each routed choice in its expert's queue, from 0; undefined where nothing runs.
 
-        GShard's order: the first choices of all tokens, by position, then the second choices, and so on.
+        arrival: [k * S], the order in which choices j * S + s arrive. None is GShard's order: the first choices of all tokens,
+        by position, then the second choices, and so on.
         """
         unrouted = self.unrouted()
         expert = self.expert_index if unrouted is None else self.expert_index.masked_fill(unrouted, self.num_experts)
         expert = expert.t().reshape(-1)  # [k * S], choice by choice
-        order = expert.argsort(stable=True)
+        order = expert.argsort(stable=True) if arrival is None else arrival[expert[arrival].argsort(stable=True)]
         counts = expert.new_zeros(self.num_experts + 1).scatter_add_(0, expert, torch.ones_like(expert))
         first = counts.cumsum(0) - counts  # start of each expert's choices in `order`
         place = torch.arange(len(expert), device=expert.device) - first[expert[order]]

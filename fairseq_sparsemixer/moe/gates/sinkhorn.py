@@ -58,8 +58,15 @@ def sinkhorn_routing(logits: Tensor, padding_mask: Optional[Tensor], top_k: int,
 class SinkhornGate(Gate):
     """The gate of Sinkhorn routing. Raises ValueError for a bad top_k."""
 
-    def __init__(self, model_dim: int, num_experts: int, top_k: int = 1, capacity_factor: Optional[float] = None):
-        super().__init__(model_dim, num_experts, capacity_factor)
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        top_k: int = 1,
+        capacity_factor: Optional[float] = None,
+        capacity_policy: str = "position",
+    ):
+        super().__init__(model_dim, num_experts, capacity_factor, capacity_policy=capacity_policy)
         self.top_k = require_top_k(top_k, num_experts)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:

@@ -9,39 +9,57 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_sparsemixer import Routing, build_gate
-from fairseq_sparsemixer.moe.gates.capacity import expert_capacity, limit_capacity, require_capacity_factor
+from fairseq_sparsemixer.moe.gates.capacity import POLICIES, expert_capacity, limit_capacity, require_capacity_factor
 
 
-def served_by_hand(expert_index, padding, capacity, num_experts):
-    """{(token, choice)} within capacity: the first choices of all tokens by position, then the second choices."""
-    room, served = [capacity] * num_experts, set()
-    for choice in range(len(expert_index[0]) if expert_index else 0):
-        for token, experts in enumerate(expert_index):
-            if not padding[token] and room[experts[choice]] > 0:
-                room[experts[choice]] -= 1
-                served.add((token, choice))
+def rank_in_queue(policy, choice, token, weight, largest):
+    """The sort key of a choice; the smallest goes first."""
+    return {
+        "position": (choice, token),
+        "probability": (-weight, choice, token),
+        "batch": (choice, -largest, token),
+    }[policy]
+
+
+def served_by_hand(expert_index, weights, probabilities, padding, capacity, policy):
+    """{(token, choice)} within capacity, one choice at a time."""
+    queue = sorted(
+        (rank_in_queue(policy, choice, token, weights[token][choice], max(probabilities[token])), token, choice)
+        for token, experts in enumerate(expert_index)
+        for choice in range(len(experts))
+        if not padding[token]
+    )
+    room, served = [capacity] * len(probabilities[0]), set()
+    for _, token, choice in queue:
+        expert = expert_index[token][choice]
+        if room[expert] > 0:
+            room[expert] -= 1
+            served.add((token, choice))
     return served
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_choices_beyond_capacity_are_dropped_in_gshards_order(data):
+def test_choices_beyond_capacity_are_dropped_in_the_order_of_the_policy(policy, data):
     num_experts, tokens = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
     k = data.draw(st.integers(1, num_experts))
     factor = data.draw(st.sampled_from([0.1, 0.5, 1.0, 1.1, 1.25, 2.0, 7.0]))
     expert_index = [data.draw(st.permutations(range(num_experts)))[:k] for _ in range(tokens)]
     padding = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
     mask = torch.tensor(padding)
-    weight = torch.rand(tokens, k) + 0.1
+    values = st.sampled_from([0.1, 0.25, 0.3, 0.6])  # few, so that there are ties
+    weight = torch.tensor(data.draw(table(values, tokens, k)), dtype=torch.float64)
+    probabilities = torch.tensor(data.draw(table(values, tokens, num_experts)), dtype=torch.float64)
     routing = Routing(
         torch.tensor(expert_index),
         weight.masked_fill(mask.unsqueeze(-1), 0),
-        probabilities=torch.zeros(tokens, num_experts),
+        probabilities=probabilities,
         padding_mask=mask,
     )
-    limited = limit_capacity(routing, factor)
+    limited = limit_capacity(routing, factor, policy)
     capacity = math.ceil(Fraction(str(factor)) * k * padding.count(False) / num_experts)
-    served = served_by_hand(expert_index, padding, capacity, num_experts)
+    served = served_by_hand(expert_index, weight.tolist(), probabilities.tolist(), padding, capacity, policy)
     for token in range(tokens):
         for choice in range(k):
             kept = (token, choice) in served
@@ -51,6 +69,29 @@ def test_choices_beyond_capacity_are_dropped_in_gshards_order(data):
     assert sums["load"].sum().item() == len(served) and sums["load"].sum(0).max().item() <= capacity
     assert sums["dropped"].sum().item() == k * padding.count(False) - len(served)
     assert routing.dropped is None  # the input routing is unchanged
+
+
+def table(values, rows, columns):
+    """A strategy of lists of lists."""
+    return st.lists(st.lists(values, min_size=columns, max_size=columns), min_size=rows, max_size=rows)
+
+
+def test_batch_priority_keeps_the_most_certain_tokens_and_probability_the_largest_weights():
+    logits = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0], [0.0, 0.5]])  # expert 0 has room for two first choices
+    kept = {}
+    for policy in POLICIES:
+        routing = build_gate("topk", 4, 2, top_k=2, capacity_factor=0.5, capacity_policy=policy).route(logits)
+        kept[policy] = (~routing.dropped).tolist()
+    assert kept == {
+        "position": [[True, True], [True, False], [False, False], [True, False]],
+        "batch": [[False, False], [True, True], [True, False], [True, False]],
+        "probability": [[False, True], [True, False], [True, False], [True, False]],
+    }
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="capacity_policy=random is unknown; choose from position, probability, batch"):
+        build_gate("switch", 4, 2, capacity_policy="random")
 
 
 def test_float_rounding_does_not_raise_the_capacity():

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
 from fairseq_sparsemixer.moe.gates import GATES, gate_options
+from fairseq_sparsemixer.moe.gates.capacity import POLICIES
 
 few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 LEAST_EXPERTS = {"gshard": 2}  # two different experts per token
@@ -27,6 +28,8 @@ def cases(draw, router, dropless=False, fewest=0):
         options["top_k"] = draw(st.integers(1, num_experts))
     if "capacity_factor" in gate_options(router) and router != "expert_choice":
         options["capacity_factor"] = float("inf") if dropless else draw(st.sampled_from([0.5, 1.0, float("inf")]))
+    if "capacity_policy" in gate_options(router):
+        options["capacity_policy"] = draw(st.sampled_from(POLICIES))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     gate = build_gate(router, 5, num_experts, **options).train(draw(st.booleans()))
     torch.nn.init.normal_(gate.projection.weight)  # some start at zero, where all logits are equal

@@ -19,8 +19,8 @@ def test_an_unknown_option_lists_those_of_the_router():
 
 def test_a_routers_options_are_its_constructors_parameters():
     assert gate_options("sparsemixer") == [
-        "jitter_eps", "gradient_estimator", "estimator_at_argmax", "capacity_factor", "bias_update_rate",
-        "router_bias",
+        "jitter_eps", "gradient_estimator", "estimator_at_argmax", "sampled", "scaled", "capacity_factor", "bias_update_rate",
+        "router_bias", "capacity_policy",
     ]  # fmt: skip
 
 
