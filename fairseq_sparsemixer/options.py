@@ -94,6 +94,15 @@ class MoEOptions:
             " limit, but 1 for gshard; inf: no limit. expert_choice: mean experts per token, default 2, at inference too)",
         },
     )
+    eval_capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "option": "eval_capacity_factor",
+            "refusal": "which drops nothing at evaluation",
+            "help": "--capacity-factor at evaluation and inference (default: no limit); a token's output then depends on its"
+            " batch, so decoders refuse it without --force-expert-choice. fairseq's --moe-eval-capacity-token-fraction f is f * E / k",
+        },
+    )
     capacity_policy: Optional[str] = field(
         default=None,
         metadata={
@@ -170,7 +179,9 @@ class MoEOptions:
     )
     force_expert_choice: bool = field(
         default=False,
-        metadata={"help": "allow --router expert_choice in a decoder, where its choice depends on future tokens"},
+        metadata={
+            "help": "allow --router expert_choice and --eval-capacity-factor in a decoder, where the choice depends on future tokens"
+        },
     )
     expert_parallel_size: Optional[int] = field(
         default=None,

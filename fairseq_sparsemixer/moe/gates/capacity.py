@@ -1,4 +1,4 @@
-"""Expert capacity: how many tokens an expert accepts in training, and which ones overflow and are dropped.
+"""Expert capacity: how many tokens an expert accepts, and which ones overflow and are dropped.
 
 C = ceil(capacity_factor * k * real tokens / E). The policy orders an expert's queue, of which the first C choices run:
 
@@ -23,12 +23,12 @@ POLICIES = ("position", "probability", "batch")
 ROUNDING = 1e-9  # 1.1 * 50 is slightly above 55 in floating point, and must not round up to 56
 
 
-def require_capacity_factor(capacity_factor: Optional[float]) -> Optional[float]:
-    """Return the capacity factor, None for infinity. Raises ValueError unless it is positive."""
+def require_capacity_factor(capacity_factor: Optional[float], name: str = "capacity_factor") -> Optional[float]:
+    """Return the capacity factor, None for infinity. Raises ValueError, with the option's name, unless it is positive."""
     if capacity_factor is None or capacity_factor == math.inf:
         return None
     if not capacity_factor > 0:
-        raise ValueError(f"capacity_factor={capacity_factor} must be positive; 1.25 is usual, and inf drops nothing")
+        raise ValueError(f"{name}={capacity_factor} must be positive; 1.25 is usual, and inf drops nothing")
     return capacity_factor
 
 

@@ -20,7 +20,8 @@ class Gate(nn.Module):
     A router is a subclass with `decide`. Its constructor takes `**balancing` if it supports all options below, or names
     the ones it supports; flags for the others are refused before training.
     `capacity_factor`: in training, an expert takes at most this multiple of its fair share of tokens and drops the rest;
-    None and infinity drop nothing. `capacity_policy`: which choices it drops (see capacity.py).
+    None and infinity drop nothing. `eval_capacity_factor`: the same at inference; a token's routing then depends on others,
+    and the gate is not causal. `capacity_policy`: which choices are dropped (see capacity.py).
     `bias_update_rate`: the step of the selection bias (see bias.py); 0 for none.
     `router_bias`: the projection has a learned bias, initialised to zero.
     Raises ValueError for fewer than one expert, or an option out of range.
@@ -40,6 +41,7 @@ class Gate(nn.Module):
         bias_update_rate: float = 0.0,
         router_bias: bool = False,
         capacity_policy: str = "position",
+        eval_capacity_factor: Optional[float] = None,
     ):
         super().__init__()
         if num_experts < 1:
@@ -47,6 +49,9 @@ class Gate(nn.Module):
         self.model_dim = model_dim
         self.num_experts = num_experts
         self.capacity_factor = require_capacity_factor(capacity_factor)
+        self.eval_capacity_factor = require_capacity_factor(eval_capacity_factor, "eval_capacity_factor")
+        if self.eval_capacity_factor is not None:
+            self.causal = False
         self.capacity_policy = require_policy(capacity_policy)
         self.projection = nn.Linear(model_dim, num_experts, bias=router_bias)
         if router_bias:
@@ -68,6 +73,11 @@ class Gate(nn.Module):
         return self.top_k
 
     @property
+    def current_capacity_factor(self) -> Optional[float]:
+        """The capacity factor of the gate's mode, training or evaluation; None drops nothing."""
+        return self.capacity_factor if self.training else self.eval_capacity_factor
+
+    @property
     def selection_bias(self) -> Optional[Tensor]:
         """[E], added to the logits for selection but not for the combine weights; None if there is none."""
         return None if self.balancer is None else self.balancer.bias
@@ -83,7 +93,7 @@ class Gate(nn.Module):
     def route(self, logits: Tensor, padding_mask: Optional[Tensor] = None, **inputs: Any) -> Routing:
         """logits [S, E], padding_mask [S] (True = padding), and other arguments of this gate's `decide` -> Routing."""
         routing = self.decide(logits, padding_mask, **inputs)
-        if self.training and self.capacity_factor is not None:
+        if self.current_capacity_factor is not None:
             routing = self.limit(routing)
         if self.training and self.balancer is not None:
             routing = replace(routing, combine_weight=self.balancer.watch_load(routing))
@@ -91,8 +101,8 @@ class Gate(nn.Module):
 
     def limit(self, routing: Routing) -> Routing:
         """The routing with choices beyond the capacity dropped."""
-        assert self.capacity_factor is not None
-        return limit_capacity(routing, self.capacity_factor, self.capacity_policy)
+        assert self.current_capacity_factor is not None
+        return limit_capacity(routing, self.current_capacity_factor, self.capacity_policy)
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
         """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] if the model knows them -> Routing."""

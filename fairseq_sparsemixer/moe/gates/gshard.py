@@ -66,8 +66,16 @@ class GShardGate(Gate):
         capacity_factor: Optional[float] = 1.0,
         bias_update_rate: float = 0.0,
         capacity_policy: str = "position",
+        eval_capacity_factor: Optional[float] = None,
     ):
-        super().__init__(model_dim, num_experts, capacity_factor, bias_update_rate, capacity_policy=capacity_policy)
+        super().__init__(
+            model_dim,
+            num_experts,
+            capacity_factor,
+            bias_update_rate,
+            capacity_policy=capacity_policy,
+            eval_capacity_factor=eval_capacity_factor,
+        )
         if num_experts < 2:
             raise ValueError(f"router=gshard gives each token two experts; num_experts={num_experts} must be at least 2")
 

@@ -43,8 +43,14 @@ class HashGate(Gate):
 
     wants_token_ids = True
 
-    def __init__(self, model_dim: int, num_experts: int, capacity_factor: Optional[float] = None):
-        super().__init__(model_dim, num_experts, capacity_factor)
+    def __init__(
+        self,
+        model_dim: int,
+        num_experts: int,
+        capacity_factor: Optional[float] = None,
+        eval_capacity_factor: Optional[float] = None,
+    ):
+        super().__init__(model_dim, num_experts, capacity_factor, eval_capacity_factor=eval_capacity_factor)
         torch.nn.init.normal_(self.projection.weight)
         self.projection.weight.requires_grad_(False)
 

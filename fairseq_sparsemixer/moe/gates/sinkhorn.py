@@ -65,8 +65,15 @@ class SinkhornGate(Gate):
         top_k: int = 1,
         capacity_factor: Optional[float] = None,
         capacity_policy: str = "position",
+        eval_capacity_factor: Optional[float] = None,
     ):
-        super().__init__(model_dim, num_experts, capacity_factor, capacity_policy=capacity_policy)
+        super().__init__(
+            model_dim,
+            num_experts,
+            capacity_factor,
+            capacity_policy=capacity_policy,
+            eval_capacity_factor=eval_capacity_factor,
+        )
         self.top_k = require_top_k(top_k, num_experts)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:

@@ -4,11 +4,11 @@ from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
-from fairseq_sparsemixer.moe.gates import DENSE, build_gate, gate_class
+from fairseq_sparsemixer.moe.gates import DENSE, Gate, build_gate, gate_class
 from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers
 from fairseq_sparsemixer.plugin.models.router_options import router_options
-from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
+from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
 
 
 def check_options(cfg: Any, layers: Dict[str, int]) -> None:
@@ -26,21 +26,28 @@ def check_options(cfg: Any, layers: Dict[str, int]) -> None:
         raise ConfigurationError("--scale-fc normalises inside layers that experts replace; leave it out, or use --router dense")
     resolve_layers(cfg, layers)
     with in_flags():
-        for num_experts, own in configurations(cfg, layers).items():
-            build_gate(cfg.router, 1, num_experts, **router_options(own))  # a gate checks its own options
+        built = configurations(cfg, layers).items()
+        gates = [build_gate(cfg.router, 1, experts, **router_options(own)) for experts, own in built]  # a gate checks its options
         if cfg.expert_activation is not None:
             resolve_activation(cfg.expert_activation)
     if "decoder" in layers and has_experts(cfg, "decoder", layers["decoder"]):
-        check_causal(cfg)
+        check_causal(cfg, gates)
 
 
-def check_causal(cfg: Any) -> None:
-    """Raise ConfigurationError for a router that an autoregressive decoder must not have, unless it is forced."""
-    if not gate_class(cfg.router).causal and not cfg.force_expert_choice:
-        raise ConfigurationError(
-            f"--router {cfg.router} lets a token's experts depend on later tokens, which an autoregressive decoder must not"
-            " see; use --moe-encoder-only (transformer_moe) or another router, or --force-expert-choice to allow it"
-        )
+def check_causal(cfg: Any, gates: List[Gate]) -> None:
+    """Raise ConfigurationError for gates that an autoregressive decoder must not have, unless they are forced."""
+    if cfg.force_expert_choice or all(gate.causal for gate in gates):
+        return
+    router = not gate_class(cfg.router).causal
+    cause, instead = (
+        (f"--router {cfg.router}", "use another router")
+        if router
+        else (f"--eval-capacity-factor {cfg.eval_capacity_factor}", "leave it out")
+    )
+    raise ConfigurationError(
+        f"{cause} lets a token's experts depend on the rest of its batch, which an autoregressive decoder must not see;"
+        f" {instead}, use --moe-encoder-only (transformer_moe), or --force-expert-choice to allow it"
+    )
 
 
 # None means the router's default. jitter_eps and capacity_factor may be infinite if the router allows it.
@@ -52,6 +59,7 @@ NUMBERS = {
     "jitter_eps": (Rule(lambda x: x >= 0, "be at least 0"), "the papers use 0.1"),
     "expert_dropout": (PROBABILITY, ""),
     "capacity_factor": (Rule(lambda x: x > 0, "be positive"), "1.25 is usual, and inf drops nothing"),
+    "eval_capacity_factor": (POSITIVE, "leave it out to drop nothing at evaluation"),
     "moe_bias_update_rate": (NOT_NEGATIVE, "DeepSeek-V3 uses 0.001, and 0 disables it"),
     "router_scale": (Rule(lambda x: 0 < x < TOO_LARGE, "be positive"), "DeepSeek-V3 uses 2.5"),
     "router_groups": (COUNT, "1 means no groups"),

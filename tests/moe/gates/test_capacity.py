@@ -115,6 +115,29 @@ def test_padding_takes_no_capacity_and_inference_drops_nothing():
     assert gate.eval().route(logits, padding).dropped is None
 
 
+def test_a_capacity_at_evaluation_drops_there_and_makes_the_gate_depend_on_the_batch():
+    gate = build_gate("topk", 4, 2, top_k=1, eval_capacity_factor=1.0)
+    logits = torch.tensor([[1.0, 0]]).repeat(8, 1)
+    padding = torch.arange(8) < 4
+    assert not gate.causal and build_gate("topk", 4, 2).causal
+    assert gate.route(logits, padding).dropped is None  # training has no capacity
+    routing = gate.eval().route(logits, padding)
+    assert routing.dropped.squeeze(1).tolist() == [False] * 6 + [True] * 2
+    assert build_gate("topk", 4, 2, eval_capacity_factor=math.inf).causal
+
+
+@pytest.mark.parametrize("fraction, experts, k", [(0.25, 8, 2), (0.05, 16, 1), (1.0, 4, 2)])
+def test_a_token_fraction_of_fairseqs_branch_is_a_factor_of_it_times_experts_by_choices(fraction, experts, k):
+    for tokens in range(1, 60):
+        factor = fraction * experts / k
+        assert expert_capacity(tokens, experts, factor, k).item() == math.ceil(Fraction(str(fraction)) * tokens)
+
+
+def test_a_negative_capacity_at_evaluation_is_refused_by_its_name():
+    with pytest.raises(ValueError, match="^eval_capacity_factor=-1 must be positive"):
+        build_gate("switch", 4, 2, eval_capacity_factor=-1)
+
+
 def test_dropped_tokens_send_no_gradient_to_the_router():
     gate = build_gate("switch", 4, 2, capacity_factor=0.5, jitter_eps=0)
     logits = torch.tensor([[1.0, 0]] * 4, requires_grad=True)

@@ -30,6 +30,8 @@ def cases(draw, router, dropless=False, fewest=0):
         options["capacity_factor"] = float("inf") if dropless else draw(st.sampled_from([0.5, 1.0, float("inf")]))
     if "capacity_policy" in gate_options(router):
         options["capacity_policy"] = draw(st.sampled_from(POLICIES))
+    if "eval_capacity_factor" in gate_options(router) and not dropless:
+        options["eval_capacity_factor"] = draw(st.sampled_from([None, 0.5, 1.0]))
     torch.manual_seed(draw(st.integers(0, 2**20)))
     gate = build_gate(router, 5, num_experts, **options).train(draw(st.booleans()))
     torch.nn.init.normal_(gate.projection.weight)  # some start at zero, where all logits are equal
@@ -68,8 +70,8 @@ def test_routing_is_well_formed(router):
         real = len(tokens) if padding is None else (~padding).sum().item()
         sums = routing.statistics()
         assert sums["tokens"].item() == real and sums["load"].sum() <= real * index.size(1)
-        if gate.capacity_factor is not None and gate.training:
-            most = gate.capacity_factor * index.size(1) * real / gate.num_experts
+        if gate.current_capacity_factor is not None:
+            most = gate.current_capacity_factor * index.size(1) * real / gate.num_experts
             assert sums["load"].sum(0).max().item() < most + 1
         if not gate.training and gate.causal:
             assert routing.dropped is None

@@ -20,7 +20,7 @@ def test_an_unknown_option_lists_those_of_the_router():
 def test_a_routers_options_are_its_constructors_parameters():
     assert gate_options("sparsemixer") == [
         "jitter_eps", "gradient_estimator", "estimator_at_argmax", "sampled", "scaled", "capacity_factor", "bias_update_rate",
-        "router_bias", "capacity_policy",
+        "router_bias", "capacity_policy", "eval_capacity_factor",
     ]  # fmt: skip
 
 

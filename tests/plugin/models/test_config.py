@@ -33,6 +33,9 @@ LAYERS = {"encoder": 6, "decoder": 6}
     (dict(router="dense_st", capacity_factor=1.0), "--capacity-factor 1.0 does not work with --router dense_st"),
     (dict(capacity_factor=1.0, capacity_policy="random"),
      "--capacity-policy random is unknown; choose from position, probability, batch"),
+    (dict(router="switch", eval_capacity_factor=1.0),
+     "--eval-capacity-factor 1.0 .* decoder must not see; leave it out, .*--force-expert-choice"),
+    (dict(router="remoe", eval_capacity_factor=1.0), "--eval-capacity-factor 1.0 does not work with --router remoe"),
     (dict(router="hash", capacity_policy="batch"), "--capacity-policy batch does not work with --router hash"),
     (dict(capacity_factor=-1.0), "--capacity-factor -1.0 must be positive"),
     (dict(router="sinkhorn", moe_bias_update_rate=0.1), "--moe-bias-update-rate 0.1 .* whose selection takes no bias; .*switch"),
@@ -92,6 +95,8 @@ def test_fairseqs_dropouts_used_by_experts_are_checked(value):
 @pytest.mark.parametrize("options", [
     dict(), dict(router="dense"), dict(num_experts=1), dict(moe_freq=1), dict(jitter_eps=0.0), dict(moe_top_k=1),
     dict(router="gshard", moe_top_k=2), dict(router="expert_choice", force_expert_choice=True), dict(capacity_factor=1.25),
+    dict(router="switch", eval_capacity_factor=2.0, force_expert_choice=True),
+    dict(router="gshard", eval_capacity_factor=2.0, decoder_moe_layers="none"),
     dict(jitter_eps=float("inf")), dict(router="sparsemixer_v2", estimator_at_argmax=True),
     dict(router="dense_st", moe_bias_update_rate=0.001), dict(expert_activation="swiglu", num_shared_experts=2),
 ])  # fmt: skip
