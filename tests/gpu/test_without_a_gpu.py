@@ -1,11 +1,11 @@
 """The CUDA path on fake tensors: runs cases/ in a process in which torch sees a fake GPU."""
 
 import subprocess
-import sys
 from pathlib import Path
 
-import fake_cuda
 import pytest
+
+from benchmarks.fake_cuda import shim as fake_cuda
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 CASES = Path(__file__).parent / "cases"
@@ -25,8 +25,8 @@ def shim(tmp_path_factory):
 
 @pytest.mark.parametrize("case", sorted(path.name for path in CASES.glob("case_*.py")))
 def test_cases(case, shim):
-    command = [sys.executable, fake_cuda.__file__, str(shim), "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore",
-               "-o", "addopts=", str(CASES / case)]  # fmt: skip
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-o", "addopts="]
+    command = fake_cuda.command(shim, "pytest", *options, str(CASES / case))
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

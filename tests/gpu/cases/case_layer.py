@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from watching import Watch, autocast
 
+from benchmarks.fake_cuda.watching import Watch, autocast
 from fairseq_sparsemixer import build_moe_layer
 from fairseq_sparsemixer.moe.gates import GATES, gate_options
 from fairseq_sparsemixer.moe.parallel import ExpertGroup

@@ -1,7 +1,4 @@
-"""CUDA without a GPU: fake tensors on "cuda" in a CPU build of torch, so that tests can record what would run.
-
-`python fake_cuda.py SHIM pytest-arguments...` loads the compiled shim.cpp before torch, and runs pytest.
-"""
+"""Build and load shim.cpp, which makes a CPU build of torch report one GPU. Imports no torch: see load."""
 
 import ctypes
 import importlib.util
@@ -9,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 HERE = Path(__file__).parent
 
@@ -45,8 +42,6 @@ def load(library: str) -> None:
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
-if __name__ == "__main__":
-    load(sys.argv[1])
-    import pytest
-
-    sys.exit(pytest.main(sys.argv[2:]))
+def command(library: Path, module: str, *arguments: str) -> List[str]:
+    """The command that runs a module in a process with the shim loaded; the repository's root must be on its path."""
+    return [sys.executable, "-m", "benchmarks.fake_cuda", str(library), module, *arguments]
