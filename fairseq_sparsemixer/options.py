@@ -100,7 +100,8 @@ class MoEOptions:
             "option": "eval_capacity_factor",
             "refusal": "which drops nothing at evaluation",
             "help": "--capacity-factor at evaluation and inference (default: no limit); a token's output then depends on its"
-            " batch, so decoders refuse it without --force-expert-choice. fairseq's --moe-eval-capacity-token-fraction f is f * E / k",
+            " batch, so decoders refuse it without --force-expert-choice. fairseq's --moe-eval-capacity-token-fraction"
+            " f is f * E / k",
         },
     )
     capacity_policy: Optional[str] = field(
@@ -110,6 +111,21 @@ class MoEOptions:
             "help": "which tokens an expert drops beyond its capacity: position (the last of the batch, second choices first),"
             " probability (those with the smallest weights), batch (as position, but tokens are ordered by their largest routing"
             " probability, as in V-MoE and fairseq's --moe-batch-prioritized-routing) (default: position)",
+        },
+    )
+    second_expert_policy: Optional[str] = field(
+        default=None,
+        metadata={
+            "option": "second_expert_policy",
+            "help": "gshard: a token's second expert in training: sampling (in proportion to its probability), all (the second"
+            " most probable), random (the same, kept with probability min(1, 2 * its weight)) (default: sampling)",
+        },
+    )
+    normalise_before_dropping: bool = field(
+        default=False,
+        metadata={
+            "option": "normalise_before_dropping",
+            "help": "gshard: the two weights sum to 1 before choices are dropped, instead of those that remain after",
         },
     )
     moe_bias_update_rate: float = field(
@@ -180,7 +196,7 @@ class MoEOptions:
     force_expert_choice: bool = field(
         default=False,
         metadata={
-            "help": "allow --router expert_choice and --eval-capacity-factor in a decoder, where the choice depends on future tokens"
+            "help": "allow --router expert_choice and --eval-capacity-factor in a decoder, where they depend on future tokens"
         },
     )
     expert_parallel_size: Optional[int] = field(

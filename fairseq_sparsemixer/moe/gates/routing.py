@@ -33,7 +33,7 @@ class Routing:
     padding_mask: [S] bool, True = padding; None if there is none.
     dropped: [S, k] bool, True where a choice exceeded the expert's capacity; None if the gate drops nothing.
     skipped: [S, k] bool, True where a column is not a choice, for gates that give tokens different numbers of experts
-        (expert_choice); None if every column is a choice.
+        (expert_choice, gshard's policy random); None if every column is a choice.
     num_chosen: the number of leading columns that are the gate's choice; the rest run only for the gradient, with weight
         zero (dense_st). None: all columns.
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
@@ -121,13 +121,17 @@ class Routing:
         chosen = self.chosen_count()
         load = chosen
         dropped = chosen.new_zeros(chosen.size(0))
-        if self.dropped is not None:
+        if self.dropped is not None and self.skipped is not None:
+            lost = self._count(self.dropped.to(real.dtype) * real.unsqueeze(-1))
+            load = chosen - lost.sum(0, keepdim=True)
+        elif self.dropped is not None:
             lost = self.dropped[:, : chosen.size(0)].to(real.dtype) * real.unsqueeze(-1)
             load, dropped = chosen - self._count(lost), lost.sum(0)
         is_argmax = self.probabilities.gather(1, self.expert_index[:, :1]).squeeze(1) >= self.probabilities.amax(1)
         if self.skipped is not None:
             is_argmax = is_argmax & ~self.skipped[:, 0]
-            dropped = (self.skipped.all(1).to(real.dtype) * real).sum().view(1)
+            without = self.skipped if self.dropped is None else self.skipped | self.dropped
+            dropped = (without.all(1).to(real.dtype) * real).sum().view(1)
         entropy = torch.special.entr(self.probabilities).sum(-1)
         return {
             "tokens": real.sum(),

@@ -29,6 +29,7 @@ class Case(NamedTuple):
 CASES = [
     Case("batch priority", "topk", {"capacity_factor": 0.75, "capacity_policy": "batch"}),
     Case("largest weights", "topk", {"capacity_factor": 0.75, "capacity_policy": "probability"}),
+    Case("random second expert", "gshard", {"capacity_factor": 0.75, "second_expert_policy": "random"}),
     Case("evaluation", "gshard", {"eval_capacity_factor": 0.75, "capacity_policy": "batch"}, training=False),
 ]
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_sparsemixer import build_gate, build_moe_layer
 from fairseq_sparsemixer.moe.gates import GATES, gate_options
 from fairseq_sparsemixer.moe.gates.capacity import POLICIES
+from fairseq_sparsemixer.moe.gates.gshard import SECOND_EXPERT
 
 few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 LEAST_EXPERTS = {"gshard": 2}  # two different experts per token
@@ -32,6 +33,9 @@ def cases(draw, router, dropless=False, fewest=0):
         options["capacity_policy"] = draw(st.sampled_from(POLICIES))
     if "eval_capacity_factor" in gate_options(router) and not dropless:
         options["eval_capacity_factor"] = draw(st.sampled_from([None, 0.5, 1.0]))
+    if router == "gshard":
+        options["second_expert_policy"] = draw(st.sampled_from(SECOND_EXPERT))
+        options["normalise_before_dropping"] = draw(st.booleans())
     torch.manual_seed(draw(st.integers(0, 2**20)))
     gate = build_gate(router, 5, num_experts, **options).train(draw(st.booleans()))
     torch.nn.init.normal_(gate.projection.weight)  # some start at zero, where all logits are equal
