@@ -2,13 +2,14 @@
 
 import itertools
 import math
-import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from fairseq.utils import import_user_module
 
 import recipes.multilingual
 from fairseq_sparsemixer import build_gate
@@ -22,10 +23,7 @@ SWITCH = dict(sampled=False, jitter_eps=math.inf, gain=1, coin=False, scale=Fals
 @pytest.fixture(scope="module", autouse=True)
 def user_dir():
     """The study's user-dir, imported as by fairseq."""
-    sys.path.insert(0, str(FOLDER))
-    import sparsemixer_parts  # noqa: F401
-
-    sys.path.remove(str(FOLDER))
+    import_user_module(Namespace(user_dir=str(FOLDER / "sparsemixer_parts")))
 
 
 def routed(router, **options):
@@ -44,6 +42,8 @@ def routed(router, **options):
     ("sparsemixer", {}, {}),
     ("sparsemixer", {"gradient_estimator": "euler"}, {"coin": False}),
     ("sparsemixer", {"jitter_eps": 0.5}, {"jitter_eps": 0.5}),
+    ("sparsemixer", {"sampled": False, "scaled": False}, {"sampled": False, "scale": False}),
+    ("sparsemixer", {"sampled": False, "gradient_estimator": "switch"}, {"sampled": False, "gain": 1}),
     ("switch", {"jitter_eps": 0.0}, SWITCH),
     ("switch", {"jitter_eps": 0.1}, {**SWITCH, "noise": 0.1}),
 ])  # fmt: skip
