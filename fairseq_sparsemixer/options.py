@@ -9,8 +9,8 @@ from fairseq_sparsemixer.errors import ConfigurationError
 
 # must match the registrations in moe/gates, moe/estimators.py and moe/experts.py
 ROUTERS = (
-    "dense, base, default_moe, dense_st, expert_choice, expert_threshold, gshard, hash, noisy_topk, remoe, sinkhorn,"
-    " sparsemixer, sparsemixer_v2, switch, topk"
+    "dense, base, default_moe, dense_st, expert_choice, expert_threshold, gshard, hash, noisy_topk, remoe,"
+    " round_robin, sinkhorn, sparsemixer, sparsemixer_v2, switch, topk"
 )
 ESTIMATORS = "switch, euler, midpoint, heun3, inf"
 ACTIVATIONS = "relu, gelu, silu, geglu, swiglu"
@@ -196,7 +196,8 @@ class MoEOptions:
     force_expert_choice: bool = field(
         default=False,
         metadata={
-            "help": "allow --router expert_choice and --eval-capacity-factor in a decoder, where they depend on future tokens"
+            "help": "allow routing by batch in a decoder, future tokens included: expert_choice, round_robin,"
+            " --eval-capacity-factor"
         },
     )
     expert_parallel_size: Optional[int] = field(

@@ -190,8 +190,8 @@ def test_a_nan_in_an_expert_appears_in_its_output_and_no_others(parameter, name,
 @pytest.mark.parametrize("part", ["experts", "shared_experts", "gate"])
 def test_a_nan_in_a_layer_appears_in_every_output(router, part, training):
     layer = build_moe_layer(router, 8, 16, 4, num_shared_experts=1).train(training)
-    if (router, part) == ("hash", "gate"):
-        pytest.skip("this gate uses token ids, not its parameters")
+    if part == "gate" and router in ("hash", "round_robin"):
+        pytest.skip("these gates do not use their parameters")
     for parameter in getattr(layer, part).parameters():
         parameter.data.fill_(torch.nan)
     out = layer(torch.randn(12, 8), torch.arange(12) >= 10)

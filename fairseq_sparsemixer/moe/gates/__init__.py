@@ -8,7 +8,7 @@ from fairseq_sparsemixer.moe.gates.step_state import reset_step_states, update_s
 
 # importing these modules registers their routers
 from fairseq_sparsemixer.moe.gates import base_layers, dense_st, expert_choice, gshard, hash, noisy_topk  # noqa: F401  isort:skip
-from fairseq_sparsemixer.moe.gates import default_moe, expert_threshold, remoe  # noqa: F401  isort:skip
+from fairseq_sparsemixer.moe.gates import default_moe, expert_threshold, remoe, round_robin  # noqa: F401  isort:skip
 from fairseq_sparsemixer.moe.gates import sinkhorn, sparsemixer, sparsemixer_v2, switch, topk  # noqa: F401  isort:skip
 
 __all__ = [

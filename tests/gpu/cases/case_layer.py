@@ -63,6 +63,8 @@ def balancing(router):
     options = [{}]
     if "capacity_factor" in gate_options(router):
         options.append({"capacity_factor": 1.25})
+    if "capacity_policy" in gate_options(router):
+        options += [{"capacity_factor": 1.25, "capacity_policy": policy} for policy in ("probability", "batch")]
     if "bias_update_rate" in gate_options(router):
         options.append({"bias_update_rate": 1e-3})
     return options
@@ -72,7 +74,7 @@ CASES = [(router, options) for router in ROUTERS for options in balancing(router
 
 
 @pytest.mark.parametrize(
-    "router, options", CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain"
+    "router, options", CASES, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain"
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_layer_runs_in_every_precision_and_mode(router, options, precision):
@@ -102,6 +104,7 @@ def test_no_more_rows_are_computed_than_routed(router):
 
 LAUNCHES = {  # per layer, forward and backward; justify any increase
     "hash": 56,
+    "round_robin": 56,
     "expert_choice": 102,
     "switch": 103,
     "sinkhorn": 106,

@@ -71,6 +71,7 @@ def test_padding_has_no_weight_and_no_gradient():
 
 
 @pytest.mark.parametrize("router, experts", [("base", 1), ("dense_st", 1), ("expert_choice", 2), ("gshard", 2), ("hash", 1),
+                                             ("round_robin", 1),
                                              ("noisy_topk", 2), ("sinkhorn", 1), ("sparsemixer", 1), ("sparsemixer_v2", 2),
                                              ("switch", 1)])  # fmt: skip
 def test_experts_per_token_is_the_mean_number_that_run_at_inference(router, experts):

@@ -96,7 +96,7 @@ def test_without_a_capacity_every_token_gets_weight_and_the_gradients_are_finite
         routing = gate(tokens, padding)
         real = torch.ones(len(tokens), dtype=torch.bool) if padding is None else ~padding
         assert torch.equal(routing.combine_weight.sum(1) > 0, real)
-        if router != "hash":  # it has no gradient
+        if router not in ("hash", "round_robin"):  # they have no gradient
             (routing.combine_weight.sum() + sum(routing.aux_losses.values())).backward()
             assert gate.projection.weight.grad.isfinite().all()
 
@@ -124,7 +124,7 @@ def fix_noise(gate, num_tokens, order):
     gate.draw_noise = fixed
 
 
-@pytest.mark.parametrize("router", sorted(GATES))
+@pytest.mark.parametrize("router", sorted(set(GATES) - {"round_robin"}))  # it routes by the place in the batch
 def test_reordering_tokens_reorders_their_routing(router):
     @few
     @given(cases(router, dropless=True, fewest=1), st.randoms(use_true_random=False))

@@ -36,6 +36,7 @@ LAYERS = {"encoder": 6, "decoder": 6}
     (dict(router="switch", eval_capacity_factor=1.0),
      "--eval-capacity-factor 1.0 .* decoder must not see; leave it out, .*--force-expert-choice"),
     (dict(router="remoe", eval_capacity_factor=1.0), "--eval-capacity-factor 1.0 does not work with --router remoe"),
+    (dict(router="round_robin"), "--router round_robin .* decoder must not see; .*--force-expert-choice"),
     (dict(router="gshard", second_expert_policy="none"),
      "--second-expert-policy none is unknown; choose from sampling, all, random"),
     (dict(router="topk", normalise_before_dropping=True),

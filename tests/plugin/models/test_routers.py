@@ -13,7 +13,7 @@ from fairseq_sparsemixer.plugin.models.parameters import parameter_counts
 
 
 def flags_of(router):
-    return {"router": router, **({"moe_encoder_only": True} if router == "expert_choice" else {})}
+    return {"router": router, **({} if GATES[router].causal else {"moe_encoder_only": True})}
 
 
 def moe_layers(model):
