@@ -177,5 +177,7 @@ def _test(path: Path, content: Dict[str, Any]) -> Test:
     if languages:
         lines, sentences = len(read_languages(test)), len(read_references(test))
         equal = lines == sentences
-        require(path, equal, f"has test: languages: {shown(given)} of {lines} lines, and a reference of {sentences}; give as many")
+        require(
+            path, equal, f"has test: languages: {shown(given)} of {lines} lines, and a reference of {sentences}; give as many"
+        )
     return test
