@@ -12,7 +12,7 @@ FAST = not slow and not sweep and not distributed and not compile
 help:
 	@echo 'make test                     run the tests (ARGS="-k gates" and the like are handed to pytest)'
 	@echo 'make test-fast                those that take little time, under two minutes on 2 cores'
-	@echo 'make quickstart               train, translate with and compare dense, Switch and SparseMixer: 5 minutes on 2 cores'
+	@echo 'make quickstart               train, translate with and compare dense, Switch and SparseMixer: 6 minutes on 2 cores'
 	@echo 'make quickstart RAW=DIR       the same on the raw text of Multi30k, or with TARGETS=de on English-German;'
 	@echo '                              UPDATES=N, SEED=N and ROUTERS="dense ..." change it'
 	@echo 'make bench                    an MoE layer beside a dense one, a minute; ARGS="--preset full" and the like are handed on'

@@ -133,13 +133,14 @@ def plot_language_load(loads: Dict[str, "LanguageLoad"], path: Path) -> None:
 def draw_language_load(loads: Dict[str, "LanguageLoad"]) -> Figure:
     """Each language's token shares: a row of heatmaps per run, one heatmap (languages x experts) per layer."""
     columns, languages = max(len(load.layers) for load in loads.values()), max(len(load.languages) for load in loads.values())
+    largest = max(share for load in loads.values() for rows in load.shares() for row in rows for share in row)
     figure = new_figure(0.8 + 2.2 * columns, len(loads) * (1 + 0.16 * languages))
     panels = figure.subplots(len(loads), columns, squeeze=False)
     for (name, load), row in zip(loads.items(), panels):
         for axes in row[len(load.layers) :]:
             axes.set_axis_off()
         for axes, layer, shares, information in zip(row, load.layers, load.shares(), load.information()):
-            image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=largest)
             axes.grid(False)
             axes.set_title(f"{as_text(name)}, {_layer_label(layer)}\n{information:.2f} bits", fontsize=8)
             axes.set(xlabel="expert", xticks=range(len(shares[0])))
