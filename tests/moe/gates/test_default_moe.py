@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_by_hand import assert_computes, outputs_of_all
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
@@ -9,13 +10,6 @@ from fairseq_sparsemixer.moe.dispatch import dispatch_locally
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 
 E, M = 4, 5
-
-
-def outputs_of_all(layer, token):
-    """[E, M]: the output of every expert for one token [M], from the weights."""
-    experts = layer.experts
-    hidden = torch.relu(torch.einsum("m,emh->eh", token, experts.weight_in) + experts.bias_in)
-    return torch.einsum("eh,ehm->em", hidden, experts.weight_out) + experts.bias_out
 
 
 def layer_with_defaults(**options):
@@ -32,23 +26,13 @@ def chosen(layer, token, k):
 @pytest.mark.parametrize("training", [True, False])
 def test_experts_that_do_not_run_contribute_their_default_outputs(k, training):
     layer = layer_with_defaults(top_k=k).train(training)
-    x, upstream = torch.randn(2, 20, M, dtype=torch.float64)
-    padding = torch.arange(20) % 7 == 3
-    output = layer(x, padding)
-    (output * upstream).sum().backward()
-    ours = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
-    layer.zero_grad()
 
-    expected = torch.zeros(20, M, dtype=torch.float64)
-    for s in range(20):
-        if not padding[s]:
-            f, pi = outputs_of_all(layer, x[s]), (layer.gate.projection.weight @ x[s]).softmax(0)
-            ran = chosen(layer, x[s], k)
-            expected[s] = sum(pi[e] * (f[e] if e in ran else layer.gate.average.vectors[e]) for e in range(E))
-    torch.testing.assert_close(output, expected)
-    (expected * upstream).sum().backward()
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, msg=name)
+    def by_hand(token):
+        f, pi = outputs_of_all(layer, token), (layer.gate.projection.weight @ token).softmax(0)
+        ran = chosen(layer, token, k)
+        return sum(pi[e] * (f[e] if e in ran else layer.gate.average.vectors[e]) for e in range(E))
+
+    assert_computes(layer, torch.randn(20, M, dtype=torch.float64), by_hand, padding=torch.arange(20) % 7 == 3)
 
 
 def test_a_dropped_choice_contributes_its_default_output_and_is_not_averaged():

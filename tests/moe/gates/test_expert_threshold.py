@@ -4,18 +4,12 @@ import math
 
 import pytest
 import torch
+from layer_by_hand import assert_computes, outputs_of_all
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 
 E = 4
-
-
-def outputs_of_all(layer, token):
-    """[E, M]: the output of every expert for one token [M], from the weights."""
-    experts = layer.experts
-    hidden = torch.relu(torch.einsum("m,emh->eh", token, experts.weight_in) + experts.bias_in)
-    return torch.einsum("eh,ehm->em", hidden, experts.weight_out) + experts.bias_out
 
 
 def logits_of(layer, token):
@@ -26,23 +20,14 @@ def logits_of(layer, token):
 def test_an_expert_takes_the_tokens_with_logits_above_its_threshold(training):
     layer = build_moe_layer("expert_threshold", 5, 7, E, warmup_updates=0).double().train(training)
     layer.gate.threshold.value.copy_(torch.tensor([-0.4, 0.0, 0.1, 0.3]))
-    x, upstream = torch.randn(2, 30, 5, dtype=torch.float64)
-    output = layer(x)
-    (output * upstream).sum().backward()
-    ours = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
-    layer.zero_grad()
-
     thresholds = layer.gate.threshold.value.tolist()
-    expected = []
-    for token in x:
+
+    def by_hand(token):
         f, logits = outputs_of_all(layer, token), logits_of(layer, token)
         weights = [logit.sigmoid() * (logit.item() > c) for logit, c in zip(logits, thresholds)]
-        expected.append(sum(weight * f[e] for e, weight in enumerate(weights)))
-    expected = torch.stack(expected)
-    torch.testing.assert_close(output, expected)
-    (expected * upstream).sum().backward()
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, msg=name)
+        return sum(weight * f[e] for e, weight in enumerate(weights))
+
+    assert_computes(layer, torch.randn(30, 5, dtype=torch.float64), by_hand)
     counts = layer.routing.chosen_count()
     assert counts.shape == (1, E) and 0 < counts.sum() < 30 * E
 

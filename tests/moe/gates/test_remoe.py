@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from layer_by_hand import assert_computes, outputs_of_all
 from torch import nn
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
@@ -12,31 +13,15 @@ from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 E = 4
 
 
-def outputs_of_all(layer, token):
-    """[E, M]: the output of every expert for one token [M], from the weights."""
-    experts = layer.experts
-    hidden = torch.relu(torch.einsum("m,emh->eh", token, experts.weight_in) + experts.bias_in)
-    return torch.einsum("eh,ehm->em", hidden, experts.weight_out) + experts.bias_out
-
-
 def test_output_and_gradients_equal_those_of_relu_weights():
     layer = build_moe_layer("remoe", 5, 7, E, top_k=2).double()
-    x, upstream = torch.randn(2, 30, 5, dtype=torch.float64)
-    output = layer(x)
-    (output * upstream).sum().backward()
-    ours = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
-    layer.zero_grad()
 
-    expected = []
-    for token in x:
+    def by_hand(token):
         f = outputs_of_all(layer, token)
         weights = [torch.relu(row @ token) for row in layer.gate.projection.weight]
-        expected.append(sum(weight * f[e] for e, weight in enumerate(weights)))
-    expected = torch.stack(expected)
-    torch.testing.assert_close(output, expected)
-    (expected * upstream).sum().backward()
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, msg=name)
+        return sum(weight * f[e] for e, weight in enumerate(weights))
+
+    assert_computes(layer, torch.randn(30, 5, dtype=torch.float64), by_hand)
 
 
 def test_a_token_without_positive_logits_gets_no_expert_and_zero_output():
