@@ -166,6 +166,15 @@ def test_capacity_and_selection_bias_are_the_same_on_two_ranks(flags, five_batch
     assert any(bias.any() for bias in biases) == ("--moe-bias-update-rate" in flags)
 
 
+def test_layers_with_different_numbers_of_experts_equal_one_process(five_batches):
+    flags = ["--max-update", "4", "--encoder-moe-layers", "0:2,1:6", "--decoder-moe-layers", "last:1"]
+    alone = whole(runs(five_batches, 1, *flags, "--update-freq", "2"))
+    assert sorted({len(tensor) for name, tensor in alone.items() if name.endswith("weight_in")}) == [2, 4, 6]
+    both = runs(five_batches, 2, *flags)
+    assert_same(whole(both), alone)
+    assert all(len(tensor) in (1, 2, 3) for name, (_, tensor) in both[0]["parameters"].items() if name.endswith("weight_in"))
+
+
 STATES = {  # of a router's gate: flags, the end of the state's name, its value before training
     "default_moe": ("--router-option default_decay=0.5", ".average.vectors", 0.0),
     "expert_threshold": ("--router-option threshold_decay=0.5,warmup_updates=2", ".threshold.value", 0.0),
