@@ -12,15 +12,12 @@ There, layers without experts have an unused gating_network too, which is left o
 """
 
 import argparse
-import copy
 import re
-from dataclasses import dataclass, fields
-from types import SimpleNamespace
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
-from fairseq.data import Dictionary
 from fairseq.tasks.translation import TranslationConfig
 from torch import Tensor, nn
 
@@ -29,8 +26,8 @@ from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT
 from fairseq_sparsemixer.plugin.checkpoints.optimizer_state import Unmapped, map_optimizer_state
+from fairseq_sparsemixer.plugin.checkpoints.skeleton import BUFFER, build_skeleton
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
-from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEModel
 
 ROUTERS = {"sparsemixer": "sparsemixer", "switchgate": "switch"}  # theirs (looked up in lower case) -> ours
 OWN_OPTIONS = ("num_experts", "router", "jitter_eps", "load_balancing", "load_balancing_alpha", "gumbel")  # of their task
@@ -46,16 +43,20 @@ GATE_PARTS = {
     "omega": "router.omega",
 }
 UNUSED_ROUTER = re.compile(r".*\.layers\.\d+\.gating_network\.(weight|bias)")  # of a layer without experts
-BUFFER = re.compile(r".*\.(version|_float_tensor|embed_positions\.weights)")  # saved beside parameters by some fairseq versions
 
 
 @dataclass
 class Converted:
-    """The new checkpoint, its MoE options, and why the optimizer's state was left out (None: it is included)."""
+    """The new checkpoint, its MoE options, why the optimizer's state was left out (None: it is included), and more to know.
+
+    training_flags: with which it continues training, beside those of its sizes.
+    """
 
     state: Dict[str, Any]
     options: MoEOptions
     left_out: Optional[str]
+    training_flags: str
+    notes: List[str] = field(default_factory=list)
 
 
 def convert(state: Dict[str, Any]) -> Converted:
@@ -70,7 +71,7 @@ def convert(state: Dict[str, Any]) -> Converted:
     cfg.update(model=_model_arguments(theirs, options), task=_translation(cfg.get("task") or {}))
     if cfg.get("common"):
         cfg["common"] = {**cfg["common"], "user_dir": None}  # the example's folder
-    skeleton = _skeleton(cfg["model"], state["model"])
+    skeleton = build_skeleton(cfg["model"], state["model"])
     mapping = {name: _their_names(name, options.num_experts) for name in skeleton.state_dict()}
     _require_fit(skeleton, mapping, state["model"])
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
@@ -78,7 +79,12 @@ def convert(state: Dict[str, Any]) -> Converted:
     trained = [name for name, _ in skeleton.named_parameters()]
     result[LAYOUT] = {"size": 1, "index": 0, "save": None, "optimizer": [i for i, n in enumerate(trained) if EXPERTS in n]}
     tied = skeleton.state_dict().keys() - {*trained, *(name for name, _ in skeleton.named_buffers())}
-    return Converted(result, options, _add_optimizer_state(result, state, {name: mapping[name] for name in trained}, tied))
+    left_out = _add_optimizer_state(result, state, {name: mapping[name] for name in trained}, tied)
+    flags = (
+        f"--arch transformer_moe --router {options.router} --num-experts {options.num_experts}"
+        f" --moe-freq {options.moe_freq} --jitter-eps {options.jitter_eps:g} --router-bias"
+    )
+    return Converted(result, options, left_out, flags)
 
 
 def join(tensors: List[Tensor], name: str) -> Tensor:
@@ -93,7 +99,8 @@ def _require_their_experts(weights: Dict[str, Tensor]) -> None:
         raise ConfigurationError("the checkpoint is already one of fairseq-sparsemixer; fairseq loads it as it is")
     if any(".moe_layer." in name for name in weights):
         raise ConfigurationError(
-            "the checkpoint is from fairseq's moe branch, which convert does not support; docs/migration.md says what can be kept"
+            "the checkpoint is from fairseq's moe branch, which writes a set of files; name them as one file, without -rank-N"
+            " and -shared, such as checkpoint_last.pt"
         )
     if not any(FIRST_EXPERT.fullmatch(name) for name in weights):
         raise ConfigurationError(
@@ -148,27 +155,6 @@ def _translation(task: Dict[str, Any]) -> Dict[str, Any]:
     """The configuration of their task -> that of fairseq's translation task, which it extends."""
     known = {option.name for option in fields(TranslationConfig)}
     return {**{name: value for name, value in task.items() if name in known}, "_name": "translation"}
-
-
-def _skeleton(model: argparse.Namespace, weights: Dict[str, Tensor]) -> nn.Module:
-    """Our model built from its arguments on the meta device, for the names, shapes and order of its tensors."""
-    args = copy.deepcopy(model)
-    args.encoder_embed_path = args.decoder_embed_path = None  # files on the machine it was trained on
-    source = _dictionary(weights, "encoder")
-    target = source if getattr(args, "share_all_embeddings", False) else _dictionary(weights, "decoder")
-    with torch.device("meta"):
-        return TransformerMoEModel.build_model(args, SimpleNamespace(source_dictionary=source, target_dictionary=target))
-
-
-def _dictionary(weights: Dict[str, Tensor], stack: str) -> Dictionary:
-    """A dictionary with as many words as the stack's embeddings have rows."""
-    name = f"{stack}.embed_tokens.weight"
-    if name not in weights:
-        raise ConfigurationError(f"the checkpoint has no {name}; it is not a complete model of microsoft/SparseMixer's example")
-    words = Dictionary()
-    for index in range(weights[name].size(0) - len(words)):
-        words.add_symbol(str(index))
-    return words
 
 
 def _their_names(name: str, num_experts: int) -> List[str]:

@@ -1,0 +1,247 @@
+"""`fairseq-sparsemixer convert` of checkpoints of fairseq's branches `moe` and `nllb`: the converted model computes the same.
+
+The reference is fairseq's own transformer, whose chosen layers compute the branch's MoE layer from its formulas, in float64.
+Its state dict has the branch's names, and is written as the branch writes it: one file for each rank and a shared one.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.models.transformer import TransformerModel, transformer_legacy
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
+from torch import nn
+
+from fairseq_sparsemixer.cli import main
+
+E, M, H = 4, 16, 24
+STACK = {"layers": 4, "embed_dim": M, "ffn_embed_dim": H, "attention_heads": 2, "normalize_before": True}
+LAYOUTS = {"W = E": (4, ""), "E / W = 2": (2, ""), "W = 2 E": (8, ""), "FSDP": (4, "-shard{}")}
+ROUTING = {"moe_expert_count": E, "moe_second_expert_policy": "all", "moe_eval_capacity_token_fraction": 1.0}
+
+
+class BranchLayer(nn.Module):
+    """The MoE layer of the branch at evaluation, with a capacity of all tokens."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.gate, self.experts = nn.Module(), nn.ModuleList()
+        self.gate.wg = nn.Linear(M, E, bias=False)
+        for _ in range(E):
+            expert = nn.Module()
+            expert.fc1, expert.fc2 = nn.Linear(M, H), nn.Linear(H, M)
+            self.experts.append(expert)
+        self.top1 = getattr(args, "moe_top1_expert", False)
+        self.kept = (1 - getattr(args, "moe_eom", 0)) * (1 - getattr(args, "moe_fom", 0))
+
+    def forward(self, x):
+        y = x.double()
+        gates = (y @ self.gate.wg.weight.double().t()).softmax(-1)
+        weight, chosen = gates.topk(1 if self.top1 else 2, -1)
+        if not self.top1:
+            weight = weight / weight.sum(-1, keepdim=True)
+        weights = torch.zeros_like(gates).scatter(-1, chosen, weight)
+        out = torch.zeros_like(y)
+        for index, expert in enumerate(self.experts):
+            hidden = torch.relu(y @ expert.fc1.weight.double().t() + expert.fc1.bias.double())
+            out += weights[..., index, None] * (hidden @ expert.fc2.weight.double().t() + expert.fc2.bias.double())
+        return (out * self.kept).to(x.dtype)
+
+
+def give_experts(args, stack, name):
+    """Put the branch's layer in every freq-th layer of the stack, the last of each freq layers."""
+    freq = max(getattr(args, f"{name}_moe_freq", 0), getattr(args, "moe_freq", 0))
+    for number, layer in enumerate(stack.layers, start=1):
+        if freq and number % freq == 0:
+            del layer.fc1, layer.fc2
+            layer.moe_layer, layer.activation_fn = BranchLayer(args), lambda x: x
+            layer.__dict__.update(fc1=layer.moe_layer, fc2=lambda x: x)  # called by fairseq's layer, not in the state dict
+
+
+def translation_model(task, **flags):
+    sizes = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in STACK.items()}
+    args = argparse.Namespace(arch="transformer", _name="transformer", share_all_embeddings=True, **{**sizes, **ROUTING, **flags})
+    transformer_legacy.base_architecture(args)
+    model = TransformerModel.build_model(args, task)
+    give_experts(args, model.encoder, "encoder")
+    give_experts(args, model.decoder, "decoder")
+    return args, model.eval()
+
+
+def language_model(task, **flags):
+    sizes = {f"decoder_{name}": value for name, value in STACK.items()}
+    values = {"arch": "transformer_lm_gpt", "_name": "transformer_lm_gpt", "tokens_per_sample": 32, "max_target_positions": 32}
+    args = argparse.Namespace(share_decoder_input_output_embed=True, **{**values, **sizes, **ROUTING, **flags})
+    model = TransformerLanguageModel.build_model(TransformerLanguageModelConfig.from_namespace(args), task)
+    give_experts(args, model.decoder, "decoder")
+    return args, model.eval()
+
+
+def write_set(folder, args, model, ranks=4, shard="", task="translation", **of_task):
+    """The files of `ranks` ranks, as the branch writes them; returns the name of the set."""
+    cfg = {"model": args, "task": {"_name": task, **of_task, "moe_option": 1}, "common": {"user_dir": None, "is_moe": True}}
+    state = {"args": None, "cfg": {**cfg, "distributed_training": {"distributed_world_size": ranks}}}
+    state.update(optimizer_history=[{"num_updates": 3, "lr_scheduler_state": {}}], extra_state={}, task_state={})
+    state["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    weights, local = model.state_dict(), max(1, E // ranks)
+    shared = {name: value for name, value in weights.items() if "expert" not in name}
+    torch.save({**state, "model": shared}, folder / f"m-shared{shard.format(0)}.pt")
+    for rank in range(ranks):
+        own = {}
+        for name, value in weights.items():
+            found = re.search(r"experts\.(\d+)\.", name)
+            if found and int(found[1]) // local == rank % (E // local):
+                own[name.replace(found[0], f"experts.{int(found[1]) % local}.")] = value.clone()
+        torch.save({**state, "model": own}, folder / f"m-rank-{rank}{shard.format(rank)}.pt")
+    return folder / "m.pt"
+
+
+def convert(source: Path) -> Path:
+    assert main(["convert", str(source), str(source.with_name("ours.pt"))]) == 0
+    return source.with_name("ours.pt")
+
+
+def load(path, task):
+    (model,), _ = checkpoint_utils.load_model_ensemble([str(path)], task=task)
+    return model.eval()
+
+
+def outputs(model, sample, pad=1):
+    """The logits [tokens, words] of all tokens but the padding, which ours does not route."""
+    with torch.no_grad():
+        return model(**sample["net_input"])[0][sample["target"] != pad]
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("top1", [True, False], ids=["top-1", "top-2"])
+def test_a_converted_translation_model_gives_the_same_logits(layout, top1, translation_task, translation_batch, tmp_path):
+    args, model = translation_model(translation_task, encoder_moe_freq=2, decoder_moe_freq=4, moe_freq=0, moe_top1_expert=top1)
+    path = convert(write_set(tmp_path, args, model, *LAYOUTS[layout]))
+    sample = translation_batch(5, 3, 7)
+    ours = load(path, translation_task)
+    assert type(ours).__name__ == "TransformerMoEModel"
+    assert_equal(outputs(ours, sample), outputs(model, sample))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("top1", [True, False], ids=["top-1", "top-2"])
+def test_a_converted_language_model_gives_the_same_logits(
+    layout, top1, language_modeling_task, language_modeling_batch, tmp_path
+):
+    args, model = language_model(language_modeling_task, moe_freq=2, moe_top1_expert=top1)
+    path = convert(write_set(tmp_path, args, model, *LAYOUTS[layout], task="language_modeling"))
+    sample = language_modeling_batch(5, 3, 7)
+    ours = load(path, language_modeling_task)
+    assert type(ours).__name__ == "TransformerLanguageModelMoE"
+    assert_equal(outputs(ours, sample), outputs(model, sample))
+
+
+def test_masking_of_expert_outputs_is_folded_into_the_experts(translation_task, translation_batch, tmp_path, capsys):
+    args, model = translation_model(translation_task, moe_freq=2, moe_eom=0.2, moe_fom=0.5)
+    path = convert(write_set(tmp_path, args, model))
+    assert "the experts' outputs are multiplied by 0.4" in capsys.readouterr().out
+    sample = translation_batch(5, 3, 7)
+    assert_equal(outputs(load(path, translation_task), sample), outputs(model, sample))
+
+
+def test_the_converted_file_holds_only_data_and_generates(translation_task, translation_batch, tmp_path):
+    path = convert(write_set(tmp_path, *translation_model(translation_task, moe_freq=2)))
+    state = torch.load(path, weights_only=True)
+    assert "last_optimizer_state" not in state and state["cfg"]["model"].encoder_moe_layers == "1,3"
+    model = load(path, translation_task)
+    generator = translation_task.build_generator([model], GenerationConfig(beam=2, max_len_b=5))
+    (hypotheses, _) = translation_task.inference_step(generator, [model], translation_batch(4, 6))
+    assert len(hypotheses) == 2 and len(hypotheses[0]["tokens"]) > 0
+
+
+@pytest.mark.slow
+def test_fairseqs_commands_generate_from_the_converted_file_and_train_on(corpus, translation_task, tmp_path, capsys):
+    args, model = translation_model(translation_task, moe_freq=2)
+    path = convert(write_set(tmp_path, args, model, data=str(corpus), source_lang="de", target_lang="en"))
+    (printed,) = re.findall("to continue training: (.*), and the same model sizes", capsys.readouterr().out)
+    assert len(runs.generate(corpus, path, tmp_path / "generated")) == 8
+    sizes = "--encoder-layers 4 --decoder-layers 4 --encoder-normalize-before --decoder-normalize-before --share-all-embeddings"
+    losses = runs.train(corpus, tmp_path / "run", *printed.split(), *sizes.split(), "--restore-file", path, updates=2, moe=False)
+    assert len(losses) == 2  # from update 0, as there is no optimizer state
+
+
+def test_the_output_says_what_is_left_out_and_the_flags(translation_task, tmp_path, capsys):
+    flags = dict(moe_second_expert_policy="random", moe_normalize_gate_prob_before_dropping=True)
+    flags.update(moe_batch_prioritized_routing=True, moe_eval_capacity_token_fraction=0.25)
+    convert(write_set(tmp_path, *translation_model(translation_task, moe_freq=2, **flags)))
+    out = capsys.readouterr().out
+    assert "4 layers of 4 experts, router gshard" in out and "optimizer state left out: " in out
+    assert "note: at evaluation the second expert is the second most probable" in out
+    assert "note: at evaluation no token is dropped" in out and "--moe-eval-capacity-token-fraction 0.25" in out
+    assert (
+        "--arch transformer_moe --router gshard --num-experts 4 --encoder-moe-layers 1,3 --decoder-moe-layers 1,3"
+        " --capacity-factor 1 --capacity-policy batch --second-expert-policy random --normalise-before-dropping"
+    ) in out
+
+
+def rewrite(path, change):
+    state = torch.load(path, weights_only=False)
+    change(state)
+    torch.save(state, path)
+
+
+def rename(name):
+    return lambda state: state["model"].update({name: torch.ones(2)})
+
+
+REFUSALS = {  # file to change: (how, or None to remove it, the sentence)
+    "missing rank": ("m-rank-2.pt", None, r"files of the checkpoint are missing: .*m-rank-2\.pt"),
+    "missing first rank": ("m-rank-0.pt", None, r"files of the checkpoint are missing: .*m-rank-0\.pt"),
+    "missing shared": ("m-shared.pt", None, r"files of the checkpoint are missing: .*m-shared\.pt"),
+    "flat": ("m-rank-0.pt", lambda s: s.update(shard_metadata={}), "flat shards of --use-sharded-state"),
+    "flat names": ("m-shared.pt", rename("decoder.layers.0.flat_param_0"), "flat shards of --use-sharded-state"),
+    "CMR": ("m-shared.pt", rename("encoder.layers.1.cmr_layer.gate.wg.weight"), "has --moe-cmr"),
+    "BASE": ("m-shared.pt", rename("decoder.layers.1.expert_centroids"), "has BASE layers"),
+    "unknown": ("m-shared.pt", rename("decoder.layers.1.attn_ln.weight"), "has decoder.layers.1.attn_ln.weight, which"),
+    "gate": ("m-shared.pt", lambda s: s["model"].pop("decoder.layers.1.moe_layer.gate.wg.weight"), "gate.wg.weight is missing"),
+    "expert": ("m-rank-3.pt", lambda s: s["model"].popitem(), "m-rank-3.pt has 15 tensors of experts, not 16"),
+    "shape": (
+        "m-rank-3.pt",
+        lambda s: s["model"].update({"encoder.layers.1.moe_layer.experts.0.fc1.bias": torch.ones(2)}),
+        "unlike its arguments",
+    ),
+    "alibi": ("m-rank-0.pt", lambda s: setattr(s["cfg"]["model"], "alibi", True), "was trained with --alibi"),
+    "model": ("m-rank-0.pt", lambda s: setattr(s["cfg"]["model"], "arch", "lstm"), "of the model lstm"),
+    "count": (
+        "m-rank-0.pt",
+        lambda s: setattr(s["cfg"]["model"], "moe_expert_count", "x"),
+        "--moe-expert-count x is not a number",
+    ),
+    "ours": ("m-rank-0.pt", lambda s: s.update(expert_parallel={"size": 4, "index": 0}), "already one of fairseq-sparsemixer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_converted_is_refused_in_one_sentence(case, translation_task, tmp_path):
+    name, change, sentence = REFUSALS[case]
+    source = write_set(tmp_path, *translation_model(translation_task, moe_freq=2))
+    (tmp_path / name).unlink() if change is None else rewrite(tmp_path / name, change)
+    with pytest.raises(SystemExit, match=f"^fairseq-sparsemixer: .*{sentence}") as caught:
+        convert(source)
+    assert str(caught.value).count("\n") == 0 and not source.with_name("ours.pt").exists()
+
+
+def test_a_single_file_of_the_set_names_the_set(translation_task, tmp_path):
+    write_set(tmp_path, *translation_model(translation_task, moe_freq=2))
+    with pytest.raises(SystemExit, match="which writes a set of files; name them as one file"):
+        convert(tmp_path / "m-rank-0.pt")
+
+
+def test_a_file_of_the_set_is_never_overwritten(translation_task, tmp_path):
+    source = write_set(tmp_path, *translation_model(translation_task, moe_freq=2))
+    with pytest.raises(SystemExit, match="would be overwritten, but it is an input"):
+        main(["convert", str(source), str(tmp_path / "m-rank-1.pt")])
