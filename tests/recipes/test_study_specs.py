@@ -30,7 +30,7 @@ def test_fairseq_train_accepts_the_flags_of_a_recipes_study(spec, tmp_path):
         file.write_text("<2de> Ein Satz.\n", encoding="utf-8")
     study = read_study(copy)
     for router in study.routers:
-        run = next(run for run in study.runs() if run.router == router)
+        run = next(run for run in [*study.runs(), *study.trials()] if run.router == router)  # one to tune has no runs yet
         command = train_command(study, run, tmp_path / run.name)[1:]
         parser = options.get_training_parser()
         assert options.parse_args_and_arch(parser, command, modify_parser=None).router == run.flags["router"]
