@@ -24,8 +24,13 @@ def draw_sampling_noise(logits: Tensor) -> SamplingNoise:
     """Fresh noise for logits [S, E], from torch's default generator."""
     return SamplingNoise(
         gumbel=torch.rand_like(logits).log_().neg_().log_().neg_(),  # several times faster on CPUs than exponential_
-        coin=torch.rand(logits.size(0), dtype=logits.dtype, device=logits.device),
+        coin=draw_coin(logits),
     )
+
+
+def draw_coin(logits: Tensor) -> Tensor:
+    """A fresh coin [S] in [0, 1) for logits [S, E]."""
+    return torch.rand(logits.size(0), dtype=logits.dtype, device=logits.device)
 
 
 def mask_unlikely(logits: Tensor, jitter_eps: float) -> Tensor:
@@ -128,8 +133,9 @@ class SparseMixerGate(Gate):
         """The noise of one forward pass over logits [S, E]; None at inference."""
         if not self.training:
             return None
-        noise = draw_sampling_noise(logits)
-        return noise if self.sampled else noise._replace(gumbel=torch.zeros_like(logits))
+        if self.sampled:
+            return draw_sampling_noise(logits)
+        return SamplingNoise(torch.zeros_like(logits), draw_coin(logits))
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_routing."""
