@@ -117,7 +117,7 @@ def project(tokens: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Te
 
 
 def biased(logits: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """The logits [S, E] used for selection: detached, plus the selection bias [E]."""
+    """The logits, or scores, [S, E] used for selection: detached, plus the selection bias [E]."""
     return logits.detach() if bias is None else logits.detach() + bias.to(logits.dtype)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_top_k
+from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
@@ -43,7 +43,7 @@ def topk_routing(
     The balance loss uses the scores normalised over all experts, and counts all k choices.
     """
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()  # [S, E]
-    selection = scores.detach() if bias is None else scores.detach() + bias.to(scores.dtype)
+    selection = biased(scores, bias)
     if groups > topk_groups:
         selection = keep_best_groups(selection, groups, topk_groups)
     expert_index = selection.topk(top_k, -1).indices  # [S, k]

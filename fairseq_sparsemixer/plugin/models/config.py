@@ -6,7 +6,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
 from fairseq_sparsemixer.moe.gates import DENSE, Gate, build_gate, gate_class
 from fairseq_sparsemixer.options import in_flags
-from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers
+from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers, stack_option
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
 
@@ -84,7 +84,7 @@ def layers_to_keep(cfg: Any, stack: str) -> List[int]:
     Raises ConfigurationError for anything but layer numbers.
     """
     name = f"{stack}_layers_to_keep"
-    given = getattr(getattr(cfg, stack, None), "layers_to_keep", None) or getattr(cfg, name, None)
+    given = stack_option(cfg, stack, "layers_to_keep")
     if not given:
         return []
     numbers = given.split(",") if isinstance(given, str) else [""]

@@ -48,10 +48,15 @@ def experts_by_layer(cfg: Any, stack: str, num_layers: int) -> Optional[Dict[int
     return chosen
 
 
+def stack_option(cfg: Any, stack: str, name: str) -> Any:
+    """The option `stack_name`; None if not given. fairseq's TransformerConfig keeps `encoder_*` in its part `encoder`."""
+    of_stack = getattr(getattr(cfg, stack, None), name, None)
+    return getattr(cfg, f"{stack}_{name}", None) if of_stack is None else of_stack
+
+
 def given(cfg: Any, stack: str) -> Optional[str]:
-    """The flag of a stack; None if not given. fairseq's TransformerConfig keeps `encoder_*` in its part `encoder`."""
-    of_stack = getattr(getattr(cfg, stack, None), "moe_layers", None)
-    return getattr(cfg, f"{stack}_moe_layers", None) if of_stack is None else of_stack
+    """The flag that chooses the layers of a stack; None if not given."""
+    return stack_option(cfg, stack, "moe_layers")
 
 
 def resolve_layers(cfg: Any, layers: Dict[str, int]) -> None:
