@@ -26,6 +26,7 @@ COMMANDS: Dict[str, Command] = {
     "plot": Command("plot", "plot validation losses and expert loads of training runs"),
     "study": Command("study", "train a grid of routers and seeds, and compare them"),
     "reshard": Command("reshard", "convert a checkpoint between one file and one file per rank"),
+    "average": Command("average", "average the weights of checkpoints, or take their EMA"),
     "upcycle": Command("upcycle", "convert a dense checkpoint to one with experts"),
     "convert": Command("convert", "convert a checkpoint of microsoft/SparseMixer's example"),
     "completion": Command("completion", "print a shell completion script"),

@@ -9,8 +9,9 @@ from typing import Iterable, List, Sequence, Tuple
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.plugin.checkpoints.averaging import average
 from recipes.common import translation
-from recipes.common.averaging import average_checkpoints, last_checkpoints
+from recipes.common.averaging import last_checkpoints
 from recipes.common.binarisation import translation_command
 from recipes.common.corpus import Pair, clean, read_split, write_pairs
 from recipes.common.moses import detokeniser
@@ -101,12 +102,12 @@ def averaged(session: Session, count: int) -> Path:
     settings = {"count": count, "checkpoint": age(last)}
     folder = session.out / f"{session.run.name}-average-{fingerprint_of(settings)[:6]}"
 
-    def average(folder: Path, console: Console) -> None:
+    def write(folder: Path, console: Console) -> None:
         paths = last_checkpoints(session.run, count)
         console.print("averages " + ", ".join(path.name for path in paths), highlight=False)
-        average_checkpoints(paths, folder / "checkpoint.pt")
+        average([str(path) for path in paths], str(folder / "checkpoint.pt"))
 
-    session.step("average", folder, settings, does, average)
+    session.step("average", folder, settings, does, write)
     return folder / "checkpoint.pt"
 
 

@@ -14,6 +14,8 @@ from fitting import EXPERTS, TRANSLATION, fit, weights
 from ranks import rank_number, run_ranks
 from runs import initialised
 
+from fairseq_sparsemixer.plugin.checkpoints.averaging import average
+
 pytestmark = pytest.mark.slow
 
 USER_DIR = Path(__file__).resolve().parents[2] / "fairseq_sparsemixer"
@@ -60,6 +62,8 @@ def test_the_moving_average_follows_the_recurrence_for_all_weights(case, pairs, 
     assert sum(".experts." in name for name in expected) > 0
     check_average(run.trainer.ema.get_model().state_dict(), expected)
     check_average(load_ema_from_checkpoint(str(tmp_path / "checkpoint_last.pt"))["model"], expected)
+    average([str(tmp_path / "checkpoint_last.pt")], str(tmp_path / "ema.pt"), ema=True)
+    check_average(torch.load(tmp_path / "ema.pt", weights_only=False)["model"], expected)
 
 
 def test_the_moving_average_continues_after_a_restart(pairs, tmp_path):
@@ -70,11 +74,11 @@ def test_the_moving_average_continues_after_a_restart(pairs, tmp_path):
 
 
 def test_an_averaged_checkpoint_translates_like_the_mean_of_the_weights(pairs, tmp_path):
-    from recipes.common.averaging import average_checkpoints, last_checkpoints
+    from recipes.common.averaging import last_checkpoints
 
     run = fit(pairs, tmp_path, *FLAGS, "--save-interval-updates", 2, updates=8)
     paths = last_checkpoints(tmp_path, 3)
-    average_checkpoints(paths, tmp_path / "mean.pt")
+    average([str(path) for path in paths], str(tmp_path / "mean.pt"))
     model = copy.deepcopy(run.models[-1])
     states = [run.models[update].state_dict() for update in (2, 4, 8)]  # none of these is at the end of an epoch
     expected = {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}

@@ -10,22 +10,19 @@ import math
 import os
 import secrets
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.files import finish, unfinished_beside
 from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, Combine, combine_experts, layout_of, shard_path
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint, refuse_special_file
-from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, try_again
+from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, save_together
 
 
 @dataclass
@@ -45,7 +42,7 @@ def reshard(source: str, target: str, size: int) -> Resharded:
     tensors, including the optimizer's state, are kept bit for bit. Raises ConfigurationError for unusable files.
     """
     refuse_special_target(target)
-    states, read = _read_any(source)
+    states, read = read_any(source)
     with one_sentence_for(source):
         num_experts = _count_experts(source, states)
     if size < 1 or num_experts % size:
@@ -64,20 +61,20 @@ def reshard(source: str, target: str, size: int) -> Resharded:
     except OSError as error:
         raise cannot_write(target, error) from None
     require_targets(written, read)
-    with writing_checkpoints(written), ExitStack() as files:  # no file is replaced before the whole set is on disk
-        unfinished = [files.enter_context(unfinished_beside(os.path.realpath(path))) for path in written]
-        for index, name in enumerate(unfinished):
-            with one_sentence_for(source):
-                state = combine_experts(states, _rows_from_files(size, index, target))
-            state[LAYOUT] = {"size": size, "index": index, "save": save, "optimizer": optimizer}
-            try_again(partial(torch.save, state, name), written[index])
-        for name, path in zip(unfinished, written):
-            finish(name, os.path.realpath(path))
+
+    def state_of(index: int) -> Dict[str, Any]:
+        with one_sentence_for(source):
+            state = combine_experts(states, _rows_from_files(size, index, target))
+        state[LAYOUT] = {"size": size, "index": index, "save": save, "optimizer": optimizer}
+        return state
+
+    with writing_checkpoints(written):
+        save_together(written, state_of)
     return Resharded(read, written, num_experts, bool(states[0].get("last_optimizer_state")))
 
 
-def _read_any(source: str):
-    """(states, files) of a portable checkpoint, or of a sharded one given by its common name."""
+def read_any(source: str) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """(states, files) of a portable checkpoint, or of a sharded one given by its common name. Raises ConfigurationError."""
     refuse_special_file(source)
     if os.path.exists(source):
         state = read_checkpoint(source)

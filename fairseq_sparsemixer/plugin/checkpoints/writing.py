@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import time
+from contextlib import ExitStack
 from glob import escape, glob
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import torch
 from fairseq import checkpoint_utils
@@ -43,6 +44,19 @@ def save_atomically(obj: Any, path: str) -> None:
     refuse_special_target(path)
     target = os.path.realpath(path)
     try_again(lambda: replace_atomically(target, lambda unfinished: torch.save(obj, unfinished)), path)
+
+
+def save_together(paths: List[str], state_of: Callable[[int], Any]) -> None:
+    """Write state_of(index) to each path; no file is replaced before all of them are on disk.
+
+    Only one state is held at a time. Raises ConfigurationError if a file cannot be written.
+    """
+    with ExitStack() as files:
+        unfinished = [files.enter_context(unfinished_beside(os.path.realpath(path))) for path in paths]
+        for index, name in enumerate(unfinished):
+            try_again(functools.partial(torch.save, state_of(index), name), paths[index])
+        for name, path in zip(unfinished, paths):
+            finish(name, os.path.realpath(path))
 
 
 def try_again(write: Callable[[], Any], path: str) -> None:
