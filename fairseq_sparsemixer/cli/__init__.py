@@ -28,7 +28,7 @@ COMMANDS: Dict[str, Command] = {
     "reshard": Command("reshard", "convert a checkpoint between one file and one file per rank"),
     "average": Command("average", "average the weights of checkpoints, or take their EMA"),
     "upcycle": Command("upcycle", "convert a dense checkpoint to one with experts"),
-    "convert": Command("convert", "convert a checkpoint of microsoft/SparseMixer's example"),
+    "convert": Command("convert", "convert a checkpoint of another program, or to another dictionary"),
     "completion": Command("completion", "print a shell completion script"),
 }
 
