@@ -10,7 +10,7 @@ auxiliary losses weighted by sample size, for any number of batches.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
@@ -19,6 +19,7 @@ from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates.balance_scope import UpdateScope
 from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, broken_rule
 
@@ -81,19 +82,30 @@ class AuxiliaryLosses:
         if self.load_log is not None:
             self.load_log.watch([name for name, _ in layers], getattr(model, "num_updates", 0) if model.training else None)
         if reduce:
-            loss = loss + sample_size * self.auxiliary_loss([layer for _, layer in layers])
+            loss = loss + self.auxiliary_loss([layer for _, layer in layers], sample_size)
         return loss, sample_size, logging_output
 
-    def auxiliary_loss(self, layers: List[MoELayer]) -> Union[Tensor, int]:
-        """The weighted sum over the layers that ran: a differentiable scalar. Losses not in aux_weights use balance_weight.
+    def auxiliary_loss(self, layers: List[MoELayer], sample_size: Any) -> Union[Tensor, int]:
+        """The weighted sum over the layers that ran, times the sample size: a differentiable scalar.
 
-        Losses of weight 0 are left out: an infinite one would make the sum NaN.
+        Losses not in aux_weights use balance_weight. Those that follow --balance-scope have the sample size of their scope.
         """
+        scope = layers[0].gate.balance_scope
+        if not isinstance(scope, UpdateScope):
+            return sample_size * self.weighted_sum(layers)
+        scoped_size = scope.update.weigh(sample_size, layers[0].idle)
+        return sample_size * self.weighted_sum(layers, ["router_z"]) + scoped_size * self.weighted_sum(layers, but=["router_z"])
+
+    def weighted_sum(
+        self, layers: List[MoELayer], names: Optional[Sequence[str]] = None, but: Sequence[str] = ()
+    ) -> Union[Tensor, int]:
+        """The losses times their weights, of the given names only. A weight of 0 leaves out even an infinite loss."""
         weighed = (
             (self.aux_weights.get(name, self.balance_weight), loss)
             for layer in layers
             if layer.routing is not None
             for name, loss in layer.routing.aux_losses.items()
+            if (names is None or name in names) and name not in but
         )
         return sum(weight * loss for weight, loss in weighed if weight)
 

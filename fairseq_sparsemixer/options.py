@@ -209,7 +209,11 @@ class MoEOptions:
     )
     balance_scope: str = field(
         default="local",
-        metadata={"help": "compute the load-balancing loss over this rank's tokens (local) or all ranks' (global)"},
+        metadata={
+            "help": "tokens of one load-balancing loss: those of each sequence (sequence), of a rank's batch (local), of all"
+            " ranks' batches (global), or of the whole update, over ranks and --update-freq (update: one more forward pass, if"
+            " --update-freq is above 1)"
+        },
     )
     record_a2a_perf_stats: bool = field(
         default=False, metadata={"help": "log the time in all-to-alls per update, in milliseconds"}

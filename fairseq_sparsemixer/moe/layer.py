@@ -6,7 +6,8 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     MoELayer.forward              MoELayer.routing                        criterions, for auxiliary losses and metrics
     trainer, before a dummy batch MoELayer.idle                           MoELayer.forward
     trainer, at start-up          MoELayer.expert_group                   MoELayer.dispatch
-    trainer, at start-up          Gate.balance_group                      Gate.decide, for the balance loss
+    trainer, at start-up          Gate.balance_scope                      Gate.decide, for the balance loss
+    trainer, before an update     Update's sums                           UpdateScope, with --balance-scope update
     the backward pass             StepState.pending                       update_step_states, after the step
     fairseq's layer (moe_block)   _FeedForward.padding_mask, token_ids    _FeedForward.forward: fairseq calls fc1 with x only
     --retain-dropout              Experts.drop_at_inference               Experts.forward
@@ -60,6 +61,7 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Tensor:
         """x [..., M], padding_mask [...] (True = padding), token_ids [...] if known -> [..., M], zero at padding.
 
+        With more than two dimensions, the last but one counts the sequences, as in fairseq's [T, B, M].
         Raises ValueError if the shapes do not match.
         """
         model_dim = self.gate.model_dim
@@ -73,6 +75,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         if self.idle:
             padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
         known = {} if token_ids is None else {"token_ids": token_ids.reshape(-1)}
+        if self.gate.balance_scope is not None:
+            self.gate.balance_scope.restart(x.size(-2) if x.dim() > 2 else 1)
         routing = self.gate(tokens, padding_mask, **known)
         self.routing = routing
         output = self.dispatch(tokens, routing)

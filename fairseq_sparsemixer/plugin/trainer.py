@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
-from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe import gradients
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
+from fairseq_sparsemixer.moe.gates.balance_scope import Update
 from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
 from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size, form_expert_group
 from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.plugin.balance import counting_ahead, set_balance_scope, spans_ranks
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
@@ -49,6 +50,7 @@ SEEDS_A_RANK = 1_000_003  # more than the updates of a run; torch on a CPU uses 
 class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `expert_group` is None if every rank holds all experts."""
 
+    update: Optional[Update] = None  # with --balance-scope update
     never_generate: Optional[str] = None  # the remedy, if a rank that generates would leave the others waiting
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
@@ -61,9 +63,9 @@ class MoETrainer(CheckpointingTrainer):
             with explaining_lost_ranks(cfg):
                 set_timeout(timeout)
                 self.expert_group = share_out_experts(cfg, task, model, timeout)
-                balanced_globally = set_balance_scope(cfg, task, model, timeout)
-            if balanced_globally or self.expert_group:
-                self.never_generate = OWN_TOKENS if balanced_globally else KEEP_ALL
+                self.update = set_balance_scope(cfg, task, model, timeout)
+            if spans_ranks(model) or self.expert_group:
+                self.never_generate = OWN_TOKENS if spans_ranks(model) else KEEP_ALL
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
@@ -86,7 +88,7 @@ class MoETrainer(CheckpointingTrainer):
         """See Trainer. A rank that runs out of memory ends the run, because the others wait for it in mid-batch."""
         self.in_train_step = True
         try:
-            with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
+            with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate), counting_ahead(self, samples):
                 output = super().train_step(samples, raise_oom or self.expert_group is not None)
         finally:
             self.in_train_step = False
@@ -186,23 +188,6 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
     logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
-
-
-def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> bool:
-    """With --balance-scope global, compute the balance losses over the tokens of all ranks; returns whether that is so.
-
-    Raises ConfigurationError for an unknown scope.
-    """
-    scope = getattr(cfg.model, "balance_scope", "local")
-    if scope not in ("local", "global"):
-        raise ConfigurationError(f"--balance-scope {scope} is unknown; choose local or global")
-    if scope == "local" or not dist.is_initialized() or dist.get_world_size() == 1:
-        return False
-    refuse_unequal_forwards(cfg, task, OWN_TOKENS)
-    everyone = dist.new_group(timeout=timeout)  # a separate group: DistributedDataParallel uses the default one
-    for layer in moe_layers(model):
-        layer.gate.balance_group = everyone
-    return True
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from fairseq_sparsemixer.moe.gates.balance_scope import RanksScope
 from fairseq_sparsemixer.moe.gates.sparsemixer import SamplingNoise
 from fairseq_sparsemixer.moe.gradients import add_expert_norm, reduce_expert_gradients
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
@@ -134,7 +135,7 @@ def train_on_rank(case: Case) -> Dict[str, Any]:
         ranks = form_expert_group(case.group_size)
         shard_experts(model, ranks)
     if case.scope == "global":
-        model.moe.gate.balance_group = dist.new_group()
+        model.moe.gate.balance_scope = RanksScope(dist.new_group())
     wrapped = DistributedDataParallel(model) if case.backend == "pytorch_ddp" else model
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     losses, gradients = [], []

@@ -209,6 +209,25 @@ def test_the_global_balance_loss_is_that_of_the_whole_batch(tmp_path):
         assert_same(whole(local), whole(alone))
 
 
+@pytest.mark.parametrize(
+    "ranks, sentences, flags",
+    [
+        (1, 8, "--update-freq 4"),
+        (1, 7, "--update-freq 4 --checkpoint-activations"),
+        (2, 8, "--update-freq 2"),
+        (2, 7, "--update-freq 2 --checkpoint-activations"),
+        (2, 5, "--update-freq 2 --expert-parallel-size 1"),  # 2 + 2 sentences, and 1 + none
+        (2, 4, "--update-freq 1"),
+    ],
+)
+def test_the_balance_loss_of_an_update_is_that_of_its_whole_batch(ranks, sentences, flags, tmp_path):
+    data = make_corpus(tmp_path, sentences=sentences)
+    common = "--max-update 3 --moe-balance-loss-weight 1.0 --disable-validation".split()
+    alone = runs(data, 1, *common, "--batch-size", str(sentences))
+    split = runs(data, ranks, *common, "--batch-size", "2", "--balance-scope", "update", *flags.split())
+    assert_same(whole(split), whole(alone))
+
+
 @pytest.mark.parametrize("flags", [["--fp16"], ["--memory-efficient-fp16"]], ids=lambda flags: flags[0])
 def test_the_gradient_norm_in_half_precision_is_the_same_on_all_ranks(flags, five_batches, one_process):
     results = runs(five_batches, 2, "--max-update", "3", "--disable-validation", "--fp16-init-scale", "4", *flags)

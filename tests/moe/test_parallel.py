@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_sparsemixer.moe.gates import GATES, build_gate
-from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size
+from fairseq_sparsemixer.moe.gates import build_gate
+from fairseq_sparsemixer.moe.gates.balance_scope import RanksScope, Update
+from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, RankGroup, expert_parallel_size
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
@@ -48,14 +49,12 @@ def test_a_copied_model_keeps_its_expert_group():
     assert ranks.num_replicas == 2
 
 
-@pytest.mark.parametrize("router", sorted(GATES))
-def test_a_copied_gate_keeps_its_balance_group(router):
-    gate, group = build_gate(router, 4, 2), Uncopyable()
-    gate.balance_group = group
-    copied = copy.deepcopy(gate)
-    assert copied.balance_group.handle is group
-    gate.balance_group = None
-    assert gate.balance_group is None and copied.balance_group is not None
+@pytest.mark.parametrize("scope", [RanksScope, lambda group: Update(RankGroup(group)).scope()], ids=["global", "update"])
+def test_a_copied_gate_keeps_its_balance_scope(scope):
+    gate, group = build_gate("switch", 4, 2), Uncopyable()
+    gate.balance_scope = scope(group)
+    copied = copy.deepcopy(gate).balance_scope
+    assert (copied.group if isinstance(copied, RanksScope) else copied.update.group).handle is group
 
 
 class Uncopyable:

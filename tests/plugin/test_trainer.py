@@ -10,7 +10,7 @@ from fairseq.trainer import Trainer
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_training_apart
-from fairseq_sparsemixer.plugin.trainer import MoETrainer, install, set_balance_scope
+from fairseq_sparsemixer.plugin.trainer import MoETrainer, install
 
 
 def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, **model):
@@ -39,11 +39,6 @@ def test_plain_data_parallelism_is_accepted(backend):
 def test_settings_that_assume_identical_ranks_are_refused_with_the_remedy(options, sentence):
     with pytest.raises(ConfigurationError, match=f"{sentence} .*--expert-parallel-size 1"):
         refuse_incompatible(configuration(**options), size=2)
-
-
-def test_an_unknown_balance_scope_is_refused():
-    with pytest.raises(ConfigurationError, match="--balance-scope everywhere is unknown; choose local or global"):
-        set_balance_scope(configuration(balance_scope="everywhere"), task=None, model=None, timeout=None)
 
 
 def test_torchrun_ranks_that_fairseq_would_train_separately_are_refused(monkeypatch):

@@ -21,6 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -55,7 +56,7 @@ def default_moe_routing(
     padding_mask: Optional[Tensor],
     top_k: int,
     vectors: Tensor,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
     """The top_k experts for logits [S, E], and the weights of the default outputs, vectors [E, M], of the others."""
@@ -67,7 +68,7 @@ def default_moe_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -88,7 +89,7 @@ class DefaultMoEGate(Gate):
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See default_moe_routing; in training, the combined output's backward counts the experts' outputs."""
         vectors = self.average.vectors
-        routing = default_moe_routing(logits, padding_mask, self.top_k, vectors, self.balance_group, self.selection_bias)
+        routing = default_moe_routing(logits, padding_mask, self.top_k, vectors, self.balance_scope, self.selection_bias)
         assert routing.default is not None
         return replace(routing, default=routing.default._replace(average=self.average)) if self.training else routing
 

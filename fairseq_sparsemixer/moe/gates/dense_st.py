@@ -10,11 +10,12 @@ others count as pi_e / n with n constant in the backward. With k = 1 the weight 
 that were not chosen.
 """
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -26,7 +27,7 @@ def dense_st_routing(
     padding_mask: Optional[Tensor],
     top_k: int,
     every_expert: bool,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
     renormalise: bool = False,
 ) -> Routing:
@@ -49,7 +50,7 @@ def dense_st_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, order[:, :top_k], padding_mask, balance_group),
+            "balance": balance_loss(probabilities, order[:, :top_k], padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -75,5 +76,5 @@ class DenseStraightThroughGate(Gate):
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See dense_st_routing."""
         return dense_st_routing(
-            logits, padding_mask, self.top_k, self.training, self.balance_group, self.selection_bias, self.renormalise
+            logits, padding_mask, self.top_k, self.training, self.balance_scope, self.selection_bias, self.renormalise
         )

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.bias import SelectionBias
 from fairseq_sparsemixer.moe.gates.capacity import limit_capacity, require_capacity_factor, require_policy
 from fairseq_sparsemixer.moe.gates.routing import Routing
-from fairseq_sparsemixer.moe.parallel import RankGroup
 
 
 class Gate(nn.Module):
@@ -31,7 +31,7 @@ class Gate(nn.Module):
     top_k = 1  # experts per token; an option of gates with a variable number
     causal = True  # at inference, a token's routing depends on no other token, as autoregressive decoders require
     wants_token_ids = False  # whether models should pass token ids to the gate
-    _balance_group: Optional[RankGroup] = None
+    balance_scope: Optional[BalanceScope] = None  # over which tokens the balance loss is computed; None: one forward's
 
     def __init__(
         self,
@@ -57,15 +57,6 @@ class Gate(nn.Module):
         if router_bias:
             nn.init.zeros_(self.projection.bias)  # no expert is preferred before training
         self.balancer = SelectionBias(num_experts, bias_update_rate) if bias_update_rate else None
-
-    @property
-    def balance_group(self) -> Optional[RankGroup]:
-        """The ranks over whose tokens the balance loss is computed, set as a torch process group; None: this rank only."""
-        return self._balance_group
-
-    @balance_group.setter
-    def balance_group(self, group: Any) -> None:
-        self._balance_group = group if group is None or isinstance(group, RankGroup) else RankGroup(group)
 
     @property
     def experts_per_token(self) -> float:

@@ -15,11 +15,12 @@ For `random`, w is the normalised weight then (Algorithm 1 of the paper), else p
 """
 
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -32,7 +33,7 @@ def gshard_routing(
     logits: Tensor,
     padding_mask: Optional[Tensor] = None,
     gumbel: Optional[Tensor] = None,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
     coin: Optional[Tensor] = None,
     normalise_first: bool = False,
@@ -59,7 +60,7 @@ def gshard_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, first, padding_mask, balance_group),
+            "balance": balance_loss(probabilities, first, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -129,7 +130,7 @@ class GShardGate(Gate):
         noise = self.draw_noise(logits)
         gumbel, coin = (None, noise) if self.second_expert_policy == "random" else (noise, None)
         return gshard_routing(
-            logits, padding_mask, gumbel, self.balance_group, self.selection_bias, coin, self.normalise_before_dropping
+            logits, padding_mask, gumbel, self.balance_scope, self.selection_bias, coin, self.normalise_before_dropping
         )
 
     def limit(self, routing: Routing) -> Routing:

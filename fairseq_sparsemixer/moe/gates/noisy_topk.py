@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, project, require_top_k
-from fairseq_sparsemixer.moe.gates.losses import cv_squared, masked_sum, router_z_loss
+from fairseq_sparsemixer.moe.gates.losses import cv_squared, masked_sum, over_sequences, real_tokens, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
 
@@ -33,7 +34,7 @@ def noisy_topk_routing(
     padding_mask: Optional[Tensor],
     top_k: int,
     noise: Optional[GaussianNoise] = None,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
     """The top_k experts by noisy logits [S, E], weighted by the softmax over these k; noise=None means no noise.
@@ -50,13 +51,19 @@ def noisy_topk_routing(
         expert_index=expert_index,
         combine_weight=weight,
         aux_losses={
-            "importance": cv_squared(masked_sum(gates, padding_mask, balance_group)),
-            "load": cv_squared(masked_sum(load, padding_mask, balance_group)),
+            "importance": unevenness(gates, padding_mask, balance_scope),
+            "load": unevenness(load, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=logits.detach().softmax(-1),
         padding_mask=padding_mask,
     )
+
+
+def unevenness(values: Tensor, padding_mask: Optional[Tensor], scope: Optional[BalanceScope]) -> Tensor:
+    """The squared coefficient of variation of the experts' sums of values [S, E]: a scalar, see cv_squared."""
+    losses = cv_squared(masked_sum(values, padding_mask, scope))
+    return over_sequences(losses, real_tokens(values, padding_mask), scope)
 
 
 def probability_of_choice(logits: Tensor, noisy: Tensor, top_k: int, noise: Optional[GaussianNoise]) -> Tensor:
@@ -97,7 +104,7 @@ class NoisyTopKGate(Gate):
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None, noise_std: Optional[Tensor] = None) -> Routing:
         """See noisy_topk_routing."""
         noise = self.draw_noise(noise_std)
-        return noisy_topk_routing(logits, padding_mask, self.top_k, noise, self.balance_group, self.selection_bias)
+        return noisy_topk_routing(logits, padding_mask, self.top_k, noise, self.balance_scope, self.selection_bias)
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
         """See Gate.forward."""

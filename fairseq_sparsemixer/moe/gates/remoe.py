@@ -21,13 +21,14 @@ zero. lambda then grows without effect, so it is bounded here; `router_bias` let
 
 import math
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_top_k
-from fairseq_sparsemixer.moe.gates.losses import masked_mean, router_z_loss
+from fairseq_sparsemixer.moe.gates.losses import masked_mean, over_sequences, real_tokens, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.gates.step_state import StepState
@@ -65,15 +66,16 @@ class L1Coefficient(StepState):
         self.value.clamp_(max=LARGEST)
 
 
-def l1_loss(weights: Tensor, padding_mask: Optional[Tensor], top_k: int, group: Any = None) -> Tensor:
+def l1_loss(weights: Tensor, padding_mask: Optional[Tensor], top_k: int, scope: Optional[BalanceScope] = None) -> Tensor:
     """The L1 loss of weights [S, E] with load balancing, without lambda: a scalar, see balance_loss."""
     with torch.no_grad():
-        share = masked_mean((weights > 0).to(weights.dtype), padding_mask, group)  # [E]
-    return weights.size(-1) / top_k * (share * masked_mean(weights, padding_mask, group)).sum()
+        share = masked_mean((weights > 0).to(weights.dtype), padding_mask, scope)  # [E]
+    losses = weights.size(-1) / top_k * (share * masked_mean(weights, padding_mask, scope)).sum(-1)
+    return over_sequences(losses, real_tokens(weights, padding_mask), scope)
 
 
 def remoe_routing(
-    logits: Tensor, padding_mask: Optional[Tensor], top_k: int, coefficient: Tensor, balance_group: Any = None
+    logits: Tensor, padding_mask: Optional[Tensor], top_k: int, coefficient: Tensor, balance_scope: Optional[BalanceScope] = None
 ) -> Routing:
     """The experts with positive logits [S, E], weighted by them; the L1 loss aims at top_k per token.
 
@@ -88,7 +90,7 @@ def remoe_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
         aux_losses={
-            "l1": coefficient * l1_loss(weights, padding_mask, top_k, balance_group),
+            "l1": coefficient * l1_loss(weights, padding_mask, top_k, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=weights.detach() / total.clamp(min=torch.finfo(total.dtype).tiny),
@@ -116,5 +118,5 @@ class ReMoEGate(Gate):
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See remoe_routing; in training, the backward counts the active experts."""
-        routing = remoe_routing(logits, padding_mask, self.top_k, self.l1.value, self.balance_group)
+        routing = remoe_routing(logits, padding_mask, self.top_k, self.l1.value, self.balance_scope)
         return replace(routing, combine_weight=self.l1.watch_sparsity(routing)) if self.training else routing

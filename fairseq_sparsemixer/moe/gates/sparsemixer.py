@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.estimators import Estimator, get_estimator
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_jitter
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -84,7 +85,7 @@ def sparsemixer_routing(
     jitter_eps: float,
     estimator: Estimator,
     noise: Optional[SamplingNoise] = None,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
     """One expert per token for logits [S, E], drawn by draw_expert; without noise (inference), the arg-max."""
@@ -93,7 +94,7 @@ def sparsemixer_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight, padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -145,7 +146,7 @@ class SparseMixerGate(Gate):
             self.jitter_eps,
             self.estimator,
             self.draw_noise(logits),
-            self.balance_group,
+            self.balance_scope,
             self.selection_bias,
         )
         return replace(routing, output_scale=self.omega)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.estimators import Estimator, get_estimator
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_jitter, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -24,7 +25,7 @@ def sparsemixer_v2_routing(
     jitter_eps: float,
     estimator: Estimator,
     noise: Optional[List[SamplingNoise]] = None,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
     """top_k distinct experts per token for logits [S, E]; noise has one SamplingNoise per draw, None means inference.
@@ -43,7 +44,7 @@ def sparsemixer_v2_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(torch.cat([draw.weight for draw in draws], 1), padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -87,6 +88,6 @@ class SparseMixerV2Gate(Gate):
             self.jitter_eps,
             self.estimator,
             self.draw_noise(logits),
-            self.balance_group,
+            self.balance_scope,
             self.selection_bias,
         )

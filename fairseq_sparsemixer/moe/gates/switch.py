@@ -5,6 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_jitter
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -15,7 +16,7 @@ def switch_routing(
     logits: Tensor,
     padding_mask: Optional[Tensor] = None,
     jitter: Optional[Tensor] = None,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
     """Top-1 routing for logits [S, E]; jitter [S, E], if given, multiplies the logits (exploration in training).
@@ -30,7 +31,7 @@ def switch_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(probabilities.gather(1, expert_index), padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -57,4 +58,4 @@ class SwitchGate(Gate):
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See switch_routing."""
-        return switch_routing(logits, padding_mask, self.draw_noise(logits), self.balance_group, self.selection_bias)
+        return switch_routing(logits, padding_mask, self.draw_noise(logits), self.balance_scope, self.selection_bias)

@@ -16,6 +16,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -35,7 +36,7 @@ def topk_routing(
     scale: float = 1.0,
     groups: int = 1,
     topk_groups: int = 1,
-    balance_group: Any = None,
+    balance_scope: Optional[BalanceScope] = None,
     bias: Optional[Tensor] = None,
 ) -> Routing:
     """The top_k experts for logits [S, E]; bias [E], if given, is added to the scores for the choice only.
@@ -55,7 +56,7 @@ def topk_routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight * scale, padding_mask),
         aux_losses={
-            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_group),
+            "balance": balance_loss(probabilities, expert_index, padding_mask, balance_scope),
             "router_z": router_z_loss(logits, padding_mask),
         },
         probabilities=probabilities.detach(),
@@ -111,7 +112,7 @@ class TopKGate(Gate):
             self.scale,
             self.groups,
             self.topk_groups,
-            self.balance_group,
+            self.balance_scope,
             self.selection_bias,
         )
 

@@ -75,7 +75,7 @@ class PartsGate(Gate):
             expert_index=expert_index,
             combine_weight=hide_padding(self.multiplier(softmaxes[self.softmax].gather(1, expert_index), node), padding_mask),
             aux_losses={
-                "balance": balance_loss(softmaxes[self.balance], expert_index, padding_mask, self.balance_group),
+                "balance": balance_loss(softmaxes[self.balance], expert_index, padding_mask, self.balance_scope),
                 "router_z": router_z_loss(logits, padding_mask),
             },
             probabilities=softmaxes["whole"].detach(),

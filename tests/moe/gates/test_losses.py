@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from torch import distributed as dist
 
+from fairseq_sparsemixer.moe.gates.balance_scope import RanksScope
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, cv_squared, masked_mean, masked_sum, router_z_loss
 
 
@@ -95,9 +96,9 @@ def losses_of_a_shard():
     """This rank's balance loss over the tokens of both ranks, its gradient, and its sum and mean of the probabilities."""
     probabilities, expert_index, padding = (tensor[SHARDS[dist.get_rank()]] for tensor in tokens_of_all_ranks())
     probabilities.requires_grad_()
-    loss = balance_loss(probabilities, expert_index, padding, dist.group.WORLD)
+    loss = balance_loss(probabilities, expert_index, padding, RanksScope(dist.group.WORLD))
     loss.backward()
-    totals = [f(probabilities.detach(), padding, dist.group.WORLD) for f in (masked_sum, masked_mean)]
+    totals = [f(probabilities.detach(), padding, RanksScope(dist.group.WORLD)) for f in (masked_sum, masked_mean)]
     return loss.item(), probabilities.grad, *totals
 
 
