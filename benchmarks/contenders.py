@@ -206,14 +206,38 @@ def tutel(shape: Shape, path: Path) -> Contender:
 
 
 def megablocks(shape: Shape, path: Path) -> Contender:
-    """MegaBlocks' dropless layer."""
-    dmoe = import_for_gpu(path, "megablocks.layers.dmoe")
-    layer = dmoe.dMoE(
-        import_for_gpu(path, "megablocks.layers.arguments").Arguments(
-            hidden_size=shape.model_dim, ffn_hidden_size=shape.hidden_dim, moe_num_experts=shape.experts,
-            moe_top_k=shape.top_k, bf16=True, fp16=False, activation_fn=F.relu,
-        )
+    """MegaBlocks' dropless layer, with its balance loss, which it keeps in a list until asked for."""
+    dmoe, moe = (import_for_gpu(path, f"megablocks.layers.{name}") for name in ("dmoe", "moe"))
+    options = import_for_gpu(path, "megablocks.layers.arguments").Arguments(
+        hidden_size=shape.model_dim, ffn_hidden_size=shape.hidden_dim, moe_num_experts=shape.experts,
+        moe_top_k=shape.top_k, moe_loss_weight=1.0, bf16=True, fp16=False, activation_fn=F.relu,
     )  # fmt: skip
+    layer = dmoe.dMoE(options)
+
+    def forward(x: Tensor):
+        moe.clear_load_balancing_loss()
+        output, _ = layer(x.unsqueeze(1))
+        return output.squeeze(1), moe.batched_load_balancing_loss(options)
+
+    return Contender(layer, forward)
+
+
+def megatron(shape: Shape, path: Path) -> Contender:
+    """Megatron-Core's layer with grouped experts of Transformer Engine and its all-to-all; it adds its balance loss itself."""
+    import_for_gpu(path, "transformer_engine")  # without it, the layer loops over experts
+    state = import_for_gpu(path, "megatron.core.parallel_state")
+    single_rank_group()
+    if not state.model_parallel_is_initialized():
+        state.initialize_model_parallel()
+        import_for_gpu(path, "megatron.core.tensor_parallel.random").model_parallel_cuda_manual_seed(1)
+    config = import_for_gpu(path, "megatron.core.transformer.transformer_config").TransformerConfig(
+        num_layers=1, num_attention_heads=1, hidden_size=shape.model_dim, moe_ffn_hidden_size=shape.hidden_dim,
+        num_moe_experts=shape.experts, moe_router_topk=shape.top_k, moe_aux_loss_coeff=AUX_WEIGHT, moe_grouped_gemm=True,
+        moe_token_dispatcher_type="alltoall", moe_permute_fusion=True, add_bias_linear=False, activation_func=F.relu,
+        params_dtype=torch.bfloat16, bf16=True,
+    )  # fmt: skip
+    specs = import_for_gpu(path, "megatron.core.models.gpt.moe_module_specs")
+    layer = specs.get_moe_module_spec(use_te=True, num_experts=shape.experts, moe_grouped_gemm=True)(config=config)
     return Contender(layer, lambda x: (layer(x.unsqueeze(1))[0].squeeze(1), None))
 
 
@@ -222,6 +246,7 @@ PEERS: Dict[str, Callable[[Shape, Path], Contender]] = {
     "fairseq-moe": fairseq_moe,
     "tutel": tutel,
     "megablocks": megablocks,
+    "megatron": megatron,
 }
 
 

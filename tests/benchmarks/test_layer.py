@@ -58,3 +58,10 @@ def test_cuda_replacements_are_removed_afterwards():
         torch.cuda.synchronize()
         assert torch.histc(torch.tensor([1, 2, 2]), bins=2, min=1, max=2).tolist() == [1, 2]
     assert (torch.histc, torch.cuda.Event, torch.cuda.synchronize) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.parametrize("name", ["tutel", "megablocks", "megatron"])
+def test_a_peer_that_needs_a_gpu_says_so(name, tmp_path):
+    with pytest.raises(NotRunnable, match="it needs a GPU"):
+        contenders.PEERS[name](Shape(8, 2, 1, 4, 4), tmp_path)

@@ -56,7 +56,7 @@ class SequenceScope(BalanceScope):
 
     def restart(self, num_sequences: int) -> None:
         """See BalanceScope."""
-        self.num_sequences = num_sequences
+        self.num_sequences = max(num_sequences, 1)  # a batch may be empty
 
     def segments(self, num_tokens: int, device: torch.device) -> Optional[Tensor]:
         """See BalanceScope."""
