@@ -8,6 +8,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     trainer, at start-up          MoELayer.expert_group                   MoELayer.dispatch
     trainer, at start-up          Gate.balance_scope                      Gate.decide, for the balance loss
     trainer, before an update     Update's sums                           UpdateScope, with --balance-scope update
+    taking_turns                  MoELayer.turns                          MoELayer.forward, to wait for other ranks
     the backward pass             StepState.pending                       update_step_states, after the step
     fairseq's layer (moe_block)   _FeedForward.padding_mask, token_ids    _FeedForward.forward: fairseq calls fc1 with x only
     --retain-dropout              Experts.drop_at_inference               Experts.forward
@@ -23,6 +24,7 @@ from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.moe.turns import Turns
 from fairseq_sparsemixer.names import transformer_layer
 
 with warnings.catch_warnings():  # fairscale uses deprecated torch.cuda.amp names
@@ -47,6 +49,7 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         self.expert_group: Optional[ExpertGroup] = None  # the ranks that share the experts; see shard_experts
         self.routing: Optional[Routing] = None
         self.idle = False
+        self.turns: Optional[Turns] = None  # in generation; see turns.py
 
     @property
     def l_aux(self) -> Optional[Tensor]:
@@ -71,6 +74,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
             if padding_mask.shape != x.shape[:-1]:
                 raise ValueError(f"padding_mask of shape {tuple(padding_mask.shape)} does not match x of {tuple(x.shape)}")
             padding_mask = padding_mask.reshape(-1).bool()
+        if self.turns is not None:
+            self.turns.wait_for(self)
         tokens = x.reshape(-1, model_dim)  # [S, M]
         if self.idle:
             padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
@@ -84,6 +89,12 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
             always = self.shared_experts(tokens, [tokens.size(0)])
             output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))
         return output.reshape(x.shape)
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Take part in a forward of the other ranks without tokens, for inference; `routing` is unchanged."""
+        none = next(self.experts.parameters()).new_empty(0, self.gate.model_dim)
+        self.dispatch(none, self.gate(none))
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Run tokens [S, M] through the experts chosen by the routing, on whichever rank they are -> [S, M]."""
@@ -112,8 +123,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         )
 
     def __getstate__(self) -> Dict[str, Any]:
-        # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or its idle state
-        return {**self.__dict__, "routing": None, "idle": False}
+        # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or the state of a step
+        return {**self.__dict__, "routing": None, "idle": False, "turns": None}
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:

@@ -14,8 +14,9 @@ from fairseq_sparsemixer.moe.gates.balance_scope import RanksScope, SequenceScop
 from fairseq_sparsemixer.moe.layer import moe_layers
 from fairseq_sparsemixer.moe.parallel import RankGroup
 from fairseq_sparsemixer.plugin.refusals import OWN_TOKENS
-from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards
+from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards, refusing_generation
 
+TWICE = "which --balance-scope update would do twice for each batch, with other words; use --balance-scope global or local"
 SCOPES = ("sequence", "local", "global", "update")
 
 
@@ -63,7 +64,7 @@ def counting_ahead(trainer: Any, samples: List[Dict[str, Any]]) -> Iterator[None
     try:
         trainer._set_seed()
         trainer.criterion.train()
-        with torch.no_grad(), metrics.aggregate(new_root=True), _without_backward(trainer.optimizer):
+        with torch.no_grad(), metrics.aggregate(new_root=True), _without_backward(trainer.optimizer), refusing_generation(TWICE):
             for sample in samples:
                 sample, is_dummy = trainer._prepare_sample(sample)
                 trainer.task.train_step(

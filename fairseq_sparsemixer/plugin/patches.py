@@ -69,8 +69,8 @@ PATCHES = (
     ),
     Patch(
         "fairseq.sequence_generator.SequenceGenerator._generate, in training with experts sharded over ranks",
-        "a rank that generates alone leaves the others waiting in a layer",
-        "generation in training keeps all ranks in step",
+        "a rank that generates longer than the others waits for them in a layer",
+        "a hook of fairseq's around generation in training",
         None,
     ),
     Patch(

@@ -34,13 +34,12 @@ from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTraine
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
 from fairseq_sparsemixer.plugin.refusals import (
     KEEP_ALL,
-    OWN_TOKENS,
     refuse_incompatible,
     refuse_missing_tpu,
     refuse_training_apart,
     refuse_writing_in_place,
 )
-from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards, refusing_generation
+from fairseq_sparsemixer.plugin.unequal_forwards import generating_together, refuse_unequal_forwards
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `expert_group` is None if every rank holds all experts."""
 
     update: Optional[Update] = None  # with --balance-scope update
-    never_generate: Optional[str] = None  # the remedy, if a rank that generates would leave the others waiting
+    ranks_wait = False  # whether a layer's forward waits for other ranks
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
         refuse_missing_tpu(cfg)
@@ -64,8 +63,7 @@ class MoETrainer(CheckpointingTrainer):
                 set_timeout(timeout)
                 self.expert_group = share_out_experts(cfg, task, model, timeout)
                 self.update = set_balance_scope(cfg, task, model, timeout)
-            if spans_ranks(model) or self.expert_group:
-                self.never_generate = OWN_TOKENS if spans_ranks(model) else KEEP_ALL
+            self.ranks_wait = spans_ranks(model) or self.expert_group is not None
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
@@ -88,7 +86,7 @@ class MoETrainer(CheckpointingTrainer):
         """See Trainer. A rank that runs out of memory ends the run, because the others wait for it in mid-batch."""
         self.in_train_step = True
         try:
-            with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate), counting_ahead(self, samples):
+            with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait), counting_ahead(self, samples):
                 output = super().train_step(samples, raise_oom or self.expert_group is not None)
         finally:
             self.in_train_step = False
@@ -100,7 +98,7 @@ class MoETrainer(CheckpointingTrainer):
 
     def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False):
         """See Trainer and train_step."""
-        with explaining_lost_ranks(self.cfg), refusing_generation(self.never_generate):
+        with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait):
             return super().valid_step(sample, raise_oom or self.expert_group is not None)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:

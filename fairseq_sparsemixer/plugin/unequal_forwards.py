@@ -1,17 +1,20 @@
-"""Refuses flags and tasks that make one rank run a layer more often than another, if the forward is a collective.
+"""Settings and tasks that make one rank run a layer more often than another, if the forward is a collective.
 
 It is one with experts sharded over ranks, and with --balance-scope global. The other ranks would wait forever, or worse,
-mistake the next layer's numbers for this one's.
+mistake the next layer's numbers for this one's. Generation by fairseq's SequenceGenerator takes turns; all else is refused.
 """
 
+import functools
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from fairseq.sequence_generator import SequenceGenerator
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import moe_layers
+from fairseq_sparsemixer.moe.turns import balancing_alone, taking_turns
 
-GENERATING_FLAGS = ("eval_bleu", "eval_wer", "eval_wer_parse", "eval_inference")  # fairseq's tasks, in validation
+GENERATING_FLAGS = ("eval_wer", "eval_wer_parse", "eval_inference")  # of tasks with generators of their own, in validation
 
 
 def refuse_unequal_forwards(cfg: Any, task: Any, remedy: str) -> None:
@@ -28,37 +31,48 @@ def refuse_unequal_forwards(cfg: Any, task: Any, remedy: str) -> None:
                 f"--{flag.replace('_', '-')} generates a different number of words on each rank, which leaves the others"
                 f" waiting in a layer; score checkpoints with fairseq-generate, or {remedy}"
             )
-    if _keeps_generator(task):
+    generator = _other_generator(task)
+    if generator is not None:
         raise ConfigurationError(
-            f"--task {getattr(cfg.task, '_name', type(task).__name__)} generates in training, a different number of words on"
-            f" each rank, which leaves the others waiting in a layer; {remedy}"
+            f"--task {getattr(cfg.task, '_name', type(task).__name__)} generates in training by a {type(generator).__name__}, a"
+            f" different number of words on each rank, which leaves the others waiting in a layer; {remedy}"
         )
 
 
-def _keeps_generator(task: Any) -> bool:
-    """Whether a task, once its model is built, holds a generator: fairseq's tasks have one only if they will use it."""
+def _other_generator(task: Any) -> Optional[Any]:
+    """A generator that a task, once its model is built, holds and that is not fairseq's SequenceGenerator."""
     for value in vars(task).values():
         held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-        if any(callable(getattr(item, "generate", None)) for item in held):
-            return True
-    return False
+        for item in held:
+            if callable(getattr(item, "generate", None)) and not isinstance(item, SequenceGenerator):
+                return item
+    return None
 
 
 @contextmanager
-def refusing_generation(remedy: Optional[str]) -> Iterator[None]:
-    """In this context, raise ConfigurationError if a sequence is generated; with remedy=None, allow it.
+def generating_together(ranks_wait: bool) -> Iterator[None]:
+    """In this context, ranks that wait for each other in a layer may generate different numbers of words.
 
-    For tasks that create a generator only in the step that needs it.
+    Every rank must call a SequenceGenerator equally often; a call ends when those of all ranks have. ranks_wait=False: the
+    ranks do not wait for each other, and nothing is changed.
     """
-    if remedy is None:
+    if not ranks_wait:
         yield
         return
+    generate = SequenceGenerator._generate
+    SequenceGenerator._generate = _in_turns(generate)
+    try:
+        yield
+    finally:
+        SequenceGenerator._generate = generate
+
+
+@contextmanager
+def refusing_generation(why: str) -> Iterator[None]:
+    """In this context, raise ConfigurationError if a sequence is generated; why: a clause on the task, with the remedy."""
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise ConfigurationError(
-            "the task generates in training, a different number of words on each rank, which leaves the others waiting in a"
-            f" layer; {remedy}"
-        )
+        raise ConfigurationError(f"the task generates in training, {why}")
 
     generate = SequenceGenerator._generate
     SequenceGenerator._generate = refuse
@@ -66,3 +80,13 @@ def refusing_generation(remedy: Optional[str]) -> Iterator[None]:
         yield
     finally:
         SequenceGenerator._generate = generate
+
+
+def _in_turns(generate: Callable) -> Callable:
+    @functools.wraps(generate)
+    def together(self: SequenceGenerator, *arguments: Any, **options: Any) -> Any:
+        layers = moe_layers(self.model)
+        with balancing_alone(layers), taking_turns(layers):
+            return generate(self, *arguments, **options)
+
+    return together

@@ -93,8 +93,19 @@ def test_two_ranks_with_all_experts_have_equal_losses(data, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("flags", [[], ["--expert-parallel-size", "1", "--balance-scope", "global"]], ids=["sharded", "global"])
-def test_the_task_is_refused_on_ranks_that_wait_for_each_other(flags, data, tmp_path):
-    for sentence in run_ranks(2, rank, data, tmp_path, meeting_place(), *flags, group=False):
-        assert "--task online_backtranslation generates in training" in sentence
-        assert "--expert-parallel-size 1" in sentence
+def test_two_ranks_that_share_the_experts_train_as_two_with_all_experts(data, tmp_path):
+    whole, _ = run_ranks(2, rank, data, tmp_path / "a", meeting_place(), "--expert-parallel-size", "1", group=False)
+    shared = run_ranks(2, rank, data, tmp_path / "b", meeting_place(), group=False)
+    assert len(whole) == 2 and shared[0] == shared[1] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_a_balance_loss_translate_alone(data, tmp_path):
+    flags = ["--expert-parallel-size", "1", "--balance-scope", "global"]
+    first, second = run_ranks(2, rank, data, tmp_path, meeting_place(), *flags, group=False)
+    assert len(first) == 2 and first == second
+
+
+def test_a_balance_loss_over_an_update_is_refused(data, tmp_path):
+    with pytest.raises(SystemExit, match="the task generates in training, which --balance-scope update would do twice"):
+        fit(data, tmp_path, *FLAGS, "--balance-scope", "update", "--update-freq", 2, updates=1)

@@ -1,8 +1,11 @@
 """Validation in training: BLEU of generated translations, and early stopping."""
 
+from pathlib import Path
+
 import pytest
 from decoding import decode
 from fitting import EXPERTS, TRANSLATION, fit, weights
+from ranks import meeting_place, rank_number, run_ranks
 from texts import draw_sentences, write_dictionary, write_sentences
 
 pytestmark = pytest.mark.slow
@@ -45,6 +48,38 @@ def test_bleu_in_training_equals_that_of_generation_and_the_run_resumes(tokenize
     assert resumed.losses == run.losses[38:] and resumed.valid[-1]["bleu"] == run.valid[-1]["bleu"]
     first, second = weights(path), weights(tmp_path / "parts" / "checkpoint_last.pt")
     assert all(first[name].equal(second[name]) for name in first)
+
+
+def score_on_a_rank(data: Path, checkpoint: Path, save_dir: Path, meeting: str):
+    """The validation figures of one of two ranks that start from the checkpoint and change it by next to nothing."""
+    from fairseq_sparsemixer.cli.launch import rank_command
+
+    launched = rank_command(["fairseq-train"], rank_number(), 2, meeting)[1:]
+    start = ["--finetune-from-model", checkpoint, "--lr", 1e-30, "--batch-size-valid", 3]
+    return fit(data, save_dir, *FLAGS, *BLEU, *start, *launched, updates=1).valid[-1]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sentences", [16, 7], ids=["as many batches", "one rank without a last batch"])
+def test_two_ranks_that_share_the_experts_score_as_one_process(sentences, copied, tmp_path):
+    import sacrebleu
+
+    folder, references = copied
+    data = tmp_path / "data"
+    data.mkdir()
+    draw = draw_sentences(sentences, seed=3, shortest=1, longest=8)  # translations of different lengths
+    for language in ("de", "en"):
+        words = write_dictionary(data / f"dict.{language}.txt")
+        for part, lines in (("train", draw), ("valid", draw)):
+            write_sentences(data / f"{part}.de-en.{language}", lines, words)
+    fit(folder, tmp_path / "trained", *FLAGS, "--disable-validation", updates=40)
+    path = tmp_path / "trained" / "checkpoint_last.pt"
+    hypotheses = [one.text for one in decode(data, path, tmp_path, "--beam", 3)]
+    expected = sacrebleu.corpus_bleu(hypotheses, [[" ".join(line) for line in draw]])
+    assert len({len(text.split()) for text in hypotheses}) > 1 and expected.counts[0] > 0
+    ranks = run_ranks(2, score_on_a_rank, data, path, tmp_path / "run", meeting_place(), group=False)
+    for figures in ranks:
+        assert figures["bleu"] == pytest.approx(expected.score, abs=0.01)
 
 
 def test_patience_stops_a_run_that_does_not_improve(pairs, tmp_path):
