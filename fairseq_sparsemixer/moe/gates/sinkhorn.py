@@ -17,6 +17,7 @@ from fairseq_sparsemixer.moe.gates.routing import Routing
 
 TOLERANCE = 1e-4  # on the mean change of the column factors, as in Megatron-Core
 MAX_ITERATIONS = 100
+LOOK_EVERY = 10  # iterations between looks at a GPU, which the host waits for; once settled, further ones change nothing
 TINY = 1e-8  # avoids division by zero, as in Megatron-Core
 
 
@@ -24,17 +25,19 @@ TINY = 1e-8  # avoids division by zero, as in Megatron-Core
 def sinkhorn(logits: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
     """[S, E]: exp(logits) scaled to row sums 1 / S and column sums 1 / E; padding rows are 0 and not counted in S."""
     kernel = (logits - logits.amax(-1, keepdim=True)).exp()  # the row scale is arbitrary; this one cannot overflow
-    rows = torch.full((), len(logits), dtype=kernel.dtype, device=kernel.device)
+    rows = torch.full((), max(len(logits), 1), dtype=kernel.dtype, device=kernel.device)
     if padding_mask is not None:
         kernel = kernel.masked_fill(padding_mask.unsqueeze(-1), 0)
-        rows = (~padding_mask).sum().to(kernel.dtype)
+        rows = (~padding_mask).sum().clamp(min=1).to(kernel.dtype)
     row = kernel.new_ones(kernel.size(0))
     column = kernel.new_ones(kernel.size(1))
-    for _ in range(MAX_ITERATIONS):
+    settled = torch.zeros((), dtype=torch.bool, device=kernel.device)
+    for iteration in range(1, MAX_ITERATIONS + 1):
         before = column
-        row = 1 / (rows.clamp(min=1) * ((kernel * column).sum(1) + TINY))
-        column = 1 / (kernel.size(1) * ((kernel * row.unsqueeze(1)).sum(0) + TINY))
-        if (column - before).abs().mean() <= TOLERANCE:
+        row = torch.where(settled, row, (rows * (kernel.mv(column) + TINY)).reciprocal())
+        column = torch.where(settled, column, (kernel.size(1) * (kernel.t().mv(row) + TINY)).reciprocal())
+        settled = (column - before).abs().mean() <= TOLERANCE
+        if iteration % (LOOK_EVERY if kernel.is_cuda else 1) == 0 and settled:
             break
     return kernel * column * row.unsqueeze(1)
 

@@ -17,7 +17,7 @@ from fairseq_sparsemixer.moe.parallel import ExpertGroup
 S, M, H, E = 64, 16, 32, 8
 ROUTERS = sorted(set(GATES) - {"base"})  # base's solvers read the scores on the host
 PRECISIONS = ("float32", "float16", "bfloat16", "autocast")
-WAITS = {"sinkhorn": 1}  # waits in training: one per iteration, to check convergence
+WAITS = {"sinkhorn": 1}  # waits in training: one every ten iterations, to check convergence
 ROWS_UNKNOWN = {"expert_threshold", "remoe"}  # tokens have different numbers of experts: one wait, to read the number of rows
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -88,7 +88,7 @@ def test_the_layer_runs_in_every_precision_and_mode(router, options, precision):
         assert output.dtype == (torch.bfloat16 if precision == "autocast" else x.dtype)
         assert layer.experts.weight_in.grad.dtype == layer.experts.weight_in.dtype
         if precision in ("bfloat16", "autocast") and hasattr(F, "grouped_mm"):
-            allowed = 200 if router in WAITS and training else int(router in ROWS_UNKNOWN)
+            allowed = (WAITS.get(router, 0) if training else 0) + int(router in ROWS_UNKNOWN)
             assert len(watch.waits) <= allowed, watch.waits
 
 
@@ -107,7 +107,6 @@ LAUNCHES = {  # per layer, forward and backward; justify any increase
     "round_robin": 56,
     "expert_choice": 102,
     "switch": 103,
-    "sinkhorn": 106,
     "dense_st": 108,
     "topk": 119,
     "remoe": 126,
@@ -117,6 +116,7 @@ LAUNCHES = {  # per layer, forward and backward; justify any increase
     "gshard": 159,
     "sparsemixer_v2": 174,
     "noisy_topk": 190,
+    "sinkhorn": 228,  # ten iterations, after which it looks whether they settled
 }
 
 

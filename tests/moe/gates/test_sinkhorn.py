@@ -27,6 +27,16 @@ def test_scaling_gives_the_doubly_normalised_matrix(scale):
     torch.testing.assert_close(sinkhorn(logits), expected, atol=2e-4, rtol=2e-2)
 
 
+@pytest.mark.parametrize("every", [3, 10])
+def test_looking_less_often_changes_nothing(every, monkeypatch):
+    """As on a GPU, where each look makes the host wait."""
+    logits = torch.randn(16, 4, dtype=torch.float64)
+    expected = sinkhorn(logits)
+    monkeypatch.setattr("fairseq_sparsemixer.moe.gates.sinkhorn.LOOK_EVERY", every)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert torch.equal(sinkhorn(logits), expected)
+
+
 def test_training_selects_by_the_scaled_matrix_and_inference_by_logits():
     logits = torch.randn(40, 4, dtype=torch.float64)
     logits[:, 0] += 2
