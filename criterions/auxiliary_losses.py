@@ -40,6 +40,9 @@ class AuxiliaryLossConfig(FairseqDataclass):
         default=None, metadata={"help": "append the training tokens per expert to this file, as JSON lines"}
     )
     moe_load_interval: int = field(default=100, metadata={"help": "updates per line of --moe-load-file"})
+    moe_log_layers: bool = field(
+        default=False, metadata={"help": "also log the routers' metrics of each MoE layer, as encoder.layers.0/moe_load_max"}
+    )
 
 
 class AuxiliaryLosses:
@@ -56,7 +59,10 @@ class AuxiliaryLosses:
             if sentence:
                 raise ConfigurationError(sentence)
         # fairseq calls reduce_metrics on the class, so each criterion gets a subclass that carries its load log
-        state = {"load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None}
+        state: Dict[str, Any] = {
+            "load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None,
+            "logged_layers": [] if cfg.moe_log_layers else None,
+        }
         own = type(cls.__name__, (cls,), state)
         criterion = super().build_criterion.__func__(own, cfg, task)  # type: ignore[misc]  # of the class behind this one
         criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight, "l1": 1.0}  # remoe adapts the weight of l1 itself
@@ -69,6 +75,7 @@ class AuxiliaryLosses:
         "moe_load_interval": COUNT,
     }
     load_log: Optional[LoadLog] = None
+    logged_layers: Optional[List[str]] = None  # the names of the layers, once known; None without --moe-log-layers
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
         """See FairseqCriterion.forward: (loss with the auxiliary losses, sample size, logging output without)."""
@@ -81,6 +88,8 @@ class AuxiliaryLosses:
         logging_output.update(routing_log([layer for _, layer in layers], sample_size))
         if self.load_log is not None:
             self.load_log.watch([name for name, _ in layers], getattr(model, "num_updates", 0) if model.training else None)
+        if self.logged_layers is not None:
+            self.logged_layers[:] = [name for name, _ in layers]  # the list of the class, for reduce_metrics
         if reduce:
             loss = loss + self.auxiliary_loss([layer for _, layer in layers], sample_size)
         return loss, sample_size, logging_output
@@ -115,7 +124,7 @@ class AuxiliaryLosses:
         super().reduce_metrics(logging_outputs)  # type: ignore[misc]  # of the class behind this one
         totals = sum_routing_logs(logging_outputs)
         if totals:
-            log_routing_metrics(totals, sum(log.get("sample_size", 0) for log in logging_outputs))
+            log_routing_metrics(totals, sum(log.get("sample_size", 0) for log in logging_outputs), cls.logged_layers or ())
             if cls.load_log is not None:
                 cls.load_log.add(totals["load"].sum(1))
 

@@ -5,7 +5,7 @@ experts, loads are padded to the largest with NaN, which stays NaN when ranks an
 """
 
 import math
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -73,34 +73,46 @@ def on_host(totals: Dict[str, Tensor], sample_size: Any) -> Tuple[Dict[str, Tens
     return {name: part.view(totals[name].shape) for name, part in zip(totals, parts)}, size.item()
 
 
-def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> None:
-    """Log the metrics to fairseq. All are means over the MoE layers, except losses, which are sums over them."""
+def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any, layers: Sequence[str] = ()) -> None:
+    """Log the metrics to fairseq. All are means over the MoE layers, except losses, which are sums over them.
+
+    layers: the layers' names, to log each one's own figures, too, as LAYER/METRIC.
+    """
     totals, weight = on_host(totals, sample_size)
-    divisor = max(weight, 1)
+    for name, (values, digits) in routing_metrics(totals, max(weight, 1)).items():
+        together = values.sum() if name.endswith("_loss") else values.mean()
+        metrics.log_scalar(name, together, weight, round=digits)
+        for layer, value in zip(layers, values):
+            metrics.log_scalar(f"{layer}/{name}", value, weight, round=digits)
+
+
+def routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> Dict[str, Tuple[Tensor, int]]:
+    """(value of each layer [L], digits to show) of each metric, from totals on the host."""
+    found: Dict[str, Tuple[Tensor, int]] = {}
     for name in (name for name in totals if name.startswith(AUX)):
         short = name[len(AUX) :]
-        metrics.log_scalar(AUX_METRICS.get(short, f"moe_{short}_loss"), totals[name].sum() / divisor, weight, round=3)
+        found[AUX_METRICS.get(short, f"moe_{short}_loss")] = totals[name] / sample_size, 3
     tokens = totals["tokens"].clamp(min=1)  # [L]
-    metrics.log_scalar("entropy_gating", (totals["entropy"] / tokens).mean(), weight, round=3)
-    metrics.log_scalar("moe_argmax_share", (totals["argmax"] / tokens).mean(), weight, round=3)
+    found["entropy_gating"] = totals["entropy"] / tokens, 3
+    found["moe_argmax_share"] = totals["argmax"] / tokens, 3
     loads = [load[:, ~load.isnan().any(0)] for load in totals["load"]]  # L times [k, E]
-    metrics.log_scalar("moe_experts_per_token", (torch.stack([load.sum() for load in loads]) / tokens).mean(), weight, round=3)
+    found["moe_experts_per_token"] = torch.stack([load.sum() for load in loads]) / tokens, 3
     for choice in range(totals["load"].size(1)):
-        _log_load(f"expert{choice + 1}", [load[choice] for load in loads], totals["dropped"][:, choice], tokens, weight)
+        of_choice = _load_metrics([load[choice] for load in loads], totals["dropped"][:, choice], tokens)
+        found.update({name.format(f"expert{choice + 1}"): (values, 2) for name, values in of_choice.items()})
     spread = [load.sum(0) / load.sum().clamp(min=1) * load.size(1) for load in loads]  # L times [E], 1 if balanced
-    metrics.log_scalar("moe_load_max", _mean([layer.max() for layer in spread]), weight, round=2)
-    metrics.log_scalar("moe_load_min", _mean([layer.min() for layer in spread]), weight, round=2)
+    found["moe_load_max"] = torch.stack([layer.max() for layer in spread]), 2
+    found["moe_load_min"] = torch.stack([layer.min() for layer in spread]), 2
+    return found
 
 
-def _log_load(name: str, loads: List[Tensor], dropped: Tensor, tokens: Tensor, weight: Any) -> None:
-    """Log, for L loads [E] and dropped [L] of one choice: top and bottom fifths in %, unused experts, dropped tokens in %."""
+def _load_metrics(loads: List[Tensor], dropped: Tensor, tokens: Tensor) -> Dict[str, Tensor]:
+    """[L] each, for L loads [E] and dropped [L] of a choice: top and bottom fifths in %, unused experts, dropped tokens in %."""
     shares = [100 * load.sort(descending=True).values / load.sum().clamp(min=1) for load in loads]
     fifths = [max(math.ceil(FIFTH * len(load)), 1) for load in loads]
-    metrics.log_scalar(f"{name}_balance_top", _mean([s[:n].sum() for s, n in zip(shares, fifths)]), weight, round=2)
-    metrics.log_scalar(f"{name}_balance_bottom", _mean([s[-n:].sum() for s, n in zip(shares, fifths)]), weight, round=2)
-    metrics.log_scalar(f"unused_{name}_count", _mean([(load == 0).sum() for load in loads]), weight, round=2)
-    metrics.log_scalar(f"overflow_{name}", (100 * dropped / tokens).mean(), weight, round=2)
-
-
-def _mean(values: List[Tensor]) -> Tensor:
-    return torch.stack(values).double().mean()
+    return {
+        "{}_balance_top": torch.stack([s[:n].sum() for s, n in zip(shares, fifths)]),
+        "{}_balance_bottom": torch.stack([s[-n:].sum() for s, n in zip(shares, fifths)]),
+        "unused_{}_count": torch.stack([(load == 0).sum() for load in loads]).double(),
+        "overflow_{}": 100 * dropped / tokens,
+    }

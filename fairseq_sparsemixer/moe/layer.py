@@ -14,6 +14,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     --retain-dropout              Experts.drop_at_inference               Experts.forward
 """
 
+import re
 import warnings
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -30,6 +31,8 @@ from fairseq_sparsemixer.names import transformer_layer
 with warnings.catch_warnings():  # fairscale uses deprecated torch.cuda.amp names
     warnings.simplefilter("ignore", FutureWarning)
     from fairscale.nn.moe import MOELayer
+
+WRAPPERS = re.compile(r"^(module\.)+")  # the prefix that wrappers for data parallelism give the names of parts
 
 
 class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
@@ -133,8 +136,9 @@ def moe_layers(model: nn.Module) -> List[MoELayer]:
 
 
 def named_moe_layers(model: nn.Module) -> List[Tuple[str, MoELayer]]:
-    """(name, layer) of each MoE layer; the name is that of the enclosing transformer layer."""
-    return [(transformer_layer(name), layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer)]
+    """(name, layer) of each MoE layer; the name is that of the enclosing transformer layer, without wrappers for DDP."""
+    named = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, MoELayer))
+    return [(transformer_layer(WRAPPERS.sub("", name)), layer) for name, layer in named]
 
 
 def shard_experts(model: nn.Module, expert_group: ExpertGroup) -> None:

@@ -105,3 +105,16 @@ def test_loads_of_different_numbers_of_experts_add_up_over_batches():
     logs = [log_of([routing([0, 1, 1], num_experts=2), routing([4, 4, 0], num_experts=5)], 3) for _ in range(2)]
     load = sum_routing_logs(logs)["load"].sum(1)  # [L, E]
     assert load[0, :2].tolist() == [2, 4] and load[0, 2:].isnan().all() and load[1].tolist() == [2, 0, 0, 0, 4]
+
+
+def test_the_layers_own_figures_are_those_of_each_alone():
+    """The figures of a layer are those that a model of only this layer would log."""
+    routings = {"encoder.layers.0": routing([0, 0, 0, 1]), "decoder.layers.1": routing([0, 1, 2, 3, 0], num_experts=4)}
+    log = log_of(list(routings.values()), 4)
+    with metrics.aggregate(new_root=True) as agg:
+        log_routing_metrics(sum_routing_logs([log]), 4, list(routings))
+    found = agg.get_smoothed_values()
+    for layer, alone in routings.items():
+        own = figures([log_of([alone], 4)])
+        assert {name: found[f"{layer}/{name}"] for name in own} == own
+    assert len(found) == 3 * len(own)

@@ -203,7 +203,7 @@ METRICS = {"moe_gate_loss", "moe_z_loss", "entropy_gating", "moe_argmax_share", 
 def test_metrics_are_in_the_logs_the_load_file_and_tensorboard(train, tmp_path):
     logs = train(
         "--max-update", "4", "--no-save", "--update-freq", "2", "--moe-load-file", tmp_path / "load.jsonl",
-        "--moe-load-interval", "2", "--tensorboard-logdir", tmp_path / "board",
+        "--moe-load-interval", "2", "--tensorboard-logdir", tmp_path / "board", "--moe-log-layers",
     )  # fmt: skip
     for tag, prefix in (("train_inner", ""), ("train", "train_"), ("valid", "valid_")):
         assert METRICS <= {name[len(prefix) :] for name in logs[tag][0]}
@@ -214,7 +214,17 @@ def test_metrics_are_in_the_logs_the_load_file_and_tensorboard(train, tmp_path):
     words = sum(log["wpb"] for log in logs["train_inner"][:2])
     assert [sum(layer) for layer in lines[0]["load"]] == [words, words]  # the target equals the source
     events = b"".join(path.read_bytes() for path in (tmp_path / "board" / "train_inner").iterdir())
-    assert all(name.encode() in events for name in METRICS)
+    assert all(name.encode() in events for name in METRICS | {"encoder.layers.0/moe_load_max"})
+
+
+def test_the_metrics_of_each_layer_are_logged_beside_their_means(train):
+    logs = train("--max-update", "1", "--no-save", "--moe-log-layers")
+    for tag, prefix in (("train_inner", ""), ("train", "train_"), ("valid", "valid_")):
+        (log,) = logs[tag]
+        for name in METRICS:
+            layers = [log[f"{prefix}{layer}/{name}"] for layer in ("encoder.layers.0", "decoder.layers.0")]
+            together = sum(layers) if name.endswith("_loss") else sum(layers) / 2
+            assert log[prefix + name] == pytest.approx(together, abs=0.011)  # two digits are logged
 
 
 @pytest.mark.parametrize("router", ["gshard", "sparsemixer_v2"])
