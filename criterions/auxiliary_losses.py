@@ -2,7 +2,7 @@
 
 The logged `loss` is the criterion's own, so that it is comparable to a dense model's. The gradient is that of
 
-    loss + sample_size * sum over layers of (balance_weight * balance + z_weight * router_z).
+    loss + sample_size * (sum over layers of (balance_weight * balance + z_weight * router_z) + cmr_weight * budget).
 
 fairseq divides the summed gradient by the summed sample size, so gradient accumulation and data parallelism average the
 auxiliary losses weighted by sample size, for any number of batches.
@@ -19,9 +19,10 @@ from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.cmr import budget_loss
 from fairseq_sparsemixer.moe.gates.balance_scope import UpdateScope
 from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
-from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, broken_rule
+from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, Rule, broken_rule
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,12 @@ class AuxiliaryLossConfig(FairseqDataclass):
     )
     moe_z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, summed over MoE layers (ST-MoE: 0.001)"}
+    )
+    moe_cmr_budget: float = field(
+        default=0.8, metadata={"help": "--moe-cmr: the wanted mean of the gate over tokens and MoE layers"}
+    )
+    moe_cmr_loss_weight: float = field(
+        default=0.1, metadata={"help": "--moe-cmr: weight of the budget loss, the distance of that mean from --moe-cmr-budget"}
     )
     moe_load_file: Optional[str] = field(
         default=None, metadata={"help": "append the training tokens per expert to this file, as JSON lines"}
@@ -50,6 +57,8 @@ class AuxiliaryLosses:
 
     aux_weights: Dict[str, float]
     balance_weight: float
+    cmr_budget: float
+    cmr_weight: float
 
     @classmethod
     def build_criterion(cls, cfg: AuxiliaryLossConfig, task: Any):
@@ -67,11 +76,14 @@ class AuxiliaryLosses:
         criterion = super().build_criterion.__func__(own, cfg, task)  # type: ignore[misc]  # of the class behind this one
         criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight, "l1": 1.0}  # remoe adapts the weight of l1 itself
         criterion.balance_weight = cfg.moe_balance_loss_weight
+        criterion.cmr_budget, criterion.cmr_weight = cfg.moe_cmr_budget, cfg.moe_cmr_loss_weight
         return criterion
 
     NUMBERS = {  # allowed ranges of the flags
         "moe_balance_loss_weight": NOT_NEGATIVE,
         "moe_z_loss_weight": NOT_NEGATIVE,
+        "moe_cmr_budget": Rule(lambda x: 0 <= x <= 1, "be at least 0 and at most 1"),
+        "moe_cmr_loss_weight": NOT_NEGATIVE,
         "moe_load_interval": COUNT,
     }
     load_log: Optional[LoadLog] = None
@@ -85,25 +97,26 @@ class AuxiliaryLosses:
         loss, sample_size, logging_output = super().forward(model, sample, reduce)  # type: ignore[misc]  # as above
         if not layers:
             return loss, sample_size, logging_output
-        logging_output.update(routing_log([layer for _, layer in layers], sample_size))
+        budget = self.budget_loss([layer for _, layer in layers])
+        logging_output.update(routing_log([layer for _, layer in layers], sample_size, {"cmr": budget}))
         if self.load_log is not None:
             self.load_log.watch([name for name, _ in layers], getattr(model, "num_updates", 0) if model.training else None)
         if self.logged_layers is not None:
             self.logged_layers[:] = [name for name, _ in layers]  # the list of the class, for reduce_metrics
         if reduce:
-            loss = loss + self.auxiliary_loss([layer for _, layer in layers], sample_size)
+            loss = loss + self.auxiliary_loss([layer for _, layer in layers], sample_size, budget)
         return loss, sample_size, logging_output
 
-    def auxiliary_loss(self, layers: List[MoELayer], sample_size: Any) -> Union[Tensor, int]:
-        """The weighted sum over the layers that ran, times the sample size: a differentiable scalar.
+    def auxiliary_loss(self, layers: List[MoELayer], sample_size: Any, budget: Optional[Tensor] = None) -> Union[Tensor, int]:
+        """The weighted sum over the layers that ran, and of the budget loss, times the sample size: a differentiable scalar.
 
         Losses not in aux_weights use balance_weight. Those that follow --balance-scope have the sample size of their scope.
         """
-        scope = layers[0].gate.balance_scope
-        if not isinstance(scope, UpdateScope):
-            return sample_size * self.weighted_sum(layers)
-        scoped_size = scope.update.weigh(sample_size, layers[0].idle)
-        return sample_size * self.weighted_sum(layers, ["router_z"]) + scoped_size * self.weighted_sum(layers, but=["router_z"])
+        scope, scoped_size = layers[0].gate.balance_scope, sample_size
+        if isinstance(scope, UpdateScope):
+            scoped_size = scope.update.weigh(sample_size, layers[0].idle)
+        scoped = self.weighted_sum(layers, but=["router_z"]) + (0 if budget is None else self.cmr_weight * budget)
+        return sample_size * self.weighted_sum(layers, ["router_z"]) + scoped_size * scoped
 
     def weighted_sum(
         self, layers: List[MoELayer], names: Optional[Sequence[str]] = None, but: Sequence[str] = ()
@@ -117,6 +130,17 @@ class AuxiliaryLosses:
             if (names is None or name in names) and name not in but
         )
         return sum(weight * loss for weight, loss in weighed if weight)
+
+    def budget_loss(self, layers: List[MoELayer]) -> Optional[Tensor]:
+        """The unweighted budget loss of --moe-cmr: a differentiable scalar; None for a model without it.
+
+        Its mean is over the tokens of the layers that ran, and of other forwards as --balance-scope says.
+        """
+        first = layers[0]
+        if first.cmr is None:
+            return None
+        ran = [layer.routing for layer in layers if layer.routing is not None]
+        return budget_loss(ran, self.cmr_budget, first.gate.balance_scope) if ran else first.cmr.gate.bias.new_zeros(())
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:

@@ -5,7 +5,8 @@ experts, loads are padded to the largest with NaN, which stays NaN when ranks an
 """
 
 import math
-from typing import Any, Dict, List, Sequence, Tuple
+from dataclasses import replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -21,11 +22,13 @@ BY_EXPERT = ("load", "chosen")  # statistics [k, E]
 FIFTH = 0.2  # of the experts, rounded up: the share of most and least used ones in `expert1_balance_*`
 
 
-def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
+def routing_log(
+    layers: List[MoELayer], sample_size: Any, of_model: Optional[Dict[str, Optional[Tensor]]] = None
+) -> Dict[str, Tensor]:
     """A batch's entries in fairseq's logging output: tensors that sum over ranks and accumulated batches.
 
     Their first dimension is the layers. A layer that did not run (LayerDrop) adds zeros: ranks sum their logs entry by
-    entry, so all must have the same entries.
+    entry, so all must have the same entries. of_model: losses of all layers together, by name; None where there is none.
     """
     sums = [None if layer.routing is None else _layer_sums(layer.routing, sample_size) for layer in layers]
     example = next((entry for entry in sums if entry is not None), None) or _layer_sums(_empty_routing(layers[0]), 0)
@@ -34,7 +37,8 @@ def routing_log(layers: List[MoELayer], sample_size: Any) -> Dict[str, Tensor]:
     entries = {name: [(entry or zeros)[name] for entry in sums] for name in zeros}
     for name in BY_EXPERT:
         entries[name] = [_padded(value, size, max(sizes)) for value, size in zip(entries[name], sizes)]
-    return {PREFIX + name: torch.stack(values) for name, values in entries.items()}
+    losses = {AUX + name: [loss.detach() * sample_size] for name, loss in (of_model or {}).items() if loss is not None}
+    return {PREFIX + name: torch.stack(values) for name, values in {**entries, **losses}.items()}
 
 
 def _padded(load: Tensor, num_experts: int, most: int) -> Tensor:
@@ -48,7 +52,9 @@ def _padded(load: Tensor, num_experts: int, most: int) -> Tensor:
 @torch.no_grad()
 def _empty_routing(layer: MoELayer) -> Routing:
     """The Routing of zero tokens, for the names and shapes of the layer's statistics."""
-    return layer.gate(next(layer.parameters()).new_zeros(0, layer.gate.model_dim))
+    tokens = next(layer.parameters()).new_zeros(0, layer.gate.model_dim)
+    routing = layer.gate(tokens)
+    return routing if layer.cmr is None else replace(routing, cmr_gate=tokens[:, 0].float())
 
 
 def _layer_sums(routing: Routing, sample_size: Any) -> Dict[str, Tensor]:
@@ -82,7 +88,7 @@ def log_routing_metrics(totals: Dict[str, Tensor], sample_size: Any, layers: Seq
     for name, (values, digits) in routing_metrics(totals, max(weight, 1)).items():
         together = values.sum() if name.endswith("_loss") else values.mean()
         metrics.log_scalar(name, together, weight, round=digits)
-        for layer, value in zip(layers, values):
+        for layer, value in zip(layers, values if len(values) == len(layers) else ()):  # a loss may be of all layers together
             metrics.log_scalar(f"{layer}/{name}", value, weight, round=digits)
 
 
@@ -94,6 +100,8 @@ def routing_metrics(totals: Dict[str, Tensor], sample_size: Any) -> Dict[str, Tu
         found[AUX_METRICS.get(short, f"moe_{short}_loss")] = totals[name] / sample_size, 3
     tokens = totals["tokens"].clamp(min=1)  # [L]
     found["entropy_gating"] = totals["entropy"] / tokens, 3
+    if "cmr_gate" in totals:
+        found["moe_cmr_gate"] = totals["cmr_gate"] / tokens, 3
     found["moe_argmax_share"] = totals["argmax"] / tokens, 3
     loads = [load[:, ~load.isnan().any(0)] for load in totals["load"]]  # L times [k, E]
     found["moe_experts_per_token"] = torch.stack([load.sum() for load in loads]) / tokens, 3

@@ -6,6 +6,7 @@ LAYER = ".fc1.moe"  # follows the name of the enclosing transformer layer
 EXPERTS = ".experts."  # in the name of every parameter of an expert
 FIRST_WEIGHT, LAST_WEIGHT = ".experts.weight_in", ".experts.weight_out"  # [E, M, H] and [E, H, M]
 SHARED_EXPERTS = ".moe.shared_experts."
+CMR = ".moe.cmr."
 GATE = ".moe.gate."
 PROJECTION = ".gate.projection.weight"  # [E, M], of the router
 

@@ -186,6 +186,37 @@ class MoEOptions:
     num_shared_experts: int = field(
         default=0, metadata={"help": "shared experts per MoE layer: run on every token, in addition to the routed experts"}
     )
+    moe_eom: float = field(
+        default=0.0,
+        metadata={
+            "help": "expert output masking: in training, zero an expert's output for a token with this probability; at inference,"
+            " scale the experts' outputs by 1 minus it (NLLB-200: 0.2)"
+        },
+    )
+    moe_fom: float = field(
+        default=0.0,
+        metadata={
+            "help": "final output masking: in training, zero an MoE layer's output for a token with this probability; at"
+            " inference, scale it by 1 minus it"
+        },
+    )
+    moe_gating_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "gating dropout: the probability that a training batch goes to the experts of its own rank, without"
+            " all-to-all; one coin per batch for all ranks and layers; no effect if every rank holds all experts"
+        },
+    )
+    moe_cmr: bool = field(
+        default=False,
+        metadata={
+            "help": "conditional MoE routing: a shared feed-forward network in each MoE layer, and a gate in (0, 1) that mixes"
+            " both for each token; bounded by --moe-cmr-budget"
+        },
+    )
+    moe_cmr_gate_dropout: float = field(
+        default=0.0, metadata={"help": "dropout of --moe-cmr's gate: at 0, a token gets the shared network only"}
+    )
     expert_activation: Optional[str] = field(
         default=None,
         metadata={
@@ -236,6 +267,9 @@ FLAGS = {  # parameter name in the core -> flag
     **{flag.name: f"--{flag.name.replace('_', '-')}" for flag in fields(MoEOptions)},
     **{option: f"--{flag.name.replace('_', '-')}" for option, flag in FIELDS.items()},
     "activation": "--expert-activation",
+    "eom": "--moe-eom",
+    "fom": "--moe-fom",
+    "gating_dropout": "--moe-gating-dropout",
 }
 NAMED = re.compile(rf"\b({'|'.join(FLAGS)})=(?=\S)")
 

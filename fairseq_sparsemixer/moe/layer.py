@@ -5,6 +5,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     set by                        attribute                               read by
     MoELayer.forward              MoELayer.routing                        criterions, for auxiliary losses and metrics
     trainer, before a dummy batch MoELayer.idle                           MoELayer.forward
+    trainer, before each batch    MoELayer.stay_on_rank                   MoELayer.dispatch, for gating dropout
     trainer, at start-up          MoELayer.expert_group                   MoELayer.dispatch
     trainer, at start-up          Gate.balance_scope                      Gate.decide, for the balance loss
     trainer, before an update     Update's sums                           UpdateScope, with --balance-scope update
@@ -16,14 +17,18 @@ Arguments and results carry the data. The exceptions, where a framework's call l
 
 import re
 import warnings
+from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
+from fairseq_sparsemixer.moe.cmr import ConditionalRouting
 from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
+from fairseq_sparsemixer.moe.gating_dropout import to_local_experts
+from fairseq_sparsemixer.moe.output_masking import mask_experts, mask_output, require_masking
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 from fairseq_sparsemixer.moe.turns import Turns
 from fairseq_sparsemixer.names import transformer_layer
@@ -40,18 +45,31 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
 
     The forward is linear in tokens, and needs no process group and no particular divisor of the token count. `routing` is
     the Routing of the last forward; None before the first. `shared_experts`, if any, run on every token that is not padding
-    and are added unweighted (DeepSeekMoE, arXiv 2401.06066, Eq. 9). While `idle` is set, every token counts as padding: a
-    rank that has run out of data joins the collectives and contributes nothing else.
+    and are added unweighted (DeepSeekMoE, arXiv 2401.06066, Eq. 9). `cmr`, if any, mixes the output with a shared network's
+    (cmr.py); `eom` and `fom` are probabilities (output_masking.py). While `stay_on_rank` is set, on all ranks of the group,
+    tokens use the experts of their own rank (gating_dropout.py). While `idle` is set, every token counts as padding: a rank
+    that has run out of data joins the collectives and contributes nothing else.
     """
 
-    def __init__(self, gate: Gate, experts: Experts, shared_experts: Optional[Experts] = None):
+    def __init__(
+        self,
+        gate: Gate,
+        experts: Experts,
+        shared_experts: Optional[Experts] = None,
+        cmr: Optional[ConditionalRouting] = None,
+        eom: float = 0.0,
+        fom: float = 0.0,
+    ):
         nn.Module.__init__(self)  # fairscale's __init__ requires a process group
+        require_masking(gate, eom, fom)
         self.gate = gate
         self.experts = experts
         self.shared_experts = shared_experts
+        self.cmr = cmr
+        self.eom, self.fom = eom, fom
         self.expert_group: Optional[ExpertGroup] = None  # the ranks that share the experts; see shard_experts
         self.routing: Optional[Routing] = None
-        self.idle = False
+        self.idle = self.stay_on_rank = False
         self.turns: Optional[Turns] = None  # in generation; see turns.py
 
     @property
@@ -86,12 +104,15 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         if self.gate.balance_scope is not None:
             self.gate.balance_scope.restart(x.size(-2) if x.dim() > 2 else 1)
         routing = self.gate(tokens, padding_mask, **known)
-        self.routing = routing
-        output = self.dispatch(tokens, routing)
+        output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training))
         if self.shared_experts is not None:
             always = self.shared_experts(tokens, [tokens.size(0)])
             output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))
-        return output.reshape(x.shape)
+        if self.cmr is not None:
+            output, cmr_gate = self.cmr(tokens, output, padding_mask)
+            routing = replace(routing, cmr_gate=cmr_gate)
+        self.routing = routing
+        return mask_output(output, self.fom, self.training).reshape(x.shape)
 
     @torch.no_grad()
     def join(self) -> None:
@@ -105,6 +126,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         on_device = self.experts.takes_device_counts(tokens)
         if self.expert_group is None:
             return dispatch_locally(tokens, routing, self.experts, on_device)
+        if self.stay_on_rank and self.turns is None:  # generation within a training step is inference
+            return dispatch_locally(tokens, to_local_experts(routing, self.num_local_experts), self.experts, on_device)
         if routing.dropped is None:
             return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device)
         return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device)
@@ -127,7 +150,7 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
 
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or the state of a step
-        return {**self.__dict__, "routing": None, "idle": False, "turns": None}
+        return {**self.__dict__, "routing": None, "idle": False, "stay_on_rank": False, "turns": None}
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:
@@ -167,16 +190,20 @@ def build_moe_layer(
     activation: Union[str, Callable[[Tensor], Tensor]] = "relu",
     dropout: float = 0.0,
     num_shared_experts: int = 0,
+    cmr: Optional[ConditionalRouting] = None,
+    eom: float = 0.0,
+    fom: float = 0.0,
     **gate_options: Any,
 ) -> MoELayer:
     """A layer of num_experts experts model_dim -> hidden_dim -> model_dim behind the gate `router`.
 
     `activation` and `dropout` are passed to Experts, gate_options to build_gate. The num_shared_experts shared experts are
-    one network of their total width, which equals their sum. Raises ValueError, naming the option, for invalid values.
+    one network of their total width, which equals their sum. cmr, eom and fom: see MoELayer. Raises ValueError, naming the
+    option, for invalid values.
     """
     if num_shared_experts < 0:
         raise ValueError(f"num_shared_experts={num_shared_experts} must not be negative")
     gate = build_gate(router, model_dim, num_experts, **gate_options)
     experts = Experts(num_experts, model_dim, hidden_dim, activation, dropout)
     shared = Experts(1, model_dim, num_shared_experts * hidden_dim, activation, dropout) if num_shared_experts else None
-    return MoELayer(gate, experts, shared)
+    return MoELayer(gate, experts, shared, cmr, eom, fom)

@@ -10,8 +10,8 @@ import math
 import sys
 from datetime import timedelta
 from functools import partial
-from itertools import chain
-from typing import Any, Dict, List, Optional, Tuple
+from itertools import chain, cycle, repeat
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import fairseq_cli.train
 from fairseq import utils
@@ -23,6 +23,7 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.moe import gradients
+from fairseq_sparsemixer.moe.gating_dropout import stays_on_rank
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 from fairseq_sparsemixer.moe.gates.balance_scope import Update
 from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
@@ -49,6 +50,7 @@ SEEDS_A_RANK = 1_000_003  # more than the updates of a run; torch on a CPU uses 
 class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `expert_group` is None if every rank holds all experts."""
 
+    batch_numbers: Iterator[int] = repeat(0)  # of the next batches in the update
     update: Optional[Update] = None  # with --balance-scope update
     ranks_wait = False  # whether a layer's forward waits for other ranks
 
@@ -67,6 +69,8 @@ class MoETrainer(CheckpointingTrainer):
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
+            if self.expert_group is None and self.gating_dropout(cfg):
+                logger.warning("--moe-gating-dropout %g changes nothing: every rank holds all experts", self.gating_dropout(cfg))
         self.sharded = self.expert_group is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
@@ -85,6 +89,7 @@ class MoETrainer(CheckpointingTrainer):
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
         """See Trainer. A rank that runs out of memory ends the run, because the others wait for it in mid-batch."""
         self.in_train_step = True
+        self.batch_numbers = cycle(range(len(samples)))  # more than one pass, with --balance-scope update
         try:
             with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait), counting_ahead(self, samples):
                 output = super().train_step(samples, raise_oom or self.expert_group is not None)
@@ -115,11 +120,26 @@ class MoETrainer(CheckpointingTrainer):
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False):
+        if not is_dummy:  # fairseq calls this once per batch, and from within for the copy that an idle rank gets
+            self._decide_where_tokens_go()
         # fairseq gives ranks that have run out of batches a copy of an old one, and ignores the result
         sample, is_dummy_batch = super()._prepare_sample(sample, is_dummy)
         for layer in self.moe_layers:
             layer.idle = is_dummy_batch
         return sample, is_dummy_batch
+
+    def _decide_where_tokens_go(self) -> None:
+        """Toss the coin of gating dropout for the next batch, if it trains."""
+        probability = self.gating_dropout(self.cfg)
+        numbers = self.cfg.common.seed, self.get_num_updates(), next(self.batch_numbers)
+        stay = self.in_train_step and stays_on_rank(probability, *numbers)
+        for layer in self.moe_layers:
+            layer.stay_on_rank = stay
+
+    @staticmethod
+    def gating_dropout(cfg: Any) -> float:
+        """--moe-gating-dropout; 0 for a model without the flag."""
+        return getattr(cfg.model, "moe_gating_dropout", 0)
 
     def _all_gather_list_sync(self, logging_outputs: List[Dict[str, Any]], *stats: Any, ignore: bool = False):
         # for scores that need every prediction, such as --report-mcc; fairseq's version needs a buffer on a GPU

@@ -15,6 +15,7 @@ from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import Gate, Routing, register_gate
 from fairseq_sparsemixer.moe.gates.registry import GATES
+from fairseq_sparsemixer.moe.layer import moe_layers
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 from fairseq_sparsemixer.plugin.checkpoints.upcycling import _require_fit, _with_experts, indifferent_gate, upcycle
@@ -70,6 +71,22 @@ def test_the_first_forward_equals_the_dense_model(router, dense, tmp_path, trans
     torch.testing.assert_close(logits(out, sample)[real], logits(dense, sample)[real], rtol=1e-5, atol=1e-5)
     found = indifferent_gate(16, MoEOptions(router=router, num_experts=4, moe_top_k=2 if "--moe-top-k" in flags else None))
     assert found.multiplier == pytest.approx(multiplier, rel=1e-5)
+
+
+@pytest.mark.parametrize("router", ["switch", "sparsemixer", "gshard"])
+def test_with_nllbs_regularisers_too_the_first_forward_equals_the_dense_model(router, dense, tmp_path, translation_batch):
+    """The factors of masking at inference are compensated, and the dense layer is the shared network of --moe-cmr, too."""
+    out = tmp_path / "moe.pt"
+    flags = "--num-experts 4 --moe-freq 1 --moe-eom 0.2 --moe-fom 0.25 --moe-cmr --moe-cmr-gate-dropout 0.1".split()
+    assert main(["upcycle", str(dense), str(out), "--router", router, *flags]) == 0
+    sample = translation_batch(3, 7, 5)
+    real = sample["net_input"]["prev_output_tokens"].ne(1)
+    torch.testing.assert_close(logits(out, sample)[real], logits(dense, sample)[real], rtol=1e-5, atol=1e-5)
+    model = load(out)
+    model(**sample["net_input"])
+    for layer in moe_layers(model):
+        assert (layer.eom, layer.fom, layer.cmr.gate_dropout) == (0.2, 0.25, 0.1)
+        assert set(layer.routing.cmr_gate.tolist()) == {0.0, 0.5}  # padding, tokens
 
 
 @pytest.mark.slow

@@ -98,6 +98,53 @@ def test_accumulated_auxiliary_losses_are_weighted_by_sample_size(model, transla
             torch.testing.assert_close(with_aux[name] - without[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_the_budget_loss_of_conditional_routing_is_weighted_by_sample_size(
+    build_translation_model, translation_task, translation_batch
+):
+    """In float64: |mean of g over the tokens of all layers - budget|, for each of two accumulated batches."""
+    model = build_translation_model(router="switch", jitter_eps=0.0, moe_cmr=True).double()
+    halves = [translation_batch(2), translation_batch(8, 5)]
+    with_budget = gradient(model, build(translation_task, moe_cmr_budget=0.9, moe_cmr_loss_weight=3.0), halves)
+    without = gradient(model, build(translation_task, moe_cmr_loss_weight=0.0), halves)
+    model.zero_grad()
+    sizes = [half["ntokens"] for half in halves]
+    for half, size in zip(halves, sizes):
+        model(**half["net_input"])
+        gates, tokens = [], 0
+        for _, layer in named_moe_layers(model):
+            real = ~layer.routing.padding_mask if layer.routing.padding_mask is not None else slice(None)
+            gates.append(layer.routing.cmr_gate[real])
+            tokens += len(gates[-1])
+        assert tokens == 2 * size  # a layer in each stack; sources and targets have the same lengths
+        (3 * (torch.cat(gates).mean() - 0.9).abs() * size / sum(sizes)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(with_budget[name] - without[name], parameter.grad, msg=name)
+
+
+def test_the_gate_of_conditional_routing_and_its_budget_loss_are_logged(
+    build_translation_model, translation_task, translation_batch
+):
+    model, criterion = build_translation_model(moe_cmr=True).eval(), build(translation_task, moe_cmr_budget=0.2)
+    logs, gates, losses, sizes = [], [], [], []
+    for sample in (translation_batch(3, 6), translation_batch(9)):
+        _, size, log = criterion(model, sample)
+        logs.append(log)
+        own = torch.cat([layer.routing.cmr_gate[layer.routing.cmr_gate != 0] for _, layer in named_moe_layers(model)])
+        gates.append(own.detach())
+        losses.append((own.mean() - 0.2).abs().item())
+        sizes.append(size)
+    with metrics.aggregate() as logged:
+        type(criterion).reduce_metrics(logs)
+    assert logged["moe_cmr_gate"].avg == pytest.approx(torch.cat(gates).mean().item(), abs=1e-3)
+    assert logged["moe_cmr_loss"].avg == pytest.approx(sum(a * b for a, b in zip(losses, sizes)) / sum(sizes), abs=1e-3)
+
+
+def test_without_conditional_routing_there_is_no_budget_loss(model, translation_task, translation_batch):
+    _, _, log = build(translation_task, moe_cmr_loss_weight=5.0)(model, translation_batch(3))
+    assert not any("cmr" in name for name in log)
+
+
 def test_activation_checkpointing_gives_the_same_gradients(build_translation_model, translation_task, translation_batch):
     plain = build_translation_model(dropout=0.1)
     checkpointed = build_translation_model(dropout=0.1, checkpoint_activations=True)
@@ -121,11 +168,12 @@ def test_a_layer_skipped_by_layerdrop_adds_no_auxiliary_loss(build_translation_m
     assert log["moe/tokens"].tolist() == [0, sample["ntokens"]] and log["moe/aux/balance"][0] == 0
 
 
+@pytest.mark.parametrize("moe_cmr", [False, True])
 def test_the_log_has_the_same_entries_if_layerdrop_skips_every_layer(
-    build_translation_model, translation_task, translation_batch
+    moe_cmr, build_translation_model, translation_task, translation_batch
 ):
     """Ranks sum their logs entry by entry, and would deadlock if an entry were missing."""
-    model = build_translation_model(encoder_layerdrop=0.999, decoder_layerdrop=0.999)
+    model = build_translation_model(encoder_layerdrop=0.999, decoder_layerdrop=0.999, moe_cmr=moe_cmr)
     criterion, sample = build(translation_task), translation_batch(3, 6)
     _, _, full = criterion(model.eval(), sample)
     loss, _, empty = criterion(model.train(), sample)

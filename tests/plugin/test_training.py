@@ -83,11 +83,12 @@ def test_hydra_training_in_bf16_works_and_its_checkpoint_needs_no_allow_list(tra
     """fairseq composes the configuration before it imports the user-dir, so our names are plain values, not groups."""
     small = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in
              (("embed_dim", 16), ("ffn_embed_dim", 32), ("attention_heads", 2), ("layers", 2))}  # fmt: skip
+    regularisers = dict(moe_eom=0.1, moe_fom=0.1, moe_gating_dropout=0.1, moe_cmr=True, moe_cmr_gate_dropout=0.1)
     config = {
         "common": {"user_dir": USER_DIR, "cpu": True, "bf16": True},
         "task": {"_name": "translation", "data": str(translation_data)},
-        "criterion": {"_name": "moe_cross_entropy"},
-        "model": {"_name": "transformer_moe", "num_experts": 4, **small},
+        "criterion": {"_name": "moe_cross_entropy", "moe_cmr_budget": 0.7, "moe_cmr_loss_weight": 0.2},
+        "model": {"_name": "transformer_moe", "num_experts": 4, **small, **regularisers},
         "optimizer": {"_name": "adam"},
         "lr_scheduler": {"_name": "fixed"},
         "optimization": {"lr": [0.01], "max_update": 2},
@@ -107,6 +108,8 @@ def test_hydra_training_in_bf16_works_and_its_checkpoint_needs_no_allow_list(tra
         torch.serialization.add_safe_globals(allowed)
     assert state["cfg"]["model"]["num_experts"] == 4
     assert state["model"]["encoder.layers.0.fc1.moe.experts.weight_in"].shape == (4, 16, 32)
+    assert state["model"]["encoder.layers.0.fc1.moe.cmr.shared.weight_in"].shape == (1, 16, 32)
+    assert {name: state["cfg"]["model"][name] for name in regularisers} == regularisers
 
 
 class RunsCode:

@@ -19,6 +19,12 @@ def combine(rows: Tensor, routing: Routing, pairs: Tensor, num_tokens: int) -> T
     return output if routing.default is None else _with_defaults(output, rows, routing, pairs)
 
 
+def weigh_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [N, M] times weight [N] -> [N, M]; the gradient of weight is summed in at least float32."""
+    weighed: Tensor = _Scale.apply(rows, weight, None)
+    return weighed
+
+
 def _with_defaults(output: Tensor, rows: Tensor, routing: Routing, pairs: Tensor) -> Tensor:
     """output [S, M] plus the default outputs; its backward reports the experts' outputs, rows [N, M], to their average."""
     weight, vectors, average = routing.default  # type: ignore[misc]  # the caller checked

@@ -81,6 +81,8 @@ def default_moe_routing(
 class DefaultMoEGate(Gate):
     """Default MoE's gate. `default_decay`: of the averages. Raises ValueError for options out of range."""
 
+    has_defaults = True
+
     def __init__(self, model_dim: int, num_experts: int, top_k: int = 1, default_decay: float = 0.95, **balancing: Any):
         super().__init__(model_dim, num_experts, **balancing)
         self.top_k = require_top_k(top_k, num_experts)

@@ -30,6 +30,7 @@ class Gate(nn.Module):
     router: ClassVar[str]  # its name, which register_gate sets
     top_k = 1  # experts per token; an option of gates with a variable number
     causal = True  # at inference, a token's routing depends on no other token, as autoregressive decoders require
+    has_defaults = False  # whether experts that do not run contribute to the output, too (Routing.default)
     wants_token_ids = False  # whether models should pass token ids to the gate
     balance_scope: Optional[BalanceScope] = None  # over which tokens the balance loss is computed; None: one forward's
 
@@ -118,6 +119,13 @@ def require_jitter(jitter_eps: float, most: float = math.inf) -> float:
         bounds = "be at least 0" if most == math.inf else f"lie between 0 and {most:g}"
         raise ValueError(f"jitter_eps={jitter_eps} must {bounds}; the papers use 0.1")
     return jitter_eps
+
+
+def require_probability(option: str, probability: float, at_zero: str) -> float:
+    """Return the probability. Raises ValueError, with the option's name and what 0 does, unless it is in [0, 1)."""
+    if not 0 <= probability < 1:
+        raise ValueError(f"{option}={probability} must be at least 0 and less than 1; 0 {at_zero}")
+    return probability
 
 
 def require_top_k(top_k: int, num_experts: int) -> int:

@@ -39,6 +39,8 @@ class Routing:
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
     max_routed: an upper bound on the choices that run, known on the host without synchronisation; None: S * k.
     default: the default outputs of the experts that do not run (default_moe); None for other gates.
+    cmr_gate: [S] float32, the layer's share in its own output beside a shared network (cmr.py), 0 at padding; carries the
+        gradient. The layer adds it; None without CMR.
     """
 
     expert_index: Tensor
@@ -52,6 +54,7 @@ class Routing:
     skipped: Optional[Tensor] = None
     max_routed: Optional[int] = None
     default: Optional[DefaultOutputs] = None
+    cmr_gate: Optional[Tensor] = None
 
     @property
     def num_experts(self) -> int:
@@ -113,7 +116,7 @@ class Routing:
 
         tokens: scalar. load: [k, E] tokens routed to each expert by each choice, dropped ones excluded.
         chosen: [k, E] the same before dropping. entropy: scalar, sum of the gate's entropies, in nats.
-        argmax: scalar, tokens whose first choice is the most probable expert. dropped: [k].
+        argmax: scalar, tokens whose first choice is the most probable expert. dropped: [k]. cmr_gate: scalar, with CMR.
         If tokens skip columns (expert_choice), all columns count as one choice, and dropped counts the tokens without
         any expert.
         """
@@ -133,7 +136,9 @@ class Routing:
             without = self.skipped if self.dropped is None else self.skipped | self.dropped
             dropped = (without.all(1).to(real.dtype) * real).sum().view(1)
         entropy = torch.special.entr(self.probabilities).sum(-1)
+        of_cmr = {} if self.cmr_gate is None else {"cmr_gate": self.cmr_gate.sum()}
         return {
+            **of_cmr,
             "tokens": real.sum(),
             "load": load,
             "chosen": chosen,

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.options import MoEOptions
+from fairseq_sparsemixer.plugin.checkpoints.branch_arguments import arguments, budget_flags, notes, our_options, training_flags
+from fairseq_sparsemixer.plugin.checkpoints.branch_cmr import rename_cmr, without_cmr_copies
 from fairseq_sparsemixer.plugin.checkpoints.converting import Converted
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT
 from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
@@ -37,21 +39,12 @@ SHARED_FILE = re.compile(r"-shared(?:-shard\d+)?\.pt")
 EXPERT = re.compile(r"(?P<layer>.+)\.moe_layer\.experts\.(?P<index>\d+)\.(?P<part>fc[12]\.(?:weight|bias))")
 PARTS = {"fc1.weight": "weight_in", "fc1.bias": "bias_in", "fc2.weight": "weight_out", "fc2.bias": "bias_out"}
 GATE, OUR_GATE = ".moe_layer.gate.wg.weight", ".fc1.moe.gate.projection.weight"
-EVAL_FRACTION = 0.25  # their default of --moe-eval-capacity-token-fraction
 
 OTHER_MODELS = {  # part of a parameter's name -> what has it
     "flat_param": "flat shards of --use-sharded-state, which only fairscale can put together; consolidate it with the branch",
-    "cmr_layer": "--moe-cmr, a dense layer beside the experts, which is not supported",
     "expert_centroids": "BASE layers, which are another model",
     "expert_network": "BASE layers, which are another model",
 }
-UNSUPPORTED = (  # their options that our models do not have and whose absence would change the outputs
-    "alibi",
-    "encoder_learned_sinusoidal",
-    "decoder_learned_sinusoidal",
-    "alternate_ffn_embed_dim",
-    "alternate_decoder_ffn_embed_dim",
-)
 
 
 @dataclass
@@ -97,16 +90,15 @@ def convert_set(files: FileSet) -> Converted:
         raise ConfigurationError(f"files of the checkpoint are missing: {files.stem}-shared.pt; copy it beside the others")
     shared = without_copies(read_checkpoint(files.shared)["model"])
     _refuse_other_models([*first["model"], *shared], "shard_metadata" in first)
-    theirs = _arguments(first.get("cfg") or {})
+    theirs = arguments(first.get("cfg") or {})
+    shared = rename_cmr(without_cmr_copies(shared), bool(theirs.get("moe_cmr")))
     arch = "transformer_moe" if any(name.startswith("encoder.") for name in shared) else "transformer_lm_moe"
-    options = _options(theirs, STACKS if arch == "transformer_moe" else STACKS[1:])
+    options = our_options(theirs, STACKS if arch == "transformer_moe" else STACKS[1:])
     own = {option.name: getattr(options, option.name) for option in fields(MoEOptions)}
     model = argparse.Namespace(**{**theirs, **own, "_name": arch, "arch": arch, "user_dir": None})
     skeleton = build_skeleton(model, shared)
     weights = _take_shared(skeleton, shared)
     _fill_experts(weights, skeleton, files, first, options.num_experts)
-    scale = (1 - _number(theirs, "moe_eom", 0.0)) * (1 - _number(theirs, "moe_fom", 0.0))
-    _scale_outputs(weights, scale)
     trained = [name for name, _ in skeleton.named_parameters()]
     state = {
         "args": None,
@@ -118,58 +110,14 @@ def convert_set(files: FileSet) -> Converted:
         LAYOUT: {"size": 1, "index": 0, "save": None, "optimizer": [i for i, n in enumerate(trained) if EXPERTS in n]},
     }
     left_out = "the branch stores it by the position of parameters in each rank's model"
-    return Converted(state, options, left_out, _training_flags(arch, options), _notes(theirs, options, scale))
+    flags = training_flags(arch, options) + (budget_flags(first["cfg"].get("criterion")) if options.moe_cmr else "")
+    return Converted(state, options, left_out, flags, notes(theirs, options))
 
 
 def _refuse_other_models(names: Iterable[str], flat: bool) -> None:
     for part, what in OTHER_MODELS.items():
         if any(part in name for name in names) or (flat and part == "flat_param"):
             raise ConfigurationError(f"the checkpoint has {what}")
-
-
-def _arguments(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments of their model."""
-    model = cfg.get("model") or {}
-    theirs = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
-    arch = str(theirs.get("arch") or theirs.get("_name"))
-    if not arch.startswith("transformer"):
-        raise ConfigurationError(f"the checkpoint is of the model {arch}; convert supports transformer and transformer_lm")
-    for name in UNSUPPORTED:
-        if theirs.get(name):
-            flag = name.replace("_", "-")
-            raise ConfigurationError(f"the checkpoint was trained with --{flag} {theirs[name]}, which convert does not support")
-    return theirs
-
-
-def _number(theirs: Dict[str, Any], name: str, default: Any) -> Any:
-    """One of their arguments, converted to the type of its default; None counts as the default."""
-    value = theirs.get(name)
-    try:
-        return default if value is None else type(default)(value)
-    except (TypeError, ValueError, OverflowError):
-        flag = name.replace("_", "-")
-        raise ConfigurationError(f"the checkpoint's --{flag} {value} is not a number; use an unchanged checkpoint") from None
-
-
-def _options(theirs: Dict[str, Any], stacks: Iterable[str]) -> MoEOptions:
-    """Our options for their routing and placement."""
-    routing: Dict[str, Any] = {"router": "switch", "jitter_eps": 0.0}
-    if not theirs.get("moe_top1_expert"):
-        routing = {
-            "router": "gshard",
-            "second_expert_policy": theirs.get("moe_second_expert_policy") or "sampling",
-            "normalise_before_dropping": bool(theirs.get("moe_normalize_gate_prob_before_dropping")),
-            "capacity_policy": "batch" if theirs.get("moe_batch_prioritized_routing") else None,
-        }
-    layers: Dict[str, Any] = {f"{stack}_moe_layers": _layers(theirs, stack) for stack in stacks}
-    return MoEOptions(num_experts=_number(theirs, "moe_expert_count", 0), capacity_factor=1.0, **routing, **layers)
-
-
-def _layers(theirs: Dict[str, Any], stack: str) -> str:
-    """The stack's layers with experts, counted from 0: in theirs, every freq-th, the last of each freq layers."""
-    freq = max(_number(theirs, f"{stack}_moe_freq", 0), _number(theirs, "moe_freq", 0))
-    layers = range(freq - 1, _number(theirs, f"{stack}_layers", 0), freq) if freq > 0 else range(0)
-    return ",".join(map(str, layers)) or "none"
 
 
 def _configuration(cfg: Dict[str, Any], model: argparse.Namespace) -> Dict[str, Any]:
@@ -201,14 +149,15 @@ def _take_shared(skeleton: nn.Module, shared: Dict[str, Tensor]) -> Dict[str, Te
 
 def _fill_experts(weights: Dict[str, Tensor], skeleton: nn.Module, files: FileSet, first: Dict[str, Any], count: int) -> None:
     """Add the stacks of all `count` experts to our weights, from one file after the other."""
-    local = 1 + max((int(found["index"]) for name in first["model"] if (found := EXPERT.fullmatch(name))), default=0)
+    own = without_cmr_copies(first["model"])
+    local = 1 + max((int(found["index"]) for name in own if (found := EXPERT.fullmatch(name))), default=0)
     if count % local:
         raise ConfigurationError(f"the checkpoint has {local} experts in a file, of {count}; use an unchanged checkpoint")
-    dtype = next(iter(first["model"].values())).dtype if first["model"] else torch.float32
+    dtype = next(iter(own.values())).dtype if own else torch.float32
     files.require_ranks(count // local)
     stacks = {name: torch.empty(t.shape, dtype=dtype) for name, t in skeleton.state_dict().items() if EXPERTS in name}
     for rank in range(count // local):
-        model = read_checkpoint(files.ranks[rank])["model"]
+        model = without_cmr_copies(read_checkpoint(files.ranks[rank])["model"])
         if len(model) != local * len(stacks):
             raise ConfigurationError(f"{files.ranks[rank]} has {len(model)} tensors of experts, not {local * len(stacks)}")
         for name, tensor in model.items():
@@ -223,37 +172,3 @@ def _our_place(name: str) -> Tuple[str, int]:
     """The name of the stack that holds their tensor, and its row in the part of this file."""
     found = EXPERT.fullmatch(name)
     return (f"{found['layer']}.fc1.moe.experts.{PARTS[found['part']]}", int(found["index"])) if found else ("", 0)
-
-
-def _scale_outputs(weights: Dict[str, Tensor], scale: float) -> None:
-    """Multiply the experts' output, as expert output masking (EOM) and final output masking (FOM) do at evaluation."""
-    for name, tensor in weights.items() if scale != 1 else ():
-        if EXPERTS in name and name.endswith(("weight_out", "bias_out")):
-            tensor.mul_(scale)
-
-
-def _notes(theirs: Dict[str, Any], options: MoEOptions, scale: float) -> List[str]:
-    notes = []
-    if scale != 1:
-        notes.append(
-            f"the experts' outputs are multiplied by {scale:g}, as the branch does at evaluation after training with --moe-eom or"
-            " --moe-fom; training continues without them"
-        )
-    if options.router == "gshard" and options.second_expert_policy != "all":
-        notes.append("at evaluation the second expert is the second most probable; in the branch it is random there too")
-    fraction = _number(theirs, "moe_eval_capacity_token_fraction", EVAL_FRACTION)
-    if fraction != 1:
-        notes.append(
-            f"at evaluation no token is dropped, unlike with the branch's --moe-eval-capacity-token-fraction {fraction:g}"
-        )
-    return notes
-
-
-def _training_flags(arch: str, options: MoEOptions) -> str:
-    flags = [f"--arch {arch}"]
-    for option in fields(MoEOptions):
-        if getattr(options, option.name) == option.default and option.name != "router":
-            continue
-        value, flag = getattr(options, option.name), f"--{option.name.replace('_', '-')}"
-        flags.append(flag if value is True else f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
-    return " ".join(flags)

@@ -3,7 +3,8 @@
 Every expert starts as a copy of the dense layer it replaces, and the router gives all experts the same weight. The new
 model then computes the same as the dense one, up to the router's multiplier: 1 / E for Switch and SparseMixer, where all
 experts are equally likely. The multiplier is measured on the router and compensated: in SparseMixer's omega, which keeps
-the experts on the scale that their optimizer expects, and otherwise in the experts' output layer.
+the experts on the scale that their optimizer expects, and otherwise in the experts' output layer. So are the factors of
+expert and final output masking. With --moe-cmr, the dense layer is also the shared network, and the gate starts at 1/2.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE, build_gate
-from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, LAYER
+from fairseq_sparsemixer.names import CMR, EXPERTS, FIRST_WEIGHT, GATE, LAYER
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL
 from fairseq_sparsemixer.plugin.models.config import check_options
@@ -142,9 +143,11 @@ def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed
                 indifferent = indifferent_gate(weights[name].size(1), own)
                 dense = {part: result.pop(f"{layer}.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
                 moved = _experts(dense, num_experts, noise)
-                _compensate(moved, indifferent)
+                _compensate(moved, indifferent, (1 - options.moe_eom) * (1 - options.moe_fom))
                 result.update({f"{layer}{LAYER}{EXPERTS}{part}": value for part, value in moved.items()})
                 result.update({f"{layer}.fc1{GATE}{part}": value for part, value in indifferent.gate.state_dict().items()})
+                if options.moe_cmr:
+                    result.update({f"{layer}.fc1{CMR}{part}": value for part, value in _cmr(dense, options.moe_fom).items()})
     return result
 
 
@@ -163,10 +166,20 @@ def _experts(dense: Dict[str, Tensor], num_experts: int, noise: float) -> Dict[s
     }
 
 
-def _compensate(experts: Dict[str, Tensor], indifferent: Indifferent) -> None:
+def _cmr(dense: Dict[str, Tensor], fom: float) -> Dict[str, Tensor]:
+    """fc1 [H, M] and fc2 [M, H] -> the tensors of ConditionalRouting, with final output masking compensated."""
+    shared = _experts(dense, 1, noise=0)
+    for part in ("weight_out", "bias_out"):
+        shared[part] = shared[part] / (1 - fom)
+    gate = {"gate.weight": torch.zeros_like(dense["fc1.weight"][:1]), "gate.bias": torch.zeros_like(dense["fc1.bias"][:1])}
+    return {**{f"shared.{part}": value for part, value in shared.items()}, **gate}
+
+
+def _compensate(experts: Dict[str, Tensor], indifferent: Indifferent, masked: float) -> None:
+    """masked: the factor of output masking at inference."""
     omega: Optional[Tensor] = getattr(indifferent.gate, "omega", None)
     for scaled in [omega.data] if omega is not None else [experts["weight_out"], experts["bias_out"]]:
-        scaled.div_(indifferent.multiplier)
+        scaled.div_(indifferent.multiplier * masked)
 
 
 def indifferent_gate(model_dim: int, options: MoEOptions) -> Indifferent:

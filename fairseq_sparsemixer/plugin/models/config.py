@@ -5,6 +5,8 @@ from typing import Any, Dict, List
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
 from fairseq_sparsemixer.moe.gates import DENSE, Gate, build_gate, gate_class
+from fairseq_sparsemixer.moe.gating_dropout import require_local_routing
+from fairseq_sparsemixer.moe.output_masking import require_masking
 from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers, stack_option
 from fairseq_sparsemixer.plugin.models.router_options import router_options
@@ -28,10 +30,20 @@ def check_options(cfg: Any, layers: Dict[str, int]) -> None:
     with in_flags():
         built = configurations(cfg, layers).items()
         gates = [build_gate(cfg.router, 1, experts, **router_options(own)) for experts, own in built]  # a gate checks its options
+        check_regularisers(cfg, gates)
         if cfg.expert_activation is not None:
             resolve_activation(cfg.expert_activation)
     if "decoder" in layers and has_experts(cfg, "decoder", layers["decoder"]):
         check_causal(cfg, gates)
+
+
+def check_regularisers(cfg: Any, gates: List[Gate]) -> None:
+    """Raise ValueError or ConfigurationError for NLLB's regularisers where a router, or their flags, do not allow them."""
+    for gate in gates:
+        require_masking(gate, cfg.moe_eom, cfg.moe_fom)
+        require_local_routing(gate, cfg.moe_gating_dropout)
+    if cfg.moe_cmr_gate_dropout and not cfg.moe_cmr:
+        refuse(f"--moe-cmr-gate-dropout {cfg.moe_cmr_gate_dropout} is that of --moe-cmr; add --moe-cmr, or leave it out")
 
 
 def check_causal(cfg: Any, gates: List[Gate]) -> None:
@@ -65,6 +77,10 @@ NUMBERS = {
     "router_groups": (COUNT, "1 means no groups"),
     "router_topk_groups": (COUNT, "leave it out for all groups"),
     "num_shared_experts": (Rule(lambda x: 0 <= x < TOO_LARGE, "be at least 0", whole=True), "0 means none"),
+    "moe_eom": (PROBABILITY, "NLLB-200 uses 0.2"),
+    "moe_fom": (PROBABILITY, "0 masks nothing"),
+    "moe_gating_dropout": (PROBABILITY, "0 always exchanges tokens"),
+    "moe_cmr_gate_dropout": (PROBABILITY, "0 disables it"),
     "expert_parallel_size": (COUNT, "leave it out for the largest that fits"),
     "collective_timeout": (SECONDS, "leave it out for torch's default"),
 }

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.names import EXPERTS, GATE, SHARED_EXPERTS
+from fairseq_sparsemixer.names import CMR, EXPERTS, GATE, SHARED_EXPERTS
 
 
 def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
@@ -33,6 +33,7 @@ def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> No
             " the checkpoint was trained with"
         )
     _check_shared_experts(model.state_dict(), state_dict)
+    _check_cmr(model.state_dict(), state_dict)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     _check_gates(model.state_dict(), state_dict)
     for name, value in expected.items():
@@ -57,6 +58,21 @@ def _check_shared_experts(expected: Dict[str, Tensor], found: Dict[str, Tensor])
         f"--num-shared-experts gives shared experts a total width of {widths[0]}, but the checkpoint's have {widths[1]} (0:"
         " none); give the --num-shared-experts and feed-forward sizes the checkpoint was trained with"
     )
+
+
+def _check_cmr(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
+    """Raise ConfigurationError if one of both has CMR's shared networks and gates, and the other has not, or other sizes."""
+    ours, theirs = ({name: value.shape for name, value in state.items() if CMR in name} for state in (expected, found))
+    if ours.keys() != theirs.keys():
+        holder, other, remedy = (
+            ("flags have", "checkpoint has", "leave out") if ours else ("checkpoint has", "flags have", "give")
+        )
+        raise ConfigurationError(f"the {holder} --moe-cmr's shared networks, but the {other} not; {remedy} --moe-cmr")
+    for name in (name for name in ours if ours[name] != theirs[name]):
+        raise ConfigurationError(
+            f"{name} is {tuple(theirs[name])} in the checkpoint, but {tuple(ours[name])} by the flags; give the"
+            " feed-forward sizes the checkpoint was trained with"
+        )
 
 
 FLAG_OF_PARAMETER = {  # gate parameters whose presence depends on a flag

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.cmr import ConditionalRouting
 from fairseq_sparsemixer.moe.layer import MoELayer, build_moe_layer
 from fairseq_sparsemixer.plugin.models.config import layers_to_keep
 from fairseq_sparsemixer.plugin.models.fast_path import NoFastPath
@@ -28,9 +29,24 @@ def _identity(x: Tensor) -> Tensor:
 
 def expert_dropout(cfg: Any) -> float:
     """The dropout inside an expert: --expert-dropout, or that of fairseq's feed-forward layers."""
-    if cfg.expert_dropout is not None:
-        return cfg.expert_dropout
+    return dense_dropout(cfg) if cfg.expert_dropout is None else cfg.expert_dropout
+
+
+def dense_dropout(cfg: Any) -> float:
+    """The dropout inside fairseq's feed-forward layers."""
     return float(cfg.activation_dropout or cfg.relu_dropout or 0)
+
+
+def dense_activation(cfg: Any) -> Callable[[Tensor], Tensor]:
+    """The activation of fairseq's feed-forward layers."""
+    return utils.get_activation_fn(str(cfg.activation_fn))
+
+
+def conditional_routing(cfg: Any, model_dim: int, hidden_dim: int) -> Optional[ConditionalRouting]:
+    """--moe-cmr's shared network, which is what fairseq's feed-forward layer is, and its gate; None without the flag."""
+    if not cfg.moe_cmr:
+        return None
+    return ConditionalRouting(model_dim, hidden_dim, dense_activation(cfg), dense_dropout(cfg), cfg.moe_cmr_gate_dropout)
 
 
 def name_dropout(module: nn.Module, name: str) -> None:
@@ -78,7 +94,7 @@ class _FeedForward(_NoWeights, nn.Module):
         """Called by fairseq before generation: with --retain-dropout, experts keep dropout if a dense layer would."""
         dropout = FairseqDropout(self.moe.experts.dropout, self.dropout_name)
         dropout.make_generation_fast_(name, **kwargs)
-        for experts in (self.moe.experts, self.moe.shared_experts):
+        for experts in (self.moe.experts, self.moe.shared_experts, self.moe.cmr and self.moe.cmr.shared):
             if experts is not None:
                 experts.drop_at_inference = dropout.apply_during_inference
 
@@ -116,9 +132,12 @@ class _MoEBlock:
                 input_dim,
                 cfg.expert_ffn_embed_dim or output_dim,
                 cfg.num_experts,
-                activation=cfg.expert_activation or utils.get_activation_fn(str(cfg.activation_fn)),
+                activation=cfg.expert_activation or dense_activation(cfg),
                 dropout=expert_dropout(cfg),
                 num_shared_experts=cfg.num_shared_experts,
+                cmr=conditional_routing(cfg, input_dim, output_dim),
+                eom=cfg.moe_eom,
+                fom=cfg.moe_fom,
                 **router_options(cfg),
             )
         )

@@ -97,6 +97,11 @@ def find_layer(model: nn.Module, layer: Optional[str], checkpoint: str) -> Tuple
             f"{name} of {checkpoint} gives each token {layers[name].gate.top_k} experts, but fidelity needs k = 1;"
             " give a checkpoint trained with --moe-top-k 1"
         )
+    if layers[name].cmr is not None or layers[name].eom or layers[name].fom:
+        raise ConfigurationError(
+            f"{checkpoint} was trained with --moe-eom, --moe-fom or --moe-cmr, which change the outputs that fidelity"
+            " compares; give a checkpoint trained without"
+        )
     gate = layers[name].gate
     routing = gate(layers[name].experts.weight_in.new_zeros(0, gate.model_dim))
     if routing.skipped is not None or routing.default is not None:

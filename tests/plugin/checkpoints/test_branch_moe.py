@@ -18,6 +18,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from torch import nn
 
 from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.moe.layer import moe_layers
 
 E, M, H = 4, 16, 24
 STACK = {"layers": 4, "embed_dim": M, "ffn_embed_dim": H, "attention_heads": 2, "normalize_before": True}
@@ -37,10 +38,12 @@ class BranchLayer(nn.Module):
             expert.fc1, expert.fc2 = nn.Linear(M, H), nn.Linear(H, M)
             self.experts.append(expert)
         self.top1 = getattr(args, "moe_top1_expert", False)
-        self.kept = (1 - getattr(args, "moe_eom", 0)) * (1 - getattr(args, "moe_fom", 0))
+        self.eom, self.kept = getattr(args, "moe_eom", 0), 1 - getattr(args, "moe_fom", 0)
 
     def forward(self, x):
-        y = x.double()
+        return (self.routed(x.double()) * self.kept).to(x.dtype)
+
+    def routed(self, y):
         gates = (y @ self.gate.wg.weight.double().t()).softmax(-1)
         weight, chosen = gates.topk(1 if self.top1 else 2, -1)
         if not self.top1:
@@ -48,9 +51,41 @@ class BranchLayer(nn.Module):
         weights = torch.zeros_like(gates).scatter(-1, chosen, weight)
         out = torch.zeros_like(y)
         for index, expert in enumerate(self.experts):
-            hidden = torch.relu(y @ expert.fc1.weight.double().t() + expert.fc1.bias.double())
-            out += weights[..., index, None] * (hidden @ expert.fc2.weight.double().t() + expert.fc2.bias.double())
-        return (out * self.kept).to(x.dtype)
+            out += weights[..., index, None] * feed_forward(y, expert.fc1, expert.fc2)
+        return out * (1 - self.eom)
+
+
+def feed_forward(y, fc1, fc2):
+    hidden = torch.relu(y @ fc1.weight.double().t() + fc1.bias.double())
+    return hidden @ fc2.weight.double().t() + fc2.bias.double()
+
+
+class BranchCMR(nn.Module):
+    """The branch's layer of --moe-cmr at evaluation; it holds moe_layer a second time, and not the dense layer."""
+
+    def __init__(self, moe_layer):
+        super().__init__()
+        self.moe_layer, self.gate = moe_layer, nn.Module()
+        self.gate.wg = nn.Linear(M, 1)
+        self.register_buffer("lang_idx", torch.arange(3))
+
+    def run(self, x, fc1, fc2):
+        y = x.double()
+        g = torch.sigmoid(y @ self.gate.wg.weight.double().t() + self.gate.wg.bias.double())
+        out = feed_forward(y, fc1, fc2) * (1 - g) + self.moe_layer.routed(y) * g
+        return (out * self.moe_layer.kept).to(x.dtype)
+
+
+class Held(nn.Linear):
+    """A Linear of the state dict, in whose place fairseq's layer calls something else."""
+
+    def forward(self, x):
+        return self.call(x)
+
+
+def give_cmr(layer, cmr):
+    layer.fc1, layer.fc2, layer.cmr_layer = Held(M, H), Held(H, M), cmr
+    layer.fc1.call, layer.fc2.call = lambda x: cmr.run(x, layer.fc1, layer.fc2), lambda x: x
 
 
 def give_experts(args, stack, name):
@@ -60,6 +95,9 @@ def give_experts(args, stack, name):
         if freq and number % freq == 0:
             del layer.fc1, layer.fc2
             layer.moe_layer, layer.activation_fn = BranchLayer(args), lambda x: x
+            if getattr(args, "moe_cmr", False):
+                give_cmr(layer, BranchCMR(layer.moe_layer))
+                continue
             layer.__dict__.update(fc1=layer.moe_layer, fc2=lambda x: x)  # called by fairseq's layer, not in the state dict
 
 
@@ -82,9 +120,10 @@ def language_model(task, **flags):
     return args, model.eval()
 
 
-def write_set(folder, args, model, ranks=4, shard="", task="translation", **of_task):
+def write_set(folder, args, model, ranks=4, shard="", task="translation", criterion=None, **of_task):
     """The files of `ranks` ranks, as the branch writes them; returns the name of the set."""
     cfg = {"model": args, "task": {"_name": task, **of_task, "moe_option": 1}, "common": {"user_dir": None, "is_moe": True}}
+    cfg["criterion"] = {"_name": "moe_cross_entropy", **(criterion or {})}
     state = {"args": None, "cfg": {**cfg, "distributed_training": {"distributed_world_size": ranks}}}
     state.update(optimizer_history=[{"num_updates": 3, "lr_scheduler_state": {}}], extra_state={}, task_state={})
     state["last_optimizer_state"] = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
@@ -145,12 +184,49 @@ def test_a_converted_language_model_gives_the_same_logits(
     assert_equal(outputs(ours, sample), outputs(model, sample))
 
 
-def test_masking_of_expert_outputs_is_folded_into_the_experts(translation_task, translation_batch, tmp_path, capsys):
-    args, model = translation_model(translation_task, moe_freq=2, moe_eom=0.2, moe_fom=0.5)
+@pytest.mark.parametrize("kind", ["translation", "language model"])
+def test_masking_of_outputs_becomes_our_flags_and_changes_no_weight(
+    kind, translation_task, translation_batch, language_modeling_task, language_modeling_batch, tmp_path, capsys
+):
+    flags = dict(moe_freq=2, moe_eom=0.2, moe_fom=0.5, moe_local_drop=0.3)
+    if kind == "translation":
+        task, sample, (args, model) = translation_task, translation_batch(5, 3, 7), translation_model(translation_task, **flags)
+    else:
+        task, sample = language_modeling_task, language_modeling_batch(5, 3, 7)
+        args, model = language_model(task, **flags)
     path = convert(write_set(tmp_path, args, model))
-    assert "the experts' outputs are multiplied by 0.4" in capsys.readouterr().out
+    assert " --moe-eom 0.2 --moe-fom 0.5 --moe-gating-dropout 0.3," in capsys.readouterr().out
+    ours = load(path, task)
+    assert_equal(outputs(ours, sample), outputs(model, sample))
+    theirs = model.decoder.layers[1].moe_layer.experts[2].fc2.weight
+    assert torch.equal(ours.decoder.layers[1].fc1.moe.experts.weight_out[2], theirs.t())
+    assert all((layer.eom, layer.fom) == (0.2, 0.5) for layer in moe_layers(ours))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("top1", [True, False], ids=["top-1", "top-2"])
+def test_conditional_routing_is_carried_over(layout, top1, translation_task, translation_batch, tmp_path, capsys):
+    flags = dict(moe_freq=2, moe_top1_expert=top1, moe_eom=0.2, moe_fom=0.1, moe_cmr=True, cmr_gate_drop=0.4)
+    args, model = translation_model(translation_task, **flags)
+    assert "encoder.layers.1.cmr_layer.moe_layer.experts.0.fc1.weight" in model.state_dict()
+    path = convert(
+        write_set(tmp_path, args, model, *LAYOUTS[layout], criterion={"cmr_gate_loss_p": 0.7, "cmr_gate_loss_wt": 0.05})
+    )
+    assert " --moe-cmr --moe-cmr-gate-dropout 0.4 --moe-cmr-budget 0.7 --moe-cmr-loss-weight 0.05," in capsys.readouterr().out
     sample = translation_batch(5, 3, 7)
-    assert_equal(outputs(load(path, translation_task), sample), outputs(model, sample))
+    ours = load(path, translation_task)
+    assert_equal(outputs(ours, sample), outputs(model, sample))
+    assert all(layer.cmr.gate_dropout == 0.4 for layer in moe_layers(ours))
+
+
+def test_conditional_routing_of_a_language_model_is_carried_over(
+    language_modeling_task, language_modeling_batch, tmp_path, capsys
+):
+    args, model = language_model(language_modeling_task, moe_freq=2, moe_cmr=True)
+    path = convert(write_set(tmp_path, args, model, task="language_modeling"))
+    assert " --moe-cmr-budget 1 --moe-cmr-loss-weight 0," in capsys.readouterr().out  # the branch's defaults
+    sample = language_modeling_batch(5, 3, 7)
+    assert_equal(outputs(load(path, language_modeling_task), sample), outputs(model, sample))
 
 
 def test_the_converted_file_holds_only_data_and_generates(translation_task, translation_batch, tmp_path):
@@ -204,7 +280,8 @@ REFUSALS = {  # file to change: (how, or None to remove it, the sentence)
     "missing shared": ("m-shared.pt", None, r"files of the checkpoint are missing: .*m-shared\.pt"),
     "flat": ("m-rank-0.pt", lambda s: s.update(shard_metadata={}), "flat shards of --use-sharded-state"),
     "flat names": ("m-shared.pt", rename("decoder.layers.0.flat_param_0"), "flat shards of --use-sharded-state"),
-    "CMR": ("m-shared.pt", rename("encoder.layers.1.cmr_layer.gate.wg.weight"), "has --moe-cmr"),
+    "CMR": ("m-shared.pt", rename("encoder.layers.1.cmr_layer.gate.wg.weight"), "but its arguments lack --moe-cmr"),
+    "EOM": ("m-rank-0.pt", lambda s: setattr(s["cfg"]["model"], "moe_eom", 1.0), "--moe-eom 1.0 must be at least 0"),
     "BASE": ("m-shared.pt", rename("decoder.layers.1.expert_centroids"), "has BASE layers"),
     "unknown": ("m-shared.pt", rename("decoder.layers.1.attn_ln.weight"), "has decoder.layers.1.attn_ln.weight, which"),
     "gate": ("m-shared.pt", lambda s: s["model"].pop("decoder.layers.1.moe_layer.gate.wg.weight"), "gate.wg.weight is missing"),

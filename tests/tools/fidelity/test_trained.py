@@ -106,6 +106,12 @@ def test_a_model_without_experts_is_refused(build_translation_model):
         trained.find_layer(build_translation_model(router="dense"), None, "m.pt")
 
 
+@pytest.mark.parametrize("flags", [dict(moe_eom=0.1), dict(moe_fom=0.1), dict(moe_cmr=True)])
+def test_a_model_whose_outputs_are_masked_or_mixed_is_refused(flags, build_translation_model):
+    with pytest.raises(ConfigurationError, match="m.pt was trained with --moe-eom, --moe-fom or --moe-cmr, which change"):
+        trained.find_layer(build_translation_model(**flags), None, "m.pt")
+
+
 @pytest.mark.parametrize("router", ["default_moe", "expert_choice", "expert_threshold", "remoe"])
 def test_a_router_whose_output_is_not_that_of_one_expert_is_refused(router, build_translation_model):
     model = build_translation_model(router=router, moe_encoder_only=True)
