@@ -16,6 +16,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionConfig, Sen
 from fairseq.logging import metrics
 from fairseq_sparsemixer.criterions import MoECrossEntropyCriterion
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig, warn_of_plain_criterion
+from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, sum_routing_logs
 from fairseq_sparsemixer.criterions.moe_cross_entropy import MoECrossEntropyCriterionConfig
 from torch import nn
 
@@ -138,6 +139,17 @@ def test_the_gate_of_conditional_routing_and_its_budget_loss_are_logged(
         type(criterion).reduce_metrics(logs)
     assert logged["moe_cmr_gate"].avg == pytest.approx(torch.cat(gates).mean().item(), abs=1e-3)
     assert logged["moe_cmr_loss"].avg == pytest.approx(sum(a * b for a, b in zip(losses, sizes)) / sum(sizes), abs=1e-3)
+
+
+def test_layers_have_a_mean_gate_each_but_no_budget_loss_of_their_own(
+    build_translation_model, translation_task, translation_batch
+):
+    model, criterion = build_translation_model(moe_cmr=True), build(translation_task)
+    _, size, log = criterion(model, translation_batch(3, 6))
+    with metrics.aggregate() as logged:
+        log_routing_metrics(sum_routing_logs([log]), size, [name for name, _ in named_moe_layers(model)])
+    cmr = {name for name in logged if "moe_cmr" in name}
+    assert cmr == {"moe_cmr_loss", "moe_cmr_gate", "encoder.layers.0/moe_cmr_gate", "decoder.layers.0/moe_cmr_gate"}
 
 
 def test_without_conditional_routing_there_is_no_budget_loss(model, translation_task, translation_batch):

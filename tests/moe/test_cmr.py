@@ -114,6 +114,17 @@ def test_the_gates_gradient_is_summed_in_float32_in_half_precision():
     assert gate.dtype == torch.float32 and grad.tolist() == [300.0 * 300 * M] * 2
 
 
+def test_under_autocast_the_output_has_its_precision_and_the_gate_is_float32():
+    layer = build_moe_layer("switch", M, H, E, jitter_eps=0.0, cmr=ConditionalRouting(M, H), eom=0.1, fom=0.1).eval()
+    x = torch.randn(S, M)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16 and layer.routing.cmr_gate.dtype == torch.float32
+    torch.testing.assert_close(output.float(), layer(x), rtol=0.05, atol=0.05)
+    output.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.cmr.parameters())
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.0])
 def test_gate_dropout_out_of_range_is_refused(value):
     with pytest.raises(ValueError, match=f"gate_dropout={value} must be at least 0 and less than 1"):

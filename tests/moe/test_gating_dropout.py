@@ -15,6 +15,7 @@ from fairseq_sparsemixer.moe.gating_dropout import require_local_routing, stays_
 from fairseq_sparsemixer.moe.gradients import reduce_expert_gradients
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import form_expert_group
+from fairseq_sparsemixer.moe.turns import taking_turns
 
 M, H, E = 6, 10, 4
 TOKENS = (7, 16)  # of the two ranks
@@ -102,6 +103,9 @@ def on_rank(backend):
         reduce_expert_gradients(layer, group)
         gradients = {key: 2 * parameter.grad for key, parameter in layer.named_parameters()}
         found[name, stay] = output.detach(), gradients, len(calls)
+        if stay:
+            with torch.no_grad(), taking_turns([layer]):
+                found[name, "generates"] = layer(x, padding)
     return found
 
 
@@ -125,6 +129,13 @@ def by_formula(layer, x, padding, rank, stay):
 @pytest.fixture(scope="module", params=["legacy_ddp", "pytorch_ddp"])
 def outcomes(request):
     return run_ranks(2, on_rank, request.param)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
+def test_generation_within_the_step_of_a_batch_that_stays_exchanges_tokens(case, outcomes):
+    for outcome in outcomes:
+        torch.testing.assert_close(outcome[case, "generates"], outcome[case, False][0])
 
 
 @pytest.mark.distributed
