@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass
+from fairseq_sparsemixer.criterions.language_load import SentenceLanguages, language_load
 from fairseq_sparsemixer.criterions.load_log import LoadLog
 from fairseq_sparsemixer.criterions.metrics import log_routing_metrics, routing_log, sum_routing_logs
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from fairseq_sparsemixer.moe.layer import MoELayer, named_moe_layers
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, Rule, broken_rule
 
 logger = logging.getLogger(__name__)
+
+BY_LANGUAGE = "moe_language_load"  # of our entries in a logging output, which the metrics leave out
 
 
 @dataclass
@@ -50,6 +53,13 @@ class AuxiliaryLossConfig(FairseqDataclass):
     moe_log_layers: bool = field(
         default=False, metadata={"help": "also log the routers' metrics of each MoE layer, as encoder.layers.0/moe_load_max"}
     )
+    moe_load_languages: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "also count the tokens in --moe-load-file by language: source, target or pair, known through language tokens"
+            " (--encoder-langtok, --decoder-langtok; tags such as <2de> in front of source sentences)"
+        },
+    )
 
 
 class AuxiliaryLosses:
@@ -68,10 +78,7 @@ class AuxiliaryLosses:
             if sentence:
                 raise ConfigurationError(sentence)
         # fairseq calls reduce_metrics on the class, so each criterion gets a subclass that carries its load log
-        state: Dict[str, Any] = {
-            "load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval) if cfg.moe_load_file else None,
-            "logged_layers": [] if cfg.moe_log_layers else None,
-        }
+        state = {**_load_log(cfg, task), "logged_layers": [] if cfg.moe_log_layers else None}
         own = type(cls.__name__, (cls,), state)
         criterion = super().build_criterion.__func__(own, cfg, task)  # type: ignore[misc]  # of the class behind this one
         criterion.aux_weights = {"router_z": cfg.moe_z_loss_weight, "l1": 1.0}  # remoe adapts the weight of l1 itself
@@ -88,6 +95,7 @@ class AuxiliaryLosses:
     }
     load_log: Optional[LoadLog] = None
     logged_layers: Optional[List[str]] = None  # the names of the layers, once known; None without --moe-log-layers
+    languages: Optional[SentenceLanguages] = None
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True):
         """See FairseqCriterion.forward: (loss with the auxiliary losses, sample size, logging output without)."""
@@ -103,6 +111,8 @@ class AuxiliaryLosses:
             self.load_log.watch([name for name, _ in layers], getattr(model, "num_updates", 0) if model.training else None)
         if self.logged_layers is not None:
             self.logged_layers[:] = [name for name, _ in layers]  # the list of the class, for reduce_metrics
+        if self.languages is not None and model.training:
+            logging_output[BY_LANGUAGE] = language_load(layers, self.languages, sample)
         if reduce:
             loss = loss + self.auxiliary_loss([layer for _, layer in layers], sample_size, budget)
         return loss, sample_size, logging_output
@@ -150,7 +160,22 @@ class AuxiliaryLosses:
         if totals:
             log_routing_metrics(totals, sum(log.get("sample_size", 0) for log in logging_outputs), cls.logged_layers or ())
             if cls.load_log is not None:
-                cls.load_log.add(totals["load"].sum(1))
+                by_language = [log[BY_LANGUAGE] for log in logging_outputs if BY_LANGUAGE in log]
+                cls.load_log.add(totals["load"].sum(1), sum(by_language) if by_language else None)
+
+
+def _load_log(cfg: AuxiliaryLossConfig, task: Any) -> Dict[str, Any]:
+    """The load log of a criterion and the languages in it, None without. Raises ConfigurationError."""
+    if cfg.moe_load_languages and not cfg.moe_load_file:
+        raise ConfigurationError(f"--moe-load-languages {cfg.moe_load_languages} needs a file; give --moe-load-file, too")
+    if not cfg.moe_load_file:
+        return {"load_log": None, "languages": None}
+    wanted = cfg.moe_load_languages
+    languages = SentenceLanguages(task, wanted, f"--moe-load-languages {wanted}") if wanted else None
+    return {
+        "load_log": LoadLog(cfg.moe_load_file, cfg.moe_load_interval, languages and languages.names),
+        "languages": languages,
+    }
 
 
 def warn_of_plain_criterion(criterion: nn.Module, name: str) -> None:

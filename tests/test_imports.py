@@ -12,7 +12,7 @@ from fairseq_sparsemixer import options
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "fairseq_sparsemixer"
-SHARED = {"errors", "files", "names", "options", "ranges"}  # modules next to the packages, which import none of them
+SHARED = {"errors", "files", "languages", "names", "options", "ranges"}  # modules next to the packages, which import none of them
 MAY_IMPORT = {  # in addition to itself and SHARED
     "moe": set(),
     "criterions": {"moe"},

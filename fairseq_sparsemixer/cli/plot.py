@@ -1,6 +1,7 @@
 """Plot training runs: validation-loss curves and an expert-load heatmap, and print their figures.
 
-Train with --log-format json --log-file RUN_DIR/train.log --moe-load-file RUN_DIR/load.jsonl.
+Train with --log-format json --log-file RUN_DIR/train.log --moe-load-file RUN_DIR/load.jsonl. With --moe-load-languages, too,
+there is a heatmap of language x expert for each layer.
 
 example:
   fairseq-sparsemixer plot runs/switch runs/sparsemixer --out plots
@@ -40,11 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the plots and print a table. Everything is read, drawn and checked before any file is written."""
-    from fairseq_sparsemixer.tools.plotting import draw_expert_load, draw_valid_loss, drawn  # matplotlib takes a second to load
+    # matplotlib takes a second to load
+    from fairseq_sparsemixer.tools.plotting import draw_expert_load, draw_language_load, draw_valid_loss, drawn
 
     runs = [read_run(folder) for folder in options.runs]
     figures = [run.figures() for run in runs]
-    plots = {"valid_loss.png": draw_valid_loss(runs), "expert_load.png": draw_expert_load(runs)}
+    languages = [(run.name, run.load.languages) for run in runs if run.load is not None and run.load.languages is not None]
+    plots = {
+        "valid_loss.png": draw_valid_loss(runs),
+        "expert_load.png": draw_expert_load(runs),
+        "language_load.png": draw_language_load(languages) if languages else None,
+    }
     images = {options.out / name: drawn(figure) for name, figure in plots.items() if figure is not None}
     logs = [str(folder / name) for folder in options.runs for name in (TRAIN_LOG, LOAD_LOG)]
     require_json(options.json and str(options.json), [*map(str, images), *logs])

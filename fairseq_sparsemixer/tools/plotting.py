@@ -4,13 +4,11 @@ import io
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from fairseq_sparsemixer.files import write_whole
+from fairseq_sparsemixer.tools.language_table import LanguageLoad
 from fairseq_sparsemixer.tools.runs import Run
-
-if TYPE_CHECKING:  # it imports torch and fairseq
-    from fairseq_sparsemixer.tools.language_load import LanguageLoad
 
 # once imported, fairseq turns on debug logging for all packages, and matplotlib logs while it is imported
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -124,19 +122,20 @@ def _heatmap(axes, title: str, layers: List[str], shares: List[List[float]]) -> 
     axes.figure.colorbar(image, ax=axes, label="share * E")
 
 
-def plot_language_load(loads: Dict[str, "LanguageLoad"], path: Path) -> None:
+def plot_language_load(loads: Dict[str, LanguageLoad], path: Path) -> None:
     """Write draw_language_load to a file."""
-    save(draw_language_load(loads), path)
+    save(draw_language_load(list(loads.items())), path)
 
 
 @styled
-def draw_language_load(loads: Dict[str, "LanguageLoad"]) -> Figure:
+def draw_language_load(loads: Sequence[Tuple[str, LanguageLoad]]) -> Figure:
     """Each language's token shares: a row of heatmaps per run, one heatmap (languages x experts) per layer."""
-    columns, languages = max(len(load.layers) for load in loads.values()), max(len(load.languages) for load in loads.values())
-    largest = max(share for load in loads.values() for rows in load.shares() for row in rows for share in row)
+    tables = [load for _, load in loads]
+    columns, languages = max(len(load.layers) for load in tables), max(len(load.languages) for load in tables)
+    largest = max(share for load in tables for rows in load.shares() for row in rows for share in row)
     figure = new_figure(0.8 + 2.2 * columns, len(loads) * (1 + 0.16 * languages))
     panels = figure.subplots(len(loads), columns, squeeze=False)
-    for (name, load), row in zip(loads.items(), panels):
+    for (name, load), row in zip(loads, panels):
         for axes in row[len(load.layers) :]:
             axes.set_axis_off()
         for axes, layer, shares, information in zip(row, load.layers, load.shares(), load.information()):

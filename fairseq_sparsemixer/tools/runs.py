@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.tools.language_table import LanguageLoad
 
 TRAIN_LOG = "train.log"
 LOAD_LOG = "load.jsonl"
@@ -20,10 +21,14 @@ LARGEST = 2**53  # larger figures mean a damaged file, and could not be plotted
 
 @dataclass
 class ExpertLoad:
-    """Tokens per expert. layers: the L names. counts: [(num_updates, [L][E])], each since the previous entry."""
+    """Tokens per expert. layers: the L names. counts: [(num_updates, [L][E])], each since the previous entry.
+
+    languages: the tokens by language over the same time; None if not recorded (--moe-load-languages).
+    """
 
     layers: List[str]
     counts: List[Tuple[int, List[List[int]]]]
+    languages: Optional[LanguageLoad] = None
 
     def total(self) -> List[List[float]]:
         """[L][E], each expert's share of its layer's tokens over the whole run."""
@@ -98,9 +103,13 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_load(path: Path) -> Optional[ExpertLoad]:
-    if not _is_file(path):
-        return None
+    return read_load(path) if _is_file(path) else None
+
+
+def read_load(path: Path) -> Optional[ExpertLoad]:
+    """Read a --moe-load-file; None if it has no line yet. Raises ConfigurationError for a file or figure that is invalid."""
     counts: Dict[int, Any] = {}
+    by_language: Dict[int, Dict[str, List[List[int]]]] = {}
     layers: List[str] = []
     shape: Optional[List[int]] = None  # experts of each layer
     for entry in _json_lines(path):
@@ -108,8 +117,38 @@ def _read_load(path: Path) -> Optional[ExpertLoad]:
         shape = shape or [len(row) for row in load]
         if [len(row) for row in load] != shape or len(load) != len(layers):
             entry.refuse("load", load, f"does not have the {len(shape)} layers and {_span(shape)} experts of earlier lines")
-        counts[entry.count("num_updates")] = load
-    return ExpertLoad(layers, sorted(counts.items())) if counts else None
+        updates = entry.count("num_updates")
+        counts[updates] = load
+        by_language.pop(updates, None)  # a resumed run repeats updates
+        if "languages" in entry.values:
+            by_language[updates] = _language_lines(entry, shape)
+    if not counts:
+        return None
+    return ExpertLoad(layers, sorted(counts.items()), _sum_by_language(layers, shape or [], list(by_language.values())))
+
+
+def _language_lines(entry: "_Entry", shape: List[int]) -> Dict[str, List[List[int]]]:
+    """{language: [L][E]} of a line."""
+    names = entry.get("languages", lambda value: value == [] or _is_names(value))
+    load = entry.get(
+        "language_load", lambda value: isinstance(value, list) and all(rows == [] or _is_load(rows) for rows in value)
+    )
+    if len(load) != len(shape) or any([len(row) for row in rows] != [size] * len(names) for rows, size in zip(load, shape)):
+        entry.refuse("language_load", load, f"does not have {len(names)} languages in each of the {len(shape)} layers")
+    return {name: [rows[index] for rows in load] for index, name in enumerate(names)}
+
+
+def _sum_by_language(layers: List[str], shape: List[int], lines: List[Dict[str, List[List[int]]]]) -> Optional[LanguageLoad]:
+    """The sum over lines, which may lack languages that had no token; None without languages."""
+    names = sorted({name for line in lines for name in line})
+    if not names:
+        return None
+    counts = [[[0] * size for _ in names] for size in shape]
+    for line in lines:
+        for row, name in enumerate(names):
+            for layer, added in enumerate(line.get(name, ())):
+                counts[layer][row] = [before + more for before, more in zip(counts[layer][row], added)]
+    return LanguageLoad(layers, [name or "no language" for name in names], counts)
 
 
 def _span(counts: List[int]) -> str:
@@ -125,6 +164,11 @@ def _is_load(value: Any) -> bool:
     """Whether the value is a list of rows of counts, and none is empty."""
     rows = isinstance(value, list) and bool(value) and all(isinstance(row, list) and row for row in value)
     return rows and all(_is_count(tokens) for row in value for tokens in row)
+
+
+def _is_language_load(value: Any) -> bool:
+    """Whether the value is a list of such rows for each layer; rows may be missing where no token was routed."""
+    return isinstance(value, list) and all(rows == [] or _is_load(rows) for rows in value)
 
 
 def _is_count(value: Any) -> bool:

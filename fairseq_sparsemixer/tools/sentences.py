@@ -40,8 +40,9 @@ def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.
         raise ConfigurationError(
             f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder with --data-bin"
         ) from None
-    if "moe_load_file" in cfg.criterion:
-        cfg.criterion.moe_load_file = None
+    for name in ("moe_load_file", "moe_load_languages"):
+        if name in cfg.criterion:
+            cfg.criterion[name] = None
     return models[0].double().eval().requires_grad_(False), task.build_criterion(cfg.criterion), task
 
 

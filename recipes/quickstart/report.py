@@ -20,7 +20,7 @@ from fairseq_sparsemixer.tools.study.translation import translation_section
 from fairseq_sparsemixer.tools.tables import cell, markdown_table
 
 if TYPE_CHECKING:
-    from fairseq_sparsemixer.tools.language_load import LanguageLoad
+    from fairseq_sparsemixer.tools.language_table import LanguageLoad
 
 COLUMNS = {
     "router": "{}",

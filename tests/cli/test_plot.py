@@ -38,6 +38,42 @@ def test_a_run_is_read_from_its_logs(run_dir):
     assert run.load.total() == [[0.5, 0.5], [20 / 30, 10 / 30]]
 
 
+def with_languages(folder, *lines):
+    """Write load lines of 2 x 2 experts by language: (updates, {language: [L][E]})."""
+    text = []
+    for updates, load in lines:
+        rows = [[load[name][layer] for name in load] for layer in range(2)]
+        total = [[sum(column) for column in zip(*layer)] or [0, 0] for layer in rows]
+        text.append({"num_updates": updates, "layers": LAYERS, "load": total, "languages": list(load), "language_load": rows})
+    (folder / "load.jsonl").write_text("\n".join(map(json.dumps, text)))
+
+
+def test_languages_are_summed_over_lines_by_name(run_dir):
+    with_languages(
+        run_dir,
+        (10, {"fr": [[1, 2], [3, 4]]}),
+        (20, {"de": [[9, 9], [9, 9]]}),  # replaced by the same update of a resumed run
+        (20, {"de": [[5, 0], [0, 5]], "fr": [[1, 1], [1, 1]]}),
+    )
+    found = read_run(run_dir).load.languages
+    assert (found.layers, found.languages) == (LAYERS, ["de", "fr"])
+    assert found.counts == [[[5, 0], [2, 3]], [[0, 5], [4, 5]]]
+
+
+def test_the_command_draws_languages(run_dir, tmp_path):
+    with_languages(run_dir, (10, {"fr": [[1, 2], [3, 4]], "de": [[0, 1], [1, 0]]}))
+    assert main(["plot", str(run_dir), "--out", str(tmp_path / "plots")]) == 0
+    assert (tmp_path / "plots" / "language_load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_number_of_languages_is_reported(run_dir):
+    with_languages(run_dir, (10, {"fr": [[1, 2], [3, 4]]}))
+    text = (run_dir / "load.jsonl").read_text()
+    (run_dir / "load.jsonl").write_text(text.replace('["fr"]', '["fr", "de"]'))
+    with pytest.raises(ConfigurationError, match="does not have 2 languages in each of the 2 layers"):
+        read_run(run_dir)
+
+
 def test_load_entropy_is_one_if_balanced_and_is_averaged_over_layers(run_dir):
     uneven = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(2)
     assert read_run(run_dir).load.entropy() == pytest.approx((1 + uneven) / 2)

@@ -1,6 +1,7 @@
 """--moe-load-file: tokens per expert as JSON lines."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ def test_a_line_has_the_sums_over_its_interval(tmp_path):
         {"num_updates": 2, "layers": ["encoder.layers.0"], "load": [[2, 1]]},
         {"num_updates": 4, "layers": ["encoder.layers.0"], "load": [[2, 5]]},
     ]
+
+
+def test_a_line_has_the_languages_with_tokens_and_each_layers_experts(tmp_path):
+    log = LoadLog(str(tmp_path / "load.jsonl"), 2, ["de", "fr", "tr"])
+    for update in range(2):
+        log.watch(["encoder.layers.0", "decoder.layers.0"], update)
+        log.add(torch.tensor([[4.0, 1.0], [5.0, math.nan]]), torch.tensor([[[3, 1], [0, 0], [1, 0]], [[4, 0], [0, 0], [1, 0]]]))
+    line = json.loads((tmp_path / "load.jsonl").read_text())
+    assert line["load"] == [[8, 2], [10]] and line["languages"] == ["de", "tr"]
+    assert line["language_load"] == [[[6, 2], [2, 0]], [[8], [2]]]
 
 
 def test_validation_is_not_recorded(tmp_path):

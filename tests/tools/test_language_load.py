@@ -113,7 +113,7 @@ def test_the_plot_has_a_heatmap_per_layer():
     from fairseq_sparsemixer.tools.plotting import draw_language_load, drawn
 
     load = LanguageLoad(["encoder.layers.0", "decoder.layers.0"], ["de", "fr"], [[[3, 1], [0, 2]], [[1, 1], [1, 1]]])
-    figure = draw_language_load({"switch": load, "sparsemixer": load})
+    figure = draw_language_load([("switch", load), ("sparsemixer", load)])
     images = [axes.images[0].get_array().tolist() for axes in figure.axes if axes.images and axes.get_title()]
     assert images == 2 * load.shares()
     assert drawn(figure).startswith(b"\x89PNG")

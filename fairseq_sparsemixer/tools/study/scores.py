@@ -1,16 +1,14 @@
 """The test score of one run, read from what fairseq-generate or fairseq-eval-lm printed."""
 
-import re
 from pathlib import Path
 from typing import Any, Dict, List
 
 from sacrebleu.metrics import BLEU
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.languages import TAG
 from fairseq_sparsemixer.tools.generation import read_hypothesis, read_perplexity, read_sentences
 from fairseq_sparsemixer.tools.study.grid import Test
-
-TAG = re.compile(r"<2([\w-]+)>")  # of a source sentence: the target language
 
 
 def score(test: Test, output: Path) -> Dict[str, Any]:
