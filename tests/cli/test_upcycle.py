@@ -18,7 +18,8 @@ from fairseq_sparsemixer.moe.gates.registry import GATES
 from fairseq_sparsemixer.moe.layer import moe_layers
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
-from fairseq_sparsemixer.plugin.checkpoints.upcycling import _require_fit, _with_experts, indifferent_gate, upcycle
+from fairseq_sparsemixer.plugin.checkpoints.starting_gates import indifferent_gate
+from fairseq_sparsemixer.plugin.checkpoints.upcycling import _require_fit, _with_experts, upcycle
 from fairseq_sparsemixer.plugin.models.fast_path import knows_copies
 
 USER_DIR = Path(fairseq_sparsemixer.__file__).parent
@@ -87,6 +88,52 @@ def test_with_nllbs_regularisers_too_the_first_forward_equals_the_dense_model(ro
     for layer in moe_layers(model):
         assert (layer.eom, layer.fom, layer.cmr.gate_dropout) == (0.2, 0.25, 0.1)
         assert set(layer.routing.cmr_gate.tolist()) == {0.0, 0.5}  # padding, tokens
+
+
+GRANULAR = {
+    "one group": "--router topk --moe-top-k 4 --granularity 4".split(),
+    "two groups": "--router topk --moe-top-k 4 --granularity 2".split(),
+    "gshard": "--router gshard --granularity 2".split(),
+    "with a shared network": "--router topk --moe-top-k 4 --moe-cmr --granularity 4".split(),
+}
+
+
+@pytest.mark.parametrize("kind", GRANULAR)
+def test_slices_of_the_dense_layer_compute_the_same(kind, dense, tmp_path, translation_batch):
+    out, flags = tmp_path / "moe.pt", GRANULAR[kind]
+    assert main(["upcycle", str(dense), str(out), "--num-experts", "8", "--moe-freq", "1", *flags]) == 0
+    sample = translation_batch(3, 7, 5)
+    real = sample["net_input"]["prev_output_tokens"].ne(1)
+    torch.testing.assert_close(logits(out, sample)[real], logits(dense, sample)[real], rtol=1e-5, atol=1e-5)
+    granularity = int(flags[-1])
+    assert read_checkpoint(str(out))["model"]["encoder.layers.0.fc1.moe.experts.weight_in"].shape == (8, 16, 24 // granularity)
+
+
+ANOTHER_NUMBER = {  # flags of the first model, and of the second
+    "switch": ("--router switch --num-experts 4", "--num-experts 8"),
+    "sparsemixer": ("--router sparsemixer --num-experts 4", "--num-experts 12"),
+    "hash": ("--router hash --num-experts 2", "--num-experts 4"),
+    "topk": ("--router topk --moe-top-k 2 --num-experts 4", "--num-experts 8 --moe-top-k 4"),
+}
+
+
+@pytest.mark.parametrize("router", ANOTHER_NUMBER)
+def test_copies_of_experts_compute_the_same(router, dense, tmp_path, translation_batch, capsys):
+    made, first, second = (tmp_path / f"{name}.pt" for name in ("made", "first", "second"))
+    before, after = ANOTHER_NUMBER[router]
+    main(["upcycle", str(dense), str(made), "--moe-freq", "1", "--noise", "0.5", *before.split()])
+    state = read_checkpoint(str(made))
+    for name, value in state["model"].items():
+        if name.endswith("gate.projection.weight"):
+            torch.nn.init.normal_(value, std=0.5)  # a trained router has preferences
+    torch.save(state, first)
+    capsys.readouterr()
+    assert main(["upcycle", str(first), str(second), *after.split()]) == 0
+    assert "note" not in capsys.readouterr().out
+    sample = translation_batch(3, 7, 5)
+    real = sample["net_input"]["prev_output_tokens"].ne(1)
+    torch.testing.assert_close(logits(second, sample)[real], logits(first, sample)[real], rtol=1e-3, atol=1e-4)
+    assert read_checkpoint(str(second))["extra_state"]["ema"].keys() == state["extra_state"]["ema"].keys()
 
 
 @pytest.mark.slow
@@ -189,6 +236,18 @@ def test_a_missing_weight_is_refused(dense):
         (["--num-experts", "0"], "--num-experts 0 must be at least 1"),
         (["--router", "default_moe"], "--router default_moe adds running means of the experts' outputs"),
         (["--router", "expert_threshold"], "--router expert_threshold weighs tokens differently even if all experts are equal"),
+        (["--granularity", "0"], "--granularity 0 must be at least 1"),
+        (["--granularity", "5"], "--granularity 5 does not divide the 24 hidden units of the dense layers"),
+        (["--granularity", "4", "--num-experts", "6"], "--granularity 4 does not divide the 6 experts of a layer"),
+        (["--granularity", "2", "--expert-ffn-embed-dim", "24"], "--expert-ffn-embed-dim 24 contradicts --granularity 2, .* 12"),
+        (
+            ["--granularity", "2", "--router", "switch"],
+            "--granularity 2 needs a router .*; use --router topk --moe-top-k 2, or a",
+        ),
+        (["--granularity", "2", "--router", "sparsemixer_v2"], "--granularity 2 needs a router that gives a token all 2 slices"),
+        (["--granularity", "4", "--router", "topk", "--moe-top-k", "2"], "--granularity 4 needs a router"),
+        (["--reinitialise", "nan"], "--reinitialise nan must be at least 0 and at most 1"),
+        (["--reinitialise", "1.5"], "--reinitialise 1.5 must be at least 0 and at most 1"),
         (["--router", "remoe"], "--router remoe weighs tokens differently even if all experts are equal"),
     ],
 )
@@ -202,7 +261,6 @@ def test_unsupported_checkpoints_give_a_one_line_error(dense, tmp_path):
     state = read_checkpoint(str(dense))
     name = str(tmp_path / "in.pt")
     for change, sentence in (
-        ({"model": {"encoder.layers.0.fc1.moe.experts.weight_in": torch.ones(2)}}, "already has experts"),
         ({"cfg": {**state["cfg"], "model": {"_name": "lstm"}}}, "is of the model lstm; upcycle supports transformer"),
         ({"cfg": None, "args": None}, "does not name its model"),
     ):
@@ -244,3 +302,33 @@ def test_invalid_weights_and_settings_give_a_one_line_error(dense, tmp_path):
             main(["upcycle", name, str(tmp_path / "moe.pt")])
         assert isinstance(error.value, ConfigurationError) and "\n" not in str(error.value)
     assert not (tmp_path / "moe.pt").exists()
+
+
+def test_a_model_with_experts_keeps_its_other_flags(dense, tmp_path):
+    first, out = str(tmp_path / "first.pt"), str(tmp_path / "out.pt")
+    main(["upcycle", str(dense), first, "--num-experts", "4", "--router", "switch"])
+    for flags, sentence in (
+        (["--num-experts", "4"], "first.pt already has experts, 4 a layer; give another --num-experts"),
+        (["--router", "gshard"], "--router gshard is not that of the checkpoint, switch; .* keeps all flags but --num-experts"),
+        (["--granularity", "2"], "--granularity 2 cuts dense layers, but this one has experts; leave it out"),
+        (["--moe-top-k", "2"], "--moe-top-k 2 does not work with --router switch"),
+        (["--noise", "-1"], "--noise -1.0 must be at least 0"),
+    ):
+        with pytest.raises(SystemExit, match=sentence) as error:
+            main(["upcycle", first, out, *flags])
+        assert "\n" not in str(error.value) and not os.path.exists(out)
+
+
+@pytest.mark.slow
+def test_a_model_with_more_experts_trains_and_one_with_fewer_says_what_changes(corpus, dense, tmp_path, capsys):
+    first, more, fewer = (str(tmp_path / f"{name}.pt") for name in ("first", "more", "fewer"))
+    main(["upcycle", str(dense), first, "--num-experts", "4", "--moe-freq", "1", "--router", "switch"])
+    main(["upcycle", first, more, "--num-experts", "8", "--reinitialise", "0.5"])
+    flags = ["--num-experts", "8", "--finetune-from-model", more]
+    assert len(runs.train(corpus, tmp_path / "run", *flags, updates=2)) == 2
+    capsys.readouterr()
+    main(["upcycle", first, fewer, "--num-experts", "2"])
+    printed = capsys.readouterr().out
+    assert printed.count("note: ") == 3 and "note: encoder.layers.0 does not compute the same" in printed
+    kept = read_checkpoint(fewer)["model"]["encoder.layers.0.fc1.moe.experts.weight_in"]
+    assert torch.equal(kept, read_checkpoint(first)["model"]["encoder.layers.0.fc1.moe.experts.weight_in"][[0, 2]])

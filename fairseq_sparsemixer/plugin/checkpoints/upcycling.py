@@ -1,6 +1,7 @@
 """Sparse upcycling (Komatsuzaki et al., 2022; arXiv 2212.05055): converts a dense checkpoint to one with experts.
 
-Every expert starts as a copy of the dense layer it replaces, and the router gives all experts the same weight. The new
+Every expert starts as a copy of the dense layer it replaces, or of one of its G slices (granular upcycling, arXiv 2410.07524),
+and the router gives all experts the same weight. The new
 model then computes the same as the dense one, up to the router's multiplier: 1 / E for Switch and SparseMixer, where all
 experts are equally likely. The multiplier is measured on the router and compensated: in SparseMixer's omega, which keeps
 the experts on the scale that their optimizer expects, and otherwise in the experts' output layer. So are the factors of
@@ -9,48 +10,41 @@ expert and final output masking. With --moe-cmr, the dense layer is also the sha
 
 import argparse
 import copy
-import math
 import re
 from dataclasses import fields, replace
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_REGISTRY
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe.gates import DENSE, build_gate
+from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.names import CMR, EXPERTS, FIRST_WEIGHT, GATE, LAYER
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL
+from fairseq_sparsemixer.plugin.checkpoints.slices import AS_IT_IS, Change, make_experts, refuse_change
+from fairseq_sparsemixer.plugin.checkpoints.starting_gates import Indifferent, group_gate, indifferent_gate, refuse_granularity
 from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, experts_in_layer, with_experts
 from fairseq_sparsemixer.plugin.models.moe_block import MoEDecoderLayer, MoEEncoderLayer
-from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
 WITH_EXPERTS = {"transformer": "transformer_moe", "transformer_moe": "transformer_moe", "transformer_lm": "transformer_lm_moe"}
 FEED_FORWARD = re.compile(r"((encoder|decoder)\.layers\.(\d+))\.fc1\.weight")
-TIE_BREAK = 1e-6  # scale of the initial logits: enough for an arg-max to spread tokens, too small to change a multiplier
-PROBES = 64  # random tokens on which a router's multiplier is measured
-TOLERANCE = 1e-5  # relative difference of the multiplier allowed between tokens
 
 
-class Indifferent(NamedTuple):
-    """A gate that gives all experts the same weight, and its multiplier of the sum of k equal experts."""
-
-    gate: nn.Module
-    multiplier: float
-
-
-def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed: int = 1) -> Dict[str, Any]:
+def upcycle(
+    state: Dict[str, Any], options: MoEOptions, change: Change = AS_IT_IS, notes: Optional[List[str]] = None
+) -> Dict[str, Any]:
     """A dense fairseq checkpoint -> one of the model with experts described by `options`, without optimizer state.
 
-    noise: standard deviation of the noise added to each expert's weights, relative to that of the weights; with 0, experts
-    differ only by what they learn. Raises ConfigurationError for an unsuitable checkpoint or unsuitable options.
+    change: how experts differ from the dense layer; by default, only by what they learn. notes: gets a sentence for each layer
+    that starts as the dense one only nearly. Raises ConfigurationError for an
+    unsuitable checkpoint or unsuitable options.
     """
     if any(EXPERTS in name for name in state["model"]):
         raise ConfigurationError("the checkpoint already has experts; upcycle needs a dense one")
@@ -58,17 +52,32 @@ def upcycle(state: Dict[str, Any], options: MoEOptions, noise: float = 0.0, seed
     check_options(options, _count_layers(state["model"]))
     if options.router == DENSE:
         raise ConfigurationError(f"--router {DENSE} has no experts; choose another router")
-    if not 0 <= noise < math.inf:
-        raise ConfigurationError(f"--noise {noise} must be at least 0 and finite; give 0 for none")
+    refuse_change(change)
+    widths = _experts_by_width(state["model"], options)
+    refuse_granularity(change.granularity, options, widths)
+    if change.granularity > 1:
+        options.expert_ffn_embed_dim = next(iter(widths)) // change.granularity
     cfg = _configuration(state)
     cfg["model"] = _with_experts(cfg["model"], options)
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
-    result.update(args=None, cfg=cfg, model=_convert(state["model"], options, noise, seed))
+    result.update(args=None, cfg=cfg, model=_convert(state["model"], options, change, notes))
     extra = state.get("extra_state") or {}
     _require_fit(cfg["model"], result["model"])
-    copies = {key: _convert(extra[key], options, noise, seed) for key in COPIES_OF_MODEL if key in extra}
+    copies = {key: _convert(extra[key], options, change) for key in COPIES_OF_MODEL if key in extra}
     result["extra_state"] = {**extra, **copies}
     return result
+
+
+def _experts_by_width(weights: Dict[str, Tensor], options: MoEOptions) -> Dict[int, List[int]]:
+    """{H: numbers of experts} of the dense layers that get experts."""
+    found: Dict[int, List[int]] = {}
+    layers = _count_layers(weights)
+    for name in weights:
+        feed_forward = FEED_FORWARD.fullmatch(name)
+        number = feed_forward and experts_in_layer(options, feed_forward[2], int(feed_forward[3]), layers[feed_forward[2]])
+        if number:
+            found.setdefault(weights[name].size(0), []).append(number)
+    return found
 
 
 def _count_layers(weights: Dict[str, Tensor]) -> Dict[str, int]:
@@ -127,11 +136,13 @@ def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
                     )
 
 
-def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed: int) -> Dict[str, Tensor]:
+def _convert(
+    weights: Dict[str, Tensor], options: MoEOptions, change: Change, notes: Optional[List[str]] = None
+) -> Dict[str, Tensor]:
     """Dense weights by name -> weights with experts in every MoE layer."""
     result, layers = without_copies(weights), _count_layers(weights)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(change.seed)
         for name in sorted(weights):
             feed_forward = FEED_FORWARD.fullmatch(name)
             if feed_forward is None:
@@ -140,9 +151,11 @@ def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed
             num_experts = experts_in_layer(options, stack, int(index), layers[stack])
             if num_experts:
                 own = with_experts(options, num_experts)
-                indifferent = indifferent_gate(weights[name].size(1), own)
+                indifferent = _gate(weights[name].size(1), own, change)
+                if notes is not None and indifferent.spread > 0:
+                    notes.append(f"{layer} starts as the dense layer up to a factor within {indifferent.spread:.0%} of 1")
                 dense = {part: result.pop(f"{layer}.{part}") for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
-                moved = _experts(dense, num_experts, noise)
+                moved = make_experts(dense, num_experts, change)
                 _compensate(moved, indifferent, (1 - options.moe_eom) * (1 - options.moe_fom))
                 result.update({f"{layer}{LAYER}{EXPERTS}{part}": value for part, value in moved.items()})
                 result.update({f"{layer}.fc1{GATE}{part}": value for part, value in indifferent.gate.state_dict().items()})
@@ -151,24 +164,15 @@ def _convert(weights: Dict[str, Tensor], options: MoEOptions, noise: float, seed
     return result
 
 
-def _experts(dense: Dict[str, Tensor], num_experts: int, noise: float) -> Dict[str, Tensor]:
-    """fc1 [H, M] and fc2 [M, H] -> the tensors of Experts, num_experts copies of them."""
-
-    def copies(weight: Tensor) -> Tensor:
-        stacked = weight.repeat(num_experts, *[1] * weight.dim())
-        return stacked + noise * weight.std() * torch.randn_like(stacked) if noise else stacked
-
-    return {
-        "weight_in": copies(dense["fc1.weight"].t()),  # [E, M, H]
-        "bias_in": dense["fc1.bias"].repeat(num_experts, 1),
-        "weight_out": copies(dense["fc2.weight"].t()),  # [E, H, M]
-        "bias_out": dense["fc2.bias"].repeat(num_experts, 1),
-    }
+def _gate(model_dim: int, options: MoEOptions, change: Change) -> Indifferent:
+    if change.granularity == 1:
+        return indifferent_gate(model_dim, options)
+    return group_gate(model_dim, options, change.granularity)
 
 
 def _cmr(dense: Dict[str, Tensor], fom: float) -> Dict[str, Tensor]:
     """fc1 [H, M] and fc2 [M, H] -> the tensors of ConditionalRouting, with final output masking compensated."""
-    shared = _experts(dense, 1, noise=0)
+    shared = make_experts(dense, 1, AS_IT_IS)
     for part in ("weight_out", "bias_out"):
         shared[part] = shared[part] / (1 - fom)
     gate = {"gate.weight": torch.zeros_like(dense["fc1.weight"][:1]), "gate.bias": torch.zeros_like(dense["fc1.bias"][:1])}
@@ -180,32 +184,3 @@ def _compensate(experts: Dict[str, Tensor], indifferent: Indifferent, masked: fl
     omega: Optional[Tensor] = getattr(indifferent.gate, "omega", None)
     for scaled in [omega.data] if omega is not None else [experts["weight_out"], experts["bias_out"]]:
         scaled.div_(indifferent.multiplier * masked)
-
-
-def indifferent_gate(model_dim: int, options: MoEOptions) -> Indifferent:
-    """A gate of options.router that gives every token the same weight, whichever expert it chooses.
-
-    The gate is unchanged if that already holds (GShard renormalises). Otherwise its logits are tiny, so that an arg-max
-    router spreads tokens from the start; or zero for SparseMixer, whose mask compares logits relative to each other (it
-    samples, so zero logits spread tokens too). Raises ConfigurationError for a router that weighs tokens unevenly in all
-    cases.
-    """
-    gate = build_gate(options.router, model_dim, options.num_experts, **router_options(options)).eval()
-    probes = torch.randn(PROBES, model_dim)
-    if gate(probes).default is not None:
-        raise ConfigurationError(
-            f"--router {options.router} adds running means of the experts' outputs, which a dense checkpoint does not have;"
-            " choose another router"
-        )
-    projection = getattr(gate, "projection", None)
-    for size in (None, TIE_BREAK, 0.0):
-        if size is not None and projection is not None:
-            nn.init.normal_(projection.weight, std=size / model_dim**0.5)
-        with torch.no_grad():
-            weight = gate(probes).combine_weight.sum(-1)
-        if weight.min() > 0 and weight.max() - weight.min() <= TOLERANCE * weight.mean():
-            return Indifferent(gate, float(weight.mean()))
-    raise ConfigurationError(
-        f"--router {options.router} weighs tokens differently even if all experts are equal, so no initialisation equals the"
-        " dense model; choose another router"
-    )
