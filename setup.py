@@ -16,6 +16,7 @@ FAIRSEQ = [
 ]
 # what plot, study, glue and completion need beyond training
 TOOLS = ["matplotlib>=3.7", "sacrebleu>=2.3", "sentencepiece>=0.1.99", "shtab>=1.6", "tabulate>=0.9"]
+HF = ["safetensors>=0.4"]  # what export-hf needs
 
 
 def absolute(link: "re.Match") -> str:
@@ -61,9 +62,12 @@ setup(
     ],
     extras_require={
         "fairseq": FAIRSEQ,
+        "hf": HF,
         "tools": TOOLS,
         "test": [
             *TOOLS,
+            *HF,
+            "transformers>=4.45,<5",  # that export-hf is compared with; 5 computes NllbMoe with two experts only (docs/checkpoints.md)
             *("pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "scipy>=1.10", "tensorboardX>=2.6"),
             *("Babel>=2.13", "sacremoses>=0.0.53"),  # of recipes/requirements.txt
         ],

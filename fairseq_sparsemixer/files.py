@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator, Optional, Union
@@ -67,6 +68,33 @@ def finish(unfinished: str, path: str) -> None:
     _flush_to_disk(unfinished)
     os.replace(unfinished, path)
     _flush_to_disk(os.path.dirname(os.path.abspath(path)))  # makes the rename durable
+
+
+@contextmanager
+def unfinished_folder_beside(path: Union[str, os.PathLike]) -> Iterator[str]:
+    """Yield the name of a new folder beside `path`; it is deleted on exit unless `finish_folder` renamed it. Raises OSError."""
+    unfinished = f"{os.path.realpath(path)}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}"
+    os.mkdir(unfinished)
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def finish_folder(unfinished: str, path: Union[str, os.PathLike]) -> None:
+    """Flush a folder of files to disk, then rename it to `path`, whose former content is deleted afterwards. Raises OSError.
+
+    Killed in between, `path` may be missing, but never has a part of the files.
+    """
+    target, former = os.path.realpath(path), f"{unfinished}.former"
+    for name in os.listdir(unfinished):
+        _flush_to_disk(os.path.join(unfinished, name))
+    _flush_to_disk(unfinished)
+    if os.path.isdir(target):
+        os.replace(target, former)
+    os.replace(unfinished, target)
+    _flush_to_disk(os.path.dirname(target))
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def is_abandoned(unfinished: str) -> bool:

@@ -11,7 +11,7 @@ import argparse
 
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("FILE", "CHECKPOINT", "SPEC", "IN", "OUT", "SRC", "DST", "DENSE")  # metavars of files
-FOLDERS = ("DIR", "RUN_DIR")
+FOLDERS = ("DIR", "RUN_DIR", "OUTDIR")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

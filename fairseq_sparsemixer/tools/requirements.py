@@ -8,6 +8,7 @@ EXTRAS = {  # package -> extra in setup.py
     "fairseq_cli": "fairseq",
     "matplotlib": "tools",
     "sacrebleu": "tools",
+    "safetensors": "hf",
     "sentencepiece": "tools",
     "shtab": "tools",
     "tabulate": "tools",
