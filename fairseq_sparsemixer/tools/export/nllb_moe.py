@@ -16,7 +16,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, LAYER
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS
 from fairseq_sparsemixer.tools.export.fairseq_transformer import FEED_FORWARD, attention, layer_modules
-from fairseq_sparsemixer.tools.export.source import Lazy, Source, activation, as_is, made, refuse
+from fairseq_sparsemixer.tools.export.source import Lazy, Source, as_is, made, refuse
 
 CLASS = "NllbMoe"
 TWO = "whose tokens have their two most probable experts, weighted by softmax, with a sum of 1: gshard, or topk with two"
@@ -55,7 +55,7 @@ def refuse_router(source: Source) -> None:
         if getattr(args, name) not in allowed:
             raise refuse(name, getattr(args, name), CLASS, why)
     own = args.expert_activation
-    if own is not None and activation(args, CLASS, own) != activation(args, CLASS):
+    if own not in (None, args.activation_fn):
         raise refuse("expert_activation", own, CLASS, f"whose experts use --activation-fn, which is {args.activation_fn}")
 
 

@@ -5,7 +5,7 @@ import copy
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Sequence
 
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY, MODEL_REGISTRY
@@ -135,16 +135,20 @@ def refuse(flag: str, value: Any, model: str, why: str) -> ConfigurationError:
 
 
 ACTIVATIONS = {  # fairseq's -> transformers'
-    **{name: name for name in ("relu", "gelu", "silu", "tanh", "linear")},
-    **{"gelu_accurate": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"},
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "tanh": "tanh",
+    "linear": "linear",
 }
 
 
-def activation(args: Any, model: str, name: Optional[str] = None) -> str:
-    """transformers' name of --activation-fn, or of `name`. Raises ConfigurationError."""
-    given = str(name or args.activation_fn)
+def activation(args: Any, model: str) -> str:
+    """transformers' name of --activation-fn. Raises ConfigurationError."""
+    given = str(args.activation_fn)
     if given not in ACTIVATIONS:
-        raise refuse("activation-fn", given, model, f"which has {', '.join(dict.fromkeys(ACTIVATIONS))}")
+        raise refuse("activation_fn", given, model, f"which has {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[given]
 
 
