@@ -67,7 +67,7 @@ setup(
         "test": [
             *TOOLS,
             *HF,
-            "transformers>=4.45,<5",  # that export-hf is compared with; 5 computes NllbMoe with two experts only (docs/checkpoints.md)
+            "transformers>=4.45,<5",  # compared with export-hf; see docs/checkpoints.md for 5
             *("pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "scipy>=1.10", "tensorboardX>=2.6"),
             *("Babel>=2.13", "sacremoses>=0.0.53"),  # of recipes/requirements.txt
         ],

@@ -29,7 +29,6 @@ COMMANDS: Dict[str, Command] = {
     "average": Command("average", "average the weights of checkpoints, or take their EMA"),
     "upcycle": Command("upcycle", "convert a dense checkpoint to one with experts"),
     "convert": Command("convert", "convert a checkpoint of another program, or to another dictionary"),
-    "convert": Command("convert", "convert a checkpoint of microsoft/SparseMixer's example"),
     "export-hf": Command("export_hf", "export a checkpoint to Hugging Face's transformers"),
     "completion": Command("completion", "print a shell completion script"),
 }

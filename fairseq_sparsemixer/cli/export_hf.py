@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="the checkpoint to export")
     parser.add_argument("target", metavar="OUTDIR", type=folder, help="the folder to write")
     text = parser.add_argument_group("tokenizer")
-    text.add_argument("--sentencepiece-model", metavar="FILE", help="the model that split the training text (default: no tokenizer)")
+    text.add_argument(
+        "--sentencepiece-model", metavar="FILE", help="the model that split the training text (default: no tokenizer)"
+    )
     text.add_argument("--dict", metavar="FILE", help="the dictionary of fairseq-preprocess, dict.LANG.txt")
     text.add_argument("--target-sentencepiece-model", metavar="FILE", help="that of the target language (default: the same)")
     text.add_argument("--target-dict", metavar="FILE", help="that of the target language (default: the same)")
@@ -74,7 +76,9 @@ def _require_tokenizer(options: argparse.Namespace) -> None:
             if value is not None:
                 raise ConfigurationError(f"--{name.replace('_', '-')} {value} needs --sentencepiece-model; give both, or neither")
     elif options.dict is None:
-        raise ConfigurationError(f"--sentencepiece-model {options.sentencepiece_model} needs --dict, the dict.LANG.txt of the data")
+        raise ConfigurationError(
+            f"--sentencepiece-model {options.sentencepiece_model} needs --dict, the dict.LANG.txt of the data"
+        )
 
 
 def _tokenizer(options: argparse.Namespace, result, source) -> dict:

@@ -112,7 +112,9 @@ def test_every_imported_package_is_declared(declared):
         pytest.skip("needs the list of standard modules, in Python 3.10 and later")
     packages = set(imported("fairseq_sparsemixer", "criterions")) - ours - optional - set(standard)
     wanted = {DISTRIBUTION.get(package, package).lower() for package in packages}
-    assert wanted <= names(declared["install_requires"]) | names(declared["extras_require"]["tools"])
+    assert wanted <= names(declared["install_requires"]).union(
+        *(names(declared["extras_require"][extra]) for extra in ("hf", "tools"))
+    )
 
 
 def test_each_package_of_an_extra_has_an_error_message(declared):

@@ -27,7 +27,9 @@ def require_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a folder; name a new one")
     if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise ConfigurationError(f"{folder} cannot be made, as the folder {folder.absolute().parent} does not exist; create it first")
+        raise ConfigurationError(
+            f"{folder} cannot be made, as the folder {folder.absolute().parent} does not exist; create it first"
+        )
     there = sorted(folder.iterdir()) if folder.exists() else []
     if there and not overwrite:
         raise ConfigurationError(f"{folder} is not empty; name a new folder, or replace this one's export with --overwrite")

@@ -7,7 +7,7 @@ experts, with weights that sum to 1; the limit of an expert's tokens is all toke
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Dict, Set
+from typing import Any, Dict, Set, Tuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,14 @@ from fairseq_sparsemixer.tools.export.source import Lazy, Source, as_is, made, r
 
 CLASS = "NllbMoe"
 TWO = "whose tokens have their two most probable experts, weighted by softmax, with a sum of 1: gshard, or topk with two"
-TOPK = {
+TOPK: Dict[str, Tuple[Any, ...]] = {
     "moe_top_k": (None, 2),
     "router_score": (None, "softmax"),
     "router_weights": (None, "normalised"),
     "router_scale": (None, 1),
 }
-ANY_ROUTER = {  # settings of ours that change the outputs, and their values that do not
+ANY_ROUTER: Dict[str, Tuple[Tuple[Any, ...], str]] = {  # settings of ours that change the outputs, and their values that do not
+    "moe_cmr": ((False,), "which has no dense layer beside the experts"),
     "num_shared_experts": ((0,), "which has no shared experts"),
     "moe_bias_update_rate": ((0,), "whose choice of experts has no bias"),
     "eval_capacity_factor": ((None,), "which is exported without a limit at evaluation"),
@@ -168,16 +169,19 @@ def _experts(source: Source, ours: str, theirs: str, count: int) -> Dict[str, La
     gate = f"{ours}fc1{GATE}projection."
     router = {part: source.weights.take(gate + part) for part in ("weight", *(("bias",) if source.args.router_bias else ()))}
     tensors = {f"{theirs}ffn.router.classifier.{part}": as_is(tensor) for part, tensor in router.items()}
+    kept = (1 - source.args.moe_eom) * (1 - source.args.moe_fom)  # at inference; moe_token_dropout has no part for FOM
     for expert in range(count):
         for part, stack in stacks.items():
             one = stack[expert]
-            tensors[f"{theirs}ffn.experts.expert_{expert}.{part}"] = made(partial(_transposed, one), one.shape, one.dtype)
+            tensors[f"{theirs}ffn.experts.expert_{expert}.{part}"] = made(
+                partial(_transposed, one, kept if part.startswith("fc2") else 1.0), one.shape, one.dtype
+            )
     return tensors
 
 
-def _transposed(tensor: Tensor) -> Tensor:
-    """A matrix transposed, a vector copied, in memory of its own."""
-    return tensor.t().clone(memory_format=torch.contiguous_format)
+def _transposed(tensor: Tensor, scale: float) -> Tensor:
+    """A matrix transposed, a vector copied, in memory of its own, times scale."""
+    return tensor.t().clone(memory_format=torch.contiguous_format).mul_(scale)
 
 
 def _equal_experts(source: Source, ours: str, theirs: str, count: int) -> Dict[str, Lazy]:

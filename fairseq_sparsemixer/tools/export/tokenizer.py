@@ -8,7 +8,7 @@ symbols that are not pieces, such as language tags, are kept whole where a text 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from fairseq.data import Dictionary
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
@@ -27,15 +27,15 @@ class Texts:
     words: str
 
 
-def tokenizer_files(export: Export, source: Source, texts: Texts, target: Optional[Texts] = None) -> Dict[str, bytes]:
-    """{name: content} of the tokenizer's files. target: of the other language, if it has its own.
+def tokenizer_files(export: Export, source: Source, texts: Texts, target: Texts) -> Dict[str, bytes]:
+    """{name: content} of the tokenizer's files. target: of the other language, the same or its own.
 
     Raises ConfigurationError for files that do not belong to the model.
     """
     if not export.config.get("is_encoder_decoder"):
         raise ConfigurationError(f"--sentencepiece-model applies to translation models, not to {export.model}; leave it out")
-    sizes = [export.config.get(name, export.config.get("vocab_size")) for name in ("src_vocab_size", "tgt_vocab_size")]
-    own, other = texts, target or texts
+    sizes = [int(export.config[name if name in export.config else "vocab_size"]) for name in ("src_vocab_size", "tgt_vocab_size")]
+    own, other = texts, target
     vocabularies = [_vocabulary(own.words, source.task, sizes[0]), _vocabulary(other.words, source.task, sizes[1])]
     separate = vocabularies[0] != vocabularies[1]
     tags = _tags(own, vocabularies[0])

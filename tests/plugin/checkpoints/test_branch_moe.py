@@ -322,3 +322,54 @@ def test_a_file_of_the_set_is_never_overwritten(translation_task, tmp_path):
     source = write_set(tmp_path, *translation_model(translation_task, moe_freq=2))
     with pytest.raises(SystemExit, match="would be overwritten, but it is an input"):
         main(["convert", str(source), str(tmp_path / "m-rank-1.pt")])
+
+
+def theirs_in_transformers(module, args, model):
+    """NllbMoe of transformers with the weights of a translation model of the branch."""
+    sizes = {f"{stack}_{name}": STACK[ours] for stack in ("encoder", "decoder") for name, ours in
+             {"layers": "layers", "ffn_dim": "ffn_embed_dim", "attention_heads": "attention_heads"}.items()}  # fmt: skip
+    weights = model.state_dict()
+    config = module.NllbMoeConfig(
+        vocab_size=len(weights["encoder.embed_tokens.weight"]), d_model=M, num_experts=E, **sizes,
+        encoder_sparse_step=args.encoder_moe_freq, decoder_sparse_step=args.decoder_moe_freq, second_expert_policy="all",
+        moe_eval_capacity_token_fraction=1.0, moe_token_dropout=getattr(args, "moe_eom", 0.0), tie_word_embeddings=True,
+    )  # fmt: skip
+    names = {  # of the branch -> of transformers
+        r"\.encoder_attn": ".cross_attention",
+        r"\.final_layer_norm\.": ".ff_layer_norm.",
+        r"\.moe_layer\.gate\.wg\.": ".ffn.router.classifier.",
+        r"\.moe_layer\.experts\.": ".ffn.experts.expert_",
+        r"(layers\.\d+)\.fc": r"\1.ffn.fc",
+    }
+    state = {
+        "lm_head.weight": weights["decoder.output_projection.weight"],
+        "model.shared.weight": weights["encoder.embed_tokens.weight"],
+    }
+    for name, tensor in weights.items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        state[f"model.{name}"] = tensor
+    other = module.NllbMoeForConditionalGeneration(config).eval()
+    missing, _ = other.load_state_dict(state, strict=False)
+    assert not missing
+    return other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"moe_eom": 0.2}], ids=["plain", "EOM"])
+def test_a_converted_model_equals_nllb_moe_of_transformers(flags, translation_task, translation_batch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        pytest.skip("NllbMoe of transformers 5 sends all tokens to its first two experts; use transformers 4")
+    args, model = translation_model(translation_task, encoder_moe_freq=2, decoder_moe_freq=4, moe_freq=0, **flags)
+    sample = translation_batch(5, 3, 7)
+    inputs = sample["net_input"]
+    with torch.no_grad():
+        expected = theirs_in_transformers(transformers, args, model)(
+            input_ids=inputs["src_tokens"],
+            attention_mask=inputs["src_tokens"].ne(1),
+            decoder_input_ids=inputs["prev_output_tokens"],
+            decoder_attention_mask=inputs["prev_output_tokens"].ne(1),
+        ).logits[sample["target"] != 1]
+    path = convert(write_set(tmp_path, args, model))
+    assert_equal(outputs(load(path, translation_task), sample), expected)
