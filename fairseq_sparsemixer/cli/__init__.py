@@ -27,6 +27,7 @@ COMMANDS: Dict[str, Command] = {
     "study": Command("study", "train a grid of routers and seeds, and compare them"),
     "reshard": Command("reshard", "convert a checkpoint between one file and one file per rank"),
     "average": Command("average", "average the weights of checkpoints, or take their EMA"),
+    "prune": Command("prune", "remove experts from a checkpoint, by load or by language"),
     "upcycle": Command("upcycle", "convert a dense checkpoint to one with experts"),
     "convert": Command("convert", "convert a checkpoint of another program, or to another dictionary"),
     "export-hf": Command("export_hf", "export a checkpoint to Hugging Face's transformers"),

@@ -107,7 +107,7 @@ def _rows_from_files(size: int, index: int, target: str) -> Combine:
             if low < high:
                 pieces.append(share[low:high])
             first += share.size(0)
-        return _without_the_rest(pieces[0]) if len(pieces) == 1 else _put_together(pieces, target)
+        return _without_the_rest(pieces[0]) if len(pieces) == 1 else put_together(pieces, target)
 
     return rows
 
@@ -120,7 +120,7 @@ def _without_the_rest(rows: Tensor) -> Tensor:
     return torch.empty(0, dtype=rows.dtype).set_(storage, 0, rows.size(), rows.stride())
 
 
-def _put_together(pieces: List[Tensor], target: str) -> Tensor:
+def put_together(pieces: List[Tensor], target: str) -> Tensor:
     """Concatenate pieces [n, ...] in a file beside `target` that is unlinked at once and freed after use.
 
     Raises ConfigurationError if there is no room for it.

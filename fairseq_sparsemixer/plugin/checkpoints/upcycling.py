@@ -57,7 +57,7 @@ def upcycle(
     refuse_granularity(change.granularity, options, widths)
     if change.granularity > 1:
         options.expert_ffn_embed_dim = next(iter(widths)) // change.granularity
-    cfg = _configuration(state)
+    cfg = configuration_of(state)
     cfg["model"] = _with_experts(cfg["model"], options)
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
     result.update(args=None, cfg=cfg, model=_convert(state["model"], options, change, notes))
@@ -86,7 +86,8 @@ def _count_layers(weights: Dict[str, Tensor]) -> Dict[str, int]:
     return {stack: layers.count(stack) for stack in STACKS if stack in layers}
 
 
-def _configuration(state: Dict[str, Any]) -> Dict[str, Any]:
+def configuration_of(state: Dict[str, Any]) -> Dict[str, Any]:
+    """The settings of a checkpoint, converted if fairseq < 0.10 wrote them. Raises ConfigurationError if there are none."""
     if state.get("cfg"):
         return dict(state["cfg"])
     if state.get("args") is None:

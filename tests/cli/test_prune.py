@@ -1,0 +1,127 @@
+"""`fairseq-sparsemixer prune`: the smaller model routes among the experts that stay, as the large one with the others masked."""
+
+import json
+
+import pytest
+import torch
+
+from fairseq_sparsemixer.cli import main
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import moe_layers, named_moe_layers
+from fairseq_sparsemixer.plugin.checkpoints.pruning import choose_experts, parse_keep
+from fairseq_sparsemixer.tools.sentences import load_model, make_sample
+
+LAYERS = ["encoder.layers.0", "decoder.layers.0"]
+LOAD = [[5, 1, 9, 2], [0, 7, 3, 6]]
+BY_LANGUAGE = [[[5, 0, 0, 1], [0, 1, 9, 1]], [[0, 7, 0, 0], [0, 0, 3, 6]]]  # de, fr
+
+
+@pytest.fixture
+def load_file(tmp_path):
+    line = {"num_updates": 1, "layers": LAYERS, "load": LOAD, "languages": ["de", "fr"], "language_load": BY_LANGUAGE}
+    (tmp_path / "load.jsonl").write_text(json.dumps(line) + "\n")
+    return tmp_path / "load.jsonl"
+
+
+@pytest.fixture
+def checkpoint(train, tmp_path):
+    """checkpoint(router, flag, ...) -> the path of a model with two MoE layers of 4 experts, trained for one epoch."""
+
+    def make(router, *flags):
+        train("--router", router, "--max-epoch", 1, *flags)
+        return str(tmp_path / "run" / "checkpoint_last.pt")
+
+    return make
+
+
+def prune(source, tmp_path, load_file, *flags):
+    target = tmp_path / "out" / "pruned.pt"
+    assert main(["prune", source, str(target), "--load", str(load_file), "--json", str(tmp_path / "f.json"), *flags]) == 0
+    return str(target)
+
+
+def logits(path, masked=None):
+    """The output for a sentence; masked: the experts of each layer that the router must not choose."""
+    model, _, task = load_model(path, None)
+    for (name, layer), experts in zip(named_moe_layers(model), masked or ([], [])):
+        index = torch.tensor(experts, dtype=torch.long)
+        layer.gate.logits = lambda tokens, own=layer.gate.logits, index=index: own(tokens).index_fill(-1, index, -1e9)
+    words = task.source_dictionary.symbols[4:10]
+    with torch.no_grad():
+        return model(**make_sample(task, " ".join(words), " ".join(words))["net_input"])[0], moe_layers(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "router, flags", [("switch", []), ("topk", ["--moe-top-k", "2"]), ("topk", ["--moe-bias-update-rate", "0.01"])]
+)
+def test_the_pruned_model_is_the_large_one_with_the_others_masked(checkpoint, tmp_path, load_file, router, flags):
+    source = checkpoint(router, *flags)
+    target = prune(source, tmp_path, load_file, "--keep", "0.5")
+    expected, _ = logits(source, masked=([1, 3], [0, 2]))
+    found, layers = logits(target)
+    assert [layer.gate.num_experts for layer in layers] == [2, 2]
+    torch.testing.assert_close(found, expected)
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["kept"] == {"encoder.layers.0": [0, 2], "decoder.layers.0": [1, 3]}
+    assert torch.load(target, weights_only=False)["last_optimizer_state"] is None
+
+
+@pytest.mark.slow
+def test_a_pruned_model_of_uneven_layers_trains_on_with_the_printed_flags(checkpoint, train, tmp_path, load_file, capsys):
+    source = checkpoint("switch")
+    sharded = str(tmp_path / "sharded" / "checkpoint.pt")
+    assert main(["reshard", source, sharded, "--expert-parallel-size", "2"]) == 0
+    target = prune(sharded, tmp_path, load_file, "--keep", "0.5", "--uneven")
+    (tmp_path / "other").mkdir()
+    whole = prune(source, tmp_path / "other", load_file, "--keep", "0.5", "--uneven")
+    one, other = (torch.load(path, weights_only=False) for path in (target, whole))
+    assert all(torch.equal(one["model"][name], value) for name, value in other["model"].items())
+    flags = json.loads((tmp_path / "f.json").read_text())["flags"].split()
+    train("--router", "switch", *flags, "--max-epoch", 1, "--finetune-from-model", target, "--save-dir", tmp_path / "tuned")
+    tuned = torch.load(tmp_path / "tuned" / "checkpoint_last.pt", weights_only=False)["model"]
+    assert {name: value.shape for name, value in tuned.items()} == {name: one["model"][name].shape for name in tuned}
+
+
+def test_experts_are_chosen_by_score():
+    scores = {"a": [0.4, 0.1, 0.3, 0.2], "b": [0.97, 0.01, 0.01, 0.01]}
+    assert choose_experts(scores, 0.5, 1, uneven=False) == {"a": [0, 2], "b": [0, 1]}
+    assert choose_experts(scores, 0.5, 1, uneven=True) == {"a": [0, 2, 3], "b": [0]}
+    assert choose_experts(scores, parse_keep("3"), 1, uneven=False) == {"a": [0, 2, 3], "b": [0, 1, 2]}
+    with pytest.raises(ConfigurationError, match="leaves 1 of the 4 experts of a, where a token uses 2; keep 2 to 4"):
+        choose_experts(scores, 0.2, 2, uneven=False)
+
+
+def test_languages_are_scored_by_their_largest_share(load_file):
+    from fairseq_sparsemixer.tools.pruning import expert_scores
+
+    found = expert_scores(load_file, "language")
+    assert found["encoder.layers.0"] == [5 / 6, 1 / 11, 9 / 11, 1 / 6]
+    assert expert_scores(load_file, "language", ["de"])["decoder.layers.0"] == [0, 1, 0, 0]
+    assert expert_scores(load_file, "load")["encoder.layers.0"] == [5 / 17, 1 / 17, 9 / 17, 2 / 17]
+    with pytest.raises(ConfigurationError, match="--languages tr is not in .*; it has de, fr"):
+        expert_scores(load_file, "language", ["tr"])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2.5", "1.5", "x", "nan", "0.0"])
+def test_what_is_neither_a_share_nor_a_number_is_refused(text):
+    with pytest.raises(ConfigurationError, match="must be a share such as 0.2, or a number"):
+        parse_keep(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router, sentence", [
+    ("hash", "has --router hash, which routes by the token's number"),
+    ("dense", "has no experts to prune"),
+    ("gshard", "leaves 1 of the 4 experts of encoder.layers.0, where a token uses 2; keep 2 to 4"),
+])  # fmt: skip
+def test_what_cannot_be_pruned_is_refused(checkpoint, tmp_path, load_file, router, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        prune(checkpoint(router), tmp_path, load_file, "--keep", "0.2")
+
+
+@pytest.mark.slow
+def test_the_load_of_another_model_is_refused(checkpoint, tmp_path, load_file):
+    load_file.write_text(load_file.read_text().replace("decoder.layers.0", "decoder.layers.9"))
+    with pytest.raises(ConfigurationError, match="has 4 experts in decoder.layers.0, and the load none"):
+        prune(checkpoint("switch"), tmp_path, load_file, "--keep", "0.5")
