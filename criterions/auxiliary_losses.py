@@ -125,17 +125,22 @@ class AuxiliaryLosses:
         scope, scoped_size = layers[0].gate.balance_scope, sample_size
         if isinstance(scope, UpdateScope):
             scoped_size = scope.update.weigh(sample_size, layers[0].idle)
+        if layers[0].cmr is not None and not layers[0].cmr.gate.bias.requires_grad:
+            budget = None  # frozen, as the gates in weighted_sum
         scoped = self.weighted_sum(layers, but=["router_z"]) + (0 if budget is None else self.cmr_weight * budget)
         return sample_size * self.weighted_sum(layers, ["router_z"]) + scoped_size * scoped
 
     def weighted_sum(
         self, layers: List[MoELayer], names: Optional[Sequence[str]] = None, but: Sequence[str] = ()
     ) -> Union[Tensor, int]:
-        """The losses times their weights, of the given names only. A weight of 0 leaves out even an infinite loss."""
+        """The losses times their weights, of the given names only, of gates that are trained.
+
+        A weight of 0 leaves out even an infinite loss.
+        """
         weighed = (
             (self.aux_weights.get(name, self.balance_weight), loss)
             for layer in layers
-            if layer.routing is not None
+            if layer.routing is not None and not layer.gate.frozen
             for name, loss in layer.routing.aux_losses.items()
             if (names is None or name in names) and name not in but
         )

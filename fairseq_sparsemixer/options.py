@@ -231,6 +231,14 @@ class MoEOptions:
             " --eval-capacity-factor"
         },
     )
+    freeze: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "parameters that are not trained: those in whose names one of these regular expressions is found, such as"
+            " '\\.gate\\.' or 'embed_tokens,\\.experts\\.'; also the states of gates so named. Frozen gates keep their noise, but"
+            " have no balance loss"
+        },
+    )
     expert_parallel_size: Optional[int] = field(
         default=None,
         metadata={

@@ -5,7 +5,8 @@ all W ranks (and fairseq later multiplies everything by W / sample size). So, on
 divide by W. All functions here are collectives.
 """
 
-from typing import Iterable, List
+from contextlib import contextmanager
+from typing import Iterable, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,28 @@ def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], expert_gro
     `parameters` are this rank's, including its experts; each expert of the group counts once.
     """
     grads = [parameter.grad for parameter in _experts(parameters) if parameter.grad is not None]
-    squares = [torch.linalg.vector_norm(grad, dtype=torch.float32).square() for grad in grads]
-    square = torch.stack(squares).sum() if squares else norm.new_zeros(())
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    own = torch.linalg.vector_norm(torch.stack(norms)) if norms else norm.new_zeros(())
+    return torch.hypot(norm, norm_over_group(own, expert_group).to(norm.device))
+
+
+def norm_over_group(norm: Tensor, expert_group: ExpertGroup) -> Tensor:
+    """The 2-norm of the gradients of all experts, given that of this rank's."""
+    square = norm.square()
     dist.all_reduce(square, group=expert_group.group)
-    return torch.sqrt(norm.square() + square.to(norm.device))
+    return torch.sqrt(square)
+
+
+@contextmanager
+def unmarked(experts: Sequence[nn.Parameter]) -> Iterator[None]:
+    """In this context, experts look like other parameters to fairseq."""
+    for parameter in experts:
+        del parameter.expert  # type: ignore[attr-defined]  # fairscale's mark
+    try:
+        yield
+    finally:
+        for parameter in experts:
+            parameter.expert = True  # type: ignore[attr-defined]  # as above
 
 
 def share_overflow(model: nn.Module, expert_group: ExpertGroup) -> None:

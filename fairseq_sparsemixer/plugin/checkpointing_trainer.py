@@ -27,6 +27,7 @@ from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, combine_experts, layout_of, own_rows, suffix
 from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
+from fairseq_sparsemixer.plugin.freezing import refuse_other_optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class CheckpointingTrainer(Trainer):
             return None
         return super().save_checkpoint(filename, extra_state)
 
-    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any):
+    def load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any):
         """See Trainer. Accepts any layout that holds what this rank needs.
 
         Raises ConfigurationError for a file that is missing or has another layout.
@@ -103,8 +104,9 @@ class CheckpointingTrainer(Trainer):
         refuse_special_file(filename)
         if self.has_experts and not os.path.exists(filename):
             self._refuse_to_start_over(filename)
-        with self._one_sentence_for(filename), changed_by(partial(self._own_share, filename=filename)):
-            extra_state = super().load_checkpoint(filename, *args, **kwargs)
+        change = partial(self._own_share, filename=filename, with_optimizer=not reset_optimizer)
+        with self._one_sentence_for(filename), changed_by(change):
+            extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         if self.is_data_parallel_master:  # only after the run has loaded its checkpoint
             remove_unfinished(self.cfg.checkpoint.save_dir, staged=self.sharded and not self.cfg.checkpoint.no_save)
         return extra_state
@@ -167,8 +169,10 @@ class CheckpointingTrainer(Trainer):
         if restore_file != "checkpoint_last.pt":
             raise ConfigurationError(f"--restore-file {restore_file} does not exist ({filename})")
 
-    def _own_share(self, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
+    def _own_share(self, state: Dict[str, Any], filename: str, with_optimizer: bool) -> Dict[str, Any]:
         """The part that this rank needs of a checkpoint read by fairseq."""
+        if with_optimizer:
+            refuse_other_optimizer_state(state, filename, self.get_model(), getattr(self.cfg.model, "freeze", None))
         if not self.has_experts:
             return state
         layout, size = layout_of(state), 1 if self.expert_group is None else self.expert_group.size

@@ -32,6 +32,7 @@ from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.plugin.balance import counting_ahead, set_balance_scope, spans_ranks
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
+from fairseq_sparsemixer.plugin.freezing import freeze
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
 from fairseq_sparsemixer.plugin.refusals import (
     KEEP_ALL,
@@ -71,6 +72,7 @@ class MoETrainer(CheckpointingTrainer):
             warn_of_plain_criterion(criterion, cfg.criterion._name)
             if self.expert_group is None and self.gating_dropout(cfg):
                 logger.warning("--moe-gating-dropout %g changes nothing: every rank holds all experts", self.gating_dropout(cfg))
+        freeze(cfg, model)
         self.sharded = self.expert_group is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
@@ -116,7 +118,13 @@ class MoETrainer(CheckpointingTrainer):
         gradients.reduce_expert_gradients(self.get_model(), self.expert_group)
         if self.cfg.common.amp:
             gradients.share_overflow(self.get_model(), self.expert_group)
-        join = partial(gradients.add_expert_norm, parameters=list(self.optimizer.params), expert_group=self.expert_group)
+        trained = list(self.optimizer.params)
+        if all(hasattr(parameter, "expert") for parameter in trained):  # by --freeze: fairseq would take their norm for zero
+            with gradients.unmarked(trained):
+                return self.optimizer.clip_grad_norm(
+                    clip_norm, aggregate_norm_fn=partial(gradients.norm_over_group, expert_group=self.expert_group)
+                )
+        join = partial(gradients.add_expert_norm, parameters=trained, expert_group=self.expert_group)
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False):

@@ -3,6 +3,8 @@
 Two ranks process the batches that one process accumulates with `--update-freq 2`.
 """
 
+import re
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List
@@ -12,6 +14,7 @@ import pytest
 import torch
 from ranks import meeting_place, rank_number, run_ranks
 from runs import EXPERTS, SMALL, make_corpus, run
+from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_sparsemixer.cli.launch import rank_command
 from fairseq_sparsemixer.moe.gates.step_state import StepState
@@ -58,7 +61,11 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
 
     command = ["fairseq-train", str(data), "--user-dir", str(USER_DIR), *FLAGS, "--no-save", "--no-progress-bar", *flags]
     result: Dict[str, Any] = {"exit": None}
-    with patch.multiple(MoETrainer, __init__=start, _check_grad_norms=check, valid_step=validate, train_step=step):
+    on_cpu = patch(
+        "fairseq.models.distributed_fairseq_model.DistributedDataParallel", partial(_without_device, DistributedDataParallel)
+    )
+    watch = patch.multiple(MoETrainer, __init__=start, _check_grad_norms=check, valid_step=validate, train_step=step)
+    with on_cpu, watch:
         try:
             run(fairseq_cli.train.cli_main, *rank_command(command, rank, world_size, meeting)[1:])
         except SystemExit as end:
@@ -69,6 +76,10 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
     if trainer.cfg.ema.store_ema:
         result["ema"] = parameters(trainer.ema.get_model(), trainer.expert_group)
     return result
+
+
+def _without_device(wrapper: Any, device_ids: Any, output_device: Any, **options: Any) -> Any:
+    return wrapper(**options)  # fairseq passes the number of a GPU
 
 
 def parameters(model: torch.nn.Module, ranks: Any) -> Dict[str, Any]:
@@ -173,6 +184,30 @@ def test_layers_with_different_numbers_of_experts_equal_one_process(five_batches
     both = runs(five_batches, 2, *flags)
     assert_same(whole(both), alone)
     assert all(len(tensor) in (1, 2, 3) for name, (_, tensor) in both[0]["parameters"].items() if name.endswith("weight_in"))
+
+
+ONLY_EXPERTS = r"^(?!.*\.experts\.)"  # all other names
+
+
+@pytest.fixture(scope="module")
+def untrained(five_batches) -> Dict[str, torch.Tensor]:
+    return whole(runs(five_batches, 1, "--max-update", "1", "--lr", "0", "--disable-validation"))
+
+
+@pytest.mark.parametrize(
+    "frozen, backend",
+    [(r"\.gate\.", "pytorch_ddp"), (r"\.experts\.,^encoder,encoder_attn", "pytorch_ddp"), (ONLY_EXPERTS, "legacy_ddp")],
+)
+def test_frozen_parameters_stay_and_the_others_equal_one_process(frozen, backend, five_batches, untrained):
+    flags = ["--max-update", "2", "--disable-validation", "--clip-norm", "0.1", "--freeze", frozen]
+    alone = runs(five_batches, 1, *flags, "--update-freq", "2")[0]
+    both = runs(five_batches, 2, *flags, "--ddp-backend", backend)
+    assert both[0]["norms"] == both[1]["norms"]
+    assert both[0]["norms"] == pytest.approx(alone["norms"], rel=1e-5) and min(alone["norms"]) > 0.1
+    found = whole(both)
+    assert_same(found, whole([alone]))
+    for name, tensor in found.items():
+        assert torch.equal(tensor, untrained[name]) == any(re.search(pattern, name) for pattern in frozen.split(",")), name
 
 
 STATES = {  # of a router's gate: flags, the end of the state's name, its value before training

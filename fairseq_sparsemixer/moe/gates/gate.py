@@ -60,6 +60,12 @@ class Gate(nn.Module):
         self.balancer = SelectionBias(num_experts, bias_update_rate) if bias_update_rate else None
 
     @property
+    def frozen(self) -> bool:
+        """Whether none of the gate's parameters is trained; its auxiliary losses then have no gradient."""
+        parameters = list(self.parameters())
+        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+    @property
     def experts_per_token(self) -> float:
         """The mean number of experts per token at inference."""
         return self.top_k

@@ -36,6 +36,7 @@ class StepState(nn.Module):
     `shape` is that of the amounts.
     """
 
+    frozen = False  # whether the state stays as it is
     over_layers = False  # whether the sum also runs over all layers of the model, which then change alike
 
     def __init__(self, *shape: int):
@@ -92,7 +93,8 @@ def update_step_states(model: nn.Module) -> None:
     for state, total in zip(states, totals):
         if state.over_layers:
             total = torch.stack([other for kin, other in zip(states, totals) if type(kin) is type(state)]).sum(0)
-        state.step(total)
+        if not state.frozen:
+            state.step(total)
         state.forget()
 
 
