@@ -78,10 +78,20 @@ class MoETrainer(CheckpointingTrainer):
         with explaining_lost_ranks(cfg):
             super().__init__(cfg, task, model, criterion, quantizer)
 
-    def get_train_iterator(self, *args: Any, **kwargs: Any):
-        """See Trainer."""
+    def get_train_iterator(self, epoch: int, combine: bool = True, load_dataset: bool = True, *args: Any, **kwargs: Any):
+        """See Trainer. Where fairseq reuses the batches of epoch 1 in later ones, a resumed run gets the same batches.
+
+        fairseq-fixed makes a resumed run's batches by the epoch in which it resumes.
+        """
+        reused = self.task.dataset_to_epoch_iter
         with explaining_no_batch(self.cfg.dataset.train_subset, self.cfg.dataset, self.task):
-            return super().get_train_iterator(*args, **kwargs)
+            before = list(reused.values())
+            iterator = super().get_train_iterator(epoch, combine, load_dataset, *args, **kwargs)
+            dataset = self.task.dataset(self.cfg.dataset.train_subset)
+            if epoch > 1 and reused.get(dataset) is iterator and iterator not in before:
+                del reused[dataset]
+                iterator = super().get_train_iterator(1, combine, False, *args, **kwargs)
+            return iterator
 
     def get_valid_iterator(self, subset: str, *args: Any, **kwargs: Any):
         """See Trainer."""

@@ -51,6 +51,17 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(train, exact_loss
     assert all(torch.equal(states[1][name], value) for name, value in initialised(states[0]).items())
 
 
+@pytest.mark.parametrize("stop", [5, 6], ids=["in the second epoch", "at its end"])
+def test_a_run_resumed_in_a_later_epoch_sees_the_same_batches(stop, train, exact_losses, tmp_path):
+    flags = ("--batch-size", "16", "--max-tokens", "1000")  # three updates an epoch
+    train(*flags, "--max-update", "9", "--save-dir", tmp_path / "whole")
+    whole = list(exact_losses)
+    exact_losses.clear()
+    for updates in (stop, 9):
+        train(*flags, "--max-update", updates, "--save-dir", tmp_path / "parts")
+    assert len(whole) == 9 and exact_losses == whole
+
+
 @pytest.mark.slow
 def test_a_checkpoint_generates_in_a_new_process(train, tmp_path, translation_data):
     train("--max-update", "2", "--no-progress-bar")
