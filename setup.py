@@ -70,6 +70,7 @@ setup(
             "transformers>=4.45,<5",  # compared with export-hf; see docs/checkpoints.md for 5
             *("pytest>=7", "pytest-xdist>=3", "hypothesis>=6", "scipy>=1.10", "tensorboardX>=2.6"),
             *("Babel>=2.13", "sacremoses>=0.0.53"),  # of recipes/requirements.txt
+            "triton>=3.0; sys_platform == 'linux' and platform_machine == 'x86_64'",  # CPU builds of torch come without
         ],
         "dev": ["codespell>=2.4", "mypy>=1.18", "pre-commit>=4", "ruff>=0.17.6,<0.18", "types-PyYAML", "types-tabulate"],
     },

@@ -19,6 +19,7 @@ from benchmarks.contenders import Contender, Shape, dense, ours
 from benchmarks.costs import Case, Costs
 from benchmarks.fake_cuda.traffic import size
 from benchmarks.fake_cuda.watching import Watch
+from fairseq_sparsemixer.moe.kernels import choice
 from fairseq_sparsemixer.moe.layer import shard_experts
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
@@ -33,7 +34,7 @@ def count(case: Case) -> Costs:
     pairs = case.tokens * case.top_k
     if case.layer != "dense" and (pairs % case.experts or case.experts % case.group):
         raise ValueError(f"{pairs} token-expert pairs, {case.experts} experts and {case.group} ranks do not divide equally")
-    with on_fake_gpu(case.capability):
+    with on_fake_gpu(case.capability), choice.forced(True):
         contender = build(case)
         x = torch.randn(case.tokens, case.model_dim, device="cuda", requires_grad=True)
         upstream = torch.randn_like(x)

@@ -53,7 +53,7 @@ class Watch(TorchDispatchMode):
         results = [value for value in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(value, torch.Tensor)]
         if name not in VIEWS and any(value.is_cuda for value in results):
             self.kernels[kernel(func, args, kwargs, results)] += 1
-        if name in ("_grouped_mm", "mm", "addmm") and args[-2 if name != "addmm" else 1].dim() == 2:
+        if name in ("_grouped_mm", "grouped_product", "mm", "addmm") and args[-2 if name != "addmm" else 1].dim() == 2:
             self.rows = max(self.rows, *(value.size(0) for value in results if value.dim() == 2), 0)
         return out
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, feed_forward_by_expert
 from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
-from fairseq_sparsemixer.moe.grouped import can_group, feed_forward_grouped
+from fairseq_sparsemixer.moe.grouped import feed_forward_grouped
+from fairseq_sparsemixer.moe.kernels import choice, functions
 
 
 def geglu(inner: Tensor) -> Tensor:
@@ -29,6 +30,7 @@ def swiglu(inner: Tensor) -> Tensor:
 
 ACTIVATIONS: Dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 GATED_ACTIVATIONS: Dict[str, Activation] = {"geglu": geglu, "swiglu": swiglu}
+KNOWN = {**ACTIVATIONS, **GATED_ACTIVATIONS}
 
 
 class Experts(nn.Module):
@@ -55,6 +57,7 @@ class Experts(nn.Module):
         self.first_expert = 0
         self.gated = activation in GATED_ACTIVATIONS
         self.activation = resolve_activation(activation)
+        self.activation_name = next((name for name, known in KNOWN.items() if known is self.activation), None)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1]; 0 disables it")
         self.dropout = dropout
@@ -78,16 +81,32 @@ class Experts(nn.Module):
 
         If counts is a tensor (see takes_device_counts), it may sum to less; the remaining rows give zeros.
         """
-        dtype = self.precision(rows)
-        weights = Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(dtype)
-        rows, dropout = rows.to(dtype), self.dropout if self.training or self.drop_at_inference else 0.0
+        weights, dropout = self.weights(rows), self.current_dropout
+        rows = rows.to(weights.weight_in.dtype)
         if torch.is_tensor(counts):
+            if self.activation_name and self.is_fused(rows):
+                ends = counts.cumsum(0, dtype=torch.int32)
+                return functions.feed_forward(rows, *weights, ends, self.activation_name, dropout)
             return feed_forward_grouped(rows, weights, counts, self.activation, dropout)
         return feed_forward_by_expert(rows, weights, counts, self.activation, dropout, self.gradient_memory)
 
     def takes_device_counts(self, rows: Tensor) -> bool:
         """Whether counts can stay on the device of these rows, which avoids host synchronisation."""
-        return can_group(rows.device, self.precision(rows), *self.weight_in.shape[1:], *self.weight_out.shape[1:])
+        sizes = *self.weight_in.shape[1:], *self.weight_out.shape[1:]
+        return self.is_fused(rows) or choice.can_group(rows.device, self.precision(rows), *sizes)
+
+    def is_fused(self, rows: Tensor) -> bool:
+        """Whether the fused kernels run for these rows."""
+        return self.activation_name is not None and choice.fused(rows.device, self.precision(rows))
+
+    def weights(self, rows: Tensor) -> Weights:
+        """The weights in the precision of the computation."""
+        return Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(self.precision(rows))
+
+    @property
+    def current_dropout(self) -> float:
+        """The dropout of the hidden layer in the present mode."""
+        return self.dropout if self.training or self.drop_at_inference else 0.0
 
     def precision(self, rows: Tensor) -> torch.dtype:
         """The compute dtype: autocast's if enabled, else that of `rows`, as torch.nn.functional.linear."""
@@ -118,7 +137,6 @@ def resolve_activation(activation: Union[str, Activation]) -> Activation:
         raise ValueError(f"activation {activation} has parameters, which experts do not train; choose a plain function")
     if callable(activation):
         return activation
-    known = {**ACTIVATIONS, **GATED_ACTIVATIONS}
-    if activation not in known:
-        raise ValueError(f"activation={activation} is unknown; choose from {', '.join(known)}")
-    return known[activation]
+    if activation not in KNOWN:
+        raise ValueError(f"activation={activation} is unknown; choose from {', '.join(KNOWN)}")
+    return KNOWN[activation]

@@ -1,6 +1,7 @@
 """Stacked feed-forward networks computed in one kernel for all experts, with counts on the device.
 
-For bfloat16 on GPUs with torch's grouped matrix product. Names and shapes as in feed_forward.py.
+For bfloat16 on GPUs with torch's grouped matrix product, where the fused kernels (kernels/) do not run: without Triton, and for
+activations that they do not know. Names and shapes as in feed_forward.py.
 """
 
 from typing import Any, Optional, Tuple
@@ -10,23 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, activation_backward, activation_forward
+from fairseq_sparsemixer.moe.kernels.choice import leaves_garbage
 
-HOPPER, BLACKWELL = 9, 10  # major compute capabilities
 ONES = 8  # columns: the grouped product needs rows of 16 bytes
-
-
-def can_group(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether torch has a grouped product kernel for these sizes: bfloat16, Hopper or Blackwell, rows of 16 bytes.
-
-    Otherwise torch falls back to a loop over experts, which copies their sizes to the host.
-    """
-    return (
-        hasattr(F, "grouped_mm")
-        and device.type == "cuda"
-        and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device)[0] in (HOPPER, BLACKWELL)
-        and all(size % 8 == 0 for size in sizes)
-    )
 
 
 def feed_forward_grouped(rows: Tensor, weights: Weights, counts: Tensor, activation: Activation, dropout: float = 0.0) -> Tensor:
@@ -78,13 +65,8 @@ def _weight_gradients(inputs: Tensor, grad: Tensor, counts: Tensor, ends: Tensor
     """inputs [N, A], grad [N, B] of the outputs -> the gradients of weight [E, A, B] and bias [E, B]."""
     weight = F.grouped_mm(inputs.t(), grad, offs=ends)
     bias = F.grouped_mm(grad.new_ones(grad.size(0), ONES).t(), grad, offs=ends)[:, 0]
-    if _leaves_garbage(grad.device):
+    if leaves_garbage(grad.device):
         without_rows = counts == 0
         weight.masked_fill_(without_rows.view(-1, 1, 1), 0)
         bias = bias.masked_fill(without_rows.unsqueeze(1), 0)
     return weight, bias
-
-
-def _leaves_garbage(device: torch.device) -> bool:
-    """Whether the product leaves the result of an empty group uninitialised, as on Blackwell (pytorch#172439)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == BLACKWELL

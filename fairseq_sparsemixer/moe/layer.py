@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.cmr import ConditionalRouting
-from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
+from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_fused, dispatch_locally
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.moe.gating_dropout import to_local_experts
@@ -104,6 +104,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         if self.gate.balance_scope is not None:
             self.gate.balance_scope.restart(x.size(-2) if x.dim() > 2 else 1)
         routing = self.gate(tokens, padding_mask, **known)
+        if routing.tokens is not None:
+            tokens, routing = routing.tokens, replace(routing, tokens=None)
         output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training))
         if self.shared_experts is not None:
             always = self.shared_experts(tokens, [tokens.size(0)])
@@ -122,15 +124,17 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
 
     def dispatch(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Run tokens [S, M] through the experts chosen by the routing, on whichever rank they are -> [S, M]."""
+        fused, on_device = self.experts.is_fused(tokens), self.experts.takes_device_counts(tokens)
+        stays = self.stay_on_rank and self.turns is None  # generation within a training step is inference
+        if self.expert_group is None or stays:
+            local = to_local_experts(routing, self.num_local_experts) if self.expert_group is not None else routing
+            if fused:
+                return dispatch_fused(tokens, local, self.experts)
+            return dispatch_locally(tokens.to(self.experts.precision(tokens)), local, self.experts, on_device)
         tokens = tokens.to(self.experts.precision(tokens))  # before copying and sending: under autocast, half the bytes
-        on_device = self.experts.takes_device_counts(tokens)
-        if self.expert_group is None:
-            return dispatch_locally(tokens, routing, self.experts, on_device)
-        if self.stay_on_rank and self.turns is None:  # generation within a training step is inference
-            return dispatch_locally(tokens, to_local_experts(routing, self.num_local_experts), self.experts, on_device)
         if routing.dropped is None:
-            return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device)
-        return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device)
+            return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device, fused)
+        return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device, fused)
 
     def shard_experts(self, expert_group: ExpertGroup) -> None:
         """Keep only this rank's shard of the experts; forward then is a collective of the group.

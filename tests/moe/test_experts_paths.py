@@ -16,7 +16,9 @@ from fairseq_sparsemixer.moe.dispatch import dispatch_locally
 from fairseq_sparsemixer.moe.experts import ACTIVATIONS, GATED_ACTIVATIONS, Experts
 from fairseq_sparsemixer.moe.feed_forward import Weights, feed_forward_by_expert, groups_of
 from fairseq_sparsemixer.moe.gates import GATES
-from fairseq_sparsemixer.moe.grouped import can_group, feed_forward_grouped
+from fairseq_sparsemixer.moe.grouped import feed_forward_grouped
+from fairseq_sparsemixer.moe.kernels import choice
+from fairseq_sparsemixer.moe.kernels.choice import can_group, leaves_garbage
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 ALL_ACTIVATIONS = {**ACTIVATIONS, **GATED_ACTIVATIONS}
@@ -249,7 +251,7 @@ def test_uninitialised_gpu_memory_affects_no_result(product, cleans, name, monke
     used = rows.detach()[:5].requires_grad_()
     loop = run(feed_forward_by_expert, used, weights, counts, ALL_ACTIVATIONS[name], upstream[:5])
     monkeypatch.setattr(F, "grouped_mm", product)
-    monkeypatch.setattr(grouped, "_leaves_garbage", lambda device: cleans)
+    monkeypatch.setattr(grouped, "leaves_garbage", lambda device: cleans)
     out, grad_rows, *grads = run(feed_forward_grouped, rows, weights, torch.tensor(counts), ALL_ACTIVATIONS[name], upstream)
     torch.testing.assert_close([out[:5], grad_rows[:5], *grads], loop, rtol=1e-5, atol=1e-5)
     assert not out[5:].any() and not grad_rows[5:].any()
@@ -279,7 +281,7 @@ def test_freezing_rows_or_weights_does_not_change_the_other_gradients(path):
 @pytest.mark.parametrize("activation, inner", [("relu", 24), ("swiglu", 48)])
 def test_every_width_of_the_experts_decides_whether_counts_stay_on_the_device(activation, inner, monkeypatch):
     sizes = []
-    monkeypatch.setattr("fairseq_sparsemixer.moe.experts.can_group", lambda device, dtype, *widths: sizes.extend(widths))
+    monkeypatch.setattr(choice, "can_group", lambda device, dtype, *widths: sizes.extend(widths))
     Experts(3, 16, 24, activation).takes_device_counts(torch.zeros(2, 16))
     assert set(sizes) == {16, 24, inner}
 
@@ -287,4 +289,4 @@ def test_every_width_of_the_experts_decides_whether_counts_stay_on_the_device(ac
 @pytest.mark.parametrize("device, capability, leaves", [("cuda", (9, 0), False), ("cuda", (10, 0), True), ("cpu", None, False)])
 def test_blackwell_leaves_the_gradients_of_idle_experts_uninitialised(device, capability, leaves, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert grouped._leaves_garbage(torch.device(device)) is leaves
+    assert leaves_garbage(torch.device(device)) is leaves

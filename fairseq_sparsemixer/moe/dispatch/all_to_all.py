@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fairseq_sparsemixer.moe.dispatch.combine import combine
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
-from fairseq_sparsemixer.moe.dispatch.sorting import gather, order_pairs
+from fairseq_sparsemixer.moe.dispatch.pairs import sorted_pairs
+from fairseq_sparsemixer.moe.dispatch.sorting import gather
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import AllToAllRows, ExpertGroup
 
@@ -57,24 +57,28 @@ def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
 
 
 def dispatch_all_to_all(
-    tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup, counts_on_device: bool = False
+    tokens: Tensor,
+    routing: Routing,
+    experts: ExpertsFunction,
+    expert_group: ExpertGroup,
+    counts_on_device: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """As dispatch_locally, with experts sharded over the ranks of a group; every rank of the group must call it.
 
-    tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's shard of the experts.
+    tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's shard of the experts. fused: rows are moved by the
+    fused kernels.
     """
-    k = routing.expert_index.size(1)
-    pairs, counts = order_pairs(routing)
-    plan = plan_exchange(counts, expert_group)
-    pairs = pairs[: sum(plan.send)]
-    arrived = AllToAllRows.apply(gather(tokens, pairs, k), plan.send, plan.receive, expert_group)
+    pairs = sorted_pairs(routing, fused)
+    plan = plan_exchange(pairs.counts, expert_group)
+    arrived = AllToAllRows.apply(pairs.gather(tokens, sum(plan.send)), plan.send, plan.receive, expert_group)
     received = plan.device_counts if counts_on_device else plan.counts
     if plan.order is None:
         outputs = experts(arrived, received)
     else:
         outputs = _permute(experts(_permute(arrived, plan.order), received), invert(plan.order))
     home = AllToAllRows.apply(outputs, plan.receive, plan.send, expert_group)
-    return combine(home, routing, pairs, tokens.size(0))
+    return pairs.combine(home)
 
 
 def invert(order: Tensor) -> Tensor:

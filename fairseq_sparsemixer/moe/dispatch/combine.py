@@ -16,7 +16,7 @@ def combine(rows: Tensor, routing: Routing, pairs: Tensor, num_tokens: int) -> T
     """
     weight = routing.combine_weight.reshape(-1).index_select(0, pairs)  # [N]
     output = scatter_rows(_Scale.apply(rows, weight, routing.output_scale), pairs, num_tokens, routing.expert_index.size(1))
-    return output if routing.default is None else _with_defaults(output, rows, routing, pairs)
+    return output if routing.default is None else with_defaults(output, rows, routing, pairs)
 
 
 def weigh_rows(rows: Tensor, weight: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def weigh_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return weighed
 
 
-def _with_defaults(output: Tensor, rows: Tensor, routing: Routing, pairs: Tensor) -> Tensor:
+def with_defaults(output: Tensor, rows: Tensor, routing: Routing, pairs: Tensor) -> Tensor:
     """output [S, M] plus the default outputs; its backward reports the experts' outputs, rows [N, M], to their average."""
     weight, vectors, average = routing.default  # type: ignore[misc]  # the caller checked
     with torch.autocast(output.device.type, enabled=False):  # the router's gradient sums over M, as in _Scale

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fairseq_sparsemixer.moe.dispatch.combine import combine
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
-from fairseq_sparsemixer.moe.dispatch.sorting import gather, order_pairs, scatter_rows
+from fairseq_sparsemixer.moe.dispatch.pairs import sorted_pairs
+from fairseq_sparsemixer.moe.dispatch.sorting import gather, scatter_rows
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
@@ -39,27 +39,32 @@ class _MeasuredAllToAll(torch.autograd.Function):
 
 
 def dispatch_equal_split(
-    tokens: Tensor, routing: Routing, experts: ExpertsFunction, expert_group: ExpertGroup, counts_on_device: bool = False
+    tokens: Tensor,
+    routing: Routing,
+    experts: ExpertsFunction,
+    expert_group: ExpertGroup,
+    counts_on_device: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """As dispatch_all_to_all, in blocks of C rows per expert; every rank of the group must call it.
 
     C is the largest number of rows that any rank of the group has for any expert after dropping: gates drop by their own
     rank's token count, which differs between ranks. One host synchronisation, to read the sizes.
     """
-    k, num_experts, model_dim = routing.expert_index.size(1), routing.num_experts, tokens.size(1)
+    num_experts, model_dim = routing.num_experts, tokens.size(1)
     local = num_experts // expert_group.size
-    pairs, counts = order_pairs(routing)
+    pairs = sorted_pairs(routing, fused)
+    counts = pairs.counts
     capacity, routed = _agree_on_capacity(counts, expert_group)
-    pairs = pairs[:routed]
     slots = _slots(counts, capacity, routed)
-    blocks = scatter_rows(gather(tokens, pairs, k), slots, num_experts * capacity, 1)  # [E * C, M], zero-padded
+    blocks = scatter_rows(pairs.gather(tokens, routed), slots, num_experts * capacity, 1)  # [E * C, M], zero-padded
     arrived = _MeasuredAllToAll.apply(blocks, expert_group).view(expert_group.size, local, capacity, model_dim)
     rows = expert_group.size * capacity
     received = torch.full((local,), rows, device=tokens.device) if counts_on_device else [rows] * local
     outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), received)
     outputs = outputs.view(local, expert_group.size, capacity, model_dim).transpose(0, 1)  # [G, L, C, M]
     home = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), expert_group), slots, 1)  # [N, M]
-    return combine(home, routing, pairs, tokens.size(0))
+    return pairs.combine(home)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
 from fairseq_sparsemixer.moe.gates.bias import SelectionBias
 from fairseq_sparsemixer.moe.gates.capacity import limit_capacity, require_capacity_factor, require_policy
 from fairseq_sparsemixer.moe.gates.routing import Routing
+from fairseq_sparsemixer.moe.kernels import choice, functions
 
 
 class Gate(nn.Module):
@@ -104,6 +105,11 @@ class Gate(nn.Module):
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
         """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] if the model knows them -> Routing."""
+        if tokens.dtype != torch.float64 and choice.fused(tokens.device, tokens.dtype):
+            logits, passed = functions.project(tokens, self.projection.weight)
+            bias = self.projection.bias
+            routing = self.route(logits if bias is None else logits + bias.to(logits.dtype), padding_mask)
+            return replace(routing, tokens=passed)
         return self.route(self.logits(tokens), padding_mask)
 
 

@@ -41,6 +41,8 @@ class Routing:
     default: the default outputs of the experts that do not run (default_moe); None for other gates.
     cmr_gate: [S] float32, the layer's share in its own output beside a shared network (cmr.py), 0 at padding; carries the
         gradient. The layer adds it; None without CMR.
+    tokens: [S, M], the gate's tokens for the experts to take, if the fused projection adds up the gradients of both uses; the
+        layer takes them out. None: those that the gate was given.
     """
 
     expert_index: Tensor
@@ -55,6 +57,7 @@ class Routing:
     max_routed: Optional[int] = None
     default: Optional[DefaultOutputs] = None
     cmr_gate: Optional[Tensor] = None
+    tokens: Optional[Tensor] = None
 
     @property
     def num_experts(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.moe.estimators import Estimator, get_estimator
 from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
+from fairseq_sparsemixer.moe.gates.fused import draw_uniform, fused_routing, is_fused, mixer_options
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_jitter
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -140,13 +141,18 @@ class SparseMixerGate(Gate):
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_routing."""
-        routing = sparsemixer_routing(
-            logits,
-            padding_mask,
-            self.jitter_eps,
-            self.estimator,
-            self.draw_noise(logits),
-            self.balance_scope,
-            self.selection_bias,
-        )
+        if is_fused(logits, self.balance_scope):
+            options = mixer_options("sparsemixer", 1, self.jitter_eps, self.estimator, self.training, self.sampled)
+            noise = draw_uniform(logits, 1) if self.training else None
+            routing = fused_routing(logits, padding_mask, noise, self.selection_bias, options)
+        else:
+            routing = sparsemixer_routing(
+                logits,
+                padding_mask,
+                self.jitter_eps,
+                self.estimator,
+                self.draw_noise(logits),
+                self.balance_scope,
+                self.selection_bias,
+            )
         return replace(routing, output_scale=self.omega)

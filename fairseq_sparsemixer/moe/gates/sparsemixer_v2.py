@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.moe.estimators import Estimator, get_estimator
 from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
+from fairseq_sparsemixer.moe.gates.fused import draw_uniform, fused_routing, is_fused, mixer_options
 from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_jitter, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
@@ -81,6 +82,10 @@ class SparseMixerV2Gate(Gate):
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_v2_routing."""
+        if is_fused(logits, self.balance_scope):
+            options = mixer_options("sparsemixer_v2", self.top_k, self.jitter_eps, self.estimator, self.training, sampled=True)
+            noise = draw_uniform(logits, self.top_k) if self.training else None
+            return fused_routing(logits, padding_mask, noise, self.selection_bias, options)
         return sparsemixer_v2_routing(
             logits,
             padding_mask,

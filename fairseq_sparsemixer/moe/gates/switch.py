@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
+from fairseq_sparsemixer.moe.gates.fused import fused_routing, is_fused
 from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_jitter
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
+from fairseq_sparsemixer.moe.kernels.functions import RouterOptions
 
 
 def switch_routing(
@@ -58,4 +60,7 @@ class SwitchGate(Gate):
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See switch_routing."""
-        return switch_routing(logits, padding_mask, self.draw_noise(logits), self.balance_scope, self.selection_bias)
+        noise = self.draw_noise(logits)
+        if is_fused(logits, self.balance_scope):
+            return fused_routing(logits, padding_mask, noise, self.selection_bias, RouterOptions("switch", k=1))
+        return switch_routing(logits, padding_mask, noise, self.balance_scope, self.selection_bias)

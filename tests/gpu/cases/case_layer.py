@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.fake_cuda.watching import Watch, autocast
 from fairseq_sparsemixer import build_moe_layer
 from fairseq_sparsemixer.moe.gates import GATES, gate_options
+from fairseq_sparsemixer.moe.kernels import choice
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 S, M, H, E = 64, 16, 32, 8
@@ -21,6 +22,7 @@ WAITS = {"sinkhorn": 1}  # waits in training: one every ten iterations, to check
 ROWS_UNKNOWN = {"expert_threshold", "remoe"}  # tokens have different numbers of experts: one wait, to read the number of rows
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+both_paths = pytest.mark.parametrize("fused", [False, True], ids=["PyTorch", "fused"])
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +79,12 @@ CASES = [(router, options) for router in ROUTERS for options in balancing(router
     "router, options", CASES, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain"
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_layer_runs_in_every_precision_and_mode(router, options, precision):
+@both_paths
+def test_the_layer_runs_in_every_precision_and_mode(router, options, precision, fused):
+    if fused and precision in ("float32", "bfloat16"):
+        pytest.skip("float32 is not fused, and bfloat16 takes the path of autocast")
     for training, padded in itertools.product((True, False), (True, False)):
-        with FakeTensorMode(allow_non_fake_inputs=False):
+        with FakeTensorMode(allow_non_fake_inputs=False), choice.forced(fused):
             layer, x = on_gpu(router, precision, **options).train(training), tokens(precision)
             padding = torch.zeros(S, dtype=torch.bool, device="cuda") if padded else None
             watch = Watch(itertools.cycle([S // E]).__next__)
@@ -87,15 +92,16 @@ def test_the_layer_runs_in_every_precision_and_mode(router, options, precision):
         assert output.device.type == "cuda" and x.grad.dtype == x.dtype
         assert output.dtype == (torch.bfloat16 if precision == "autocast" else x.dtype)
         assert layer.experts.weight_in.grad.dtype == layer.experts.weight_in.dtype
-        if precision in ("bfloat16", "autocast") and hasattr(F, "grouped_mm"):
+        if fused or precision in ("bfloat16", "autocast") and hasattr(F, "grouped_mm"):
             allowed = (WAITS.get(router, 0) if training else 0) + int(router in ROWS_UNKNOWN)
             assert len(watch.waits) <= allowed, watch.waits
 
 
 @needs_grouped_mm
+@both_paths
 @pytest.mark.parametrize("router", ROUTERS)
-def test_no_more_rows_are_computed_than_routed(router):
-    with FakeTensorMode():
+def test_no_more_rows_are_computed_than_routed(router, fused):
+    with FakeTensorMode(), choice.forced(fused):
         layer, x, watch = on_gpu(router, experts=16), tokens(), Watch()
         run(layer, x, "bfloat16", watch)
         index = layer.routing.expert_index
@@ -120,21 +126,56 @@ LAUNCHES = {  # per layer, forward and backward; justify any increase
 }
 
 
+FUSED_LAUNCHES = {  # the same with the fused kernels
+    "hash": 27,
+    "round_robin": 29,
+    "sparsemixer_v2": 31,
+    "switch": 31,
+    "sparsemixer": 32,
+    "expert_choice": 63,
+    "dense_st": 72,
+    "expert_threshold": 79,
+    "topk": 83,
+    "remoe": 87,
+    "default_moe": 92,
+    "gshard": 122,
+    "noisy_topk": 160,
+    "sinkhorn": 197,
+}
+
+
 @needs_grouped_mm
+@both_paths
 @pytest.mark.parametrize("router", ROUTERS)
-def test_kernel_launches_stay_within_budget(router):
-    with FakeTensorMode():
+def test_kernel_launches_stay_within_budget(router, fused):
+    with FakeTensorMode(), choice.forced(fused):
         layer, x, watch = on_gpu(router), tokens(), Watch()
         run(layer, x, "bfloat16", watch)
     print(router, sum(watch.launches.values()), watch.launches.most_common(12))
-    assert sum(watch.launches.values()) <= LAUNCHES[router]
+    assert sum(watch.launches.values()) <= (FUSED_LAUNCHES if fused else LAUNCHES)[router]
+
+
+@pytest.mark.parametrize("capability", [8, 9, 10])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("router, k", [("switch", 1), ("sparsemixer", 1), ("sparsemixer_v2", 2)])
+def test_the_fused_path_launches_35_kernels_at_most_on_every_gpu_and_in_half_precision(
+    router, k, precision, capability, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *arguments: (capability, 0))
+    with FakeTensorMode(), choice.forced(True):
+        layer, x, watch = on_gpu(router, precision, experts=64), tokens(precision), Watch()
+        run(layer, x, precision, watch)
+    by_torch = precision == "bfloat16" and capability >= 9 and hasattr(F, "grouped_mm")
+    assert watch.launches["_grouped_mm" if by_torch else "grouped_product"] >= 4
+    assert sum(watch.launches.values()) <= 35 and not watch.waits
 
 
 @needs_grouped_mm
-def test_rows_are_sent_in_the_precision_of_the_computation(monkeypatch):
+@both_paths
+def test_rows_are_sent_in_the_precision_of_the_computation(fused, monkeypatch):
     sent = []
     monkeypatch.setattr(dist, "all_to_all_single", lambda out, rows, *args, **kwargs: sent.append(rows.dtype))
-    with FakeTensorMode():
+    with FakeTensorMode(), choice.forced(fused):
         layer, x = on_gpu("switch", "autocast"), tokens("autocast")
         layer.shard_experts(ExpertGroup(8, 0, None, None, 8, True))
         answers = iter([8] * 16 + [64] * 9)

@@ -13,14 +13,28 @@ from torch import distributed as dist
 from fairseq_sparsemixer.moe.dispatch import dispatch_all_to_all, dispatch_equal_split, dispatch_locally
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import Routing
+from fairseq_sparsemixer.moe.kernels import choice
 from fairseq_sparsemixer.moe.parallel import CollectiveTimer, form_expert_group
 
 pytestmark = pytest.mark.distributed
 
 M, H = 8, 16
+
+
+def fused(send):
+    """The dispatcher as on a GPU with the fused kernels, whose formulas run on a CPU."""
+
+    def run(*arguments):
+        with choice.forced(True):
+            return send(*arguments, counts_on_device=True, fused=True)
+
+    return run
+
+
 DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split}
+DISPATCHERS.update({f"{name}, fused": fused(send) for name, send in list(DISPATCHERS.items())})
 if hasattr(F, "grouped_mm"):  # as on a GPU, with counts on the device
-    DISPATCHERS.update({f"{name}, grouped": partial(send, counts_on_device=True) for name, send in list(DISPATCHERS.items())})
+    DISPATCHERS.update({f"{name}, grouped": partial(send, counts_on_device=True) for name, send in list(DISPATCHERS.items())[:2]})
 
 
 class Case(NamedTuple):
@@ -157,4 +171,4 @@ def kinds_of_counts():
 
 def test_counts_come_to_the_host_unless_asked_to_stay_on_the_device():
     for kinds in run_ranks(2, kinds_of_counts):
-        assert kinds == {name: name.endswith("grouped") for name in DISPATCHERS}
+        assert kinds == {name: name.endswith(("grouped", "fused")) for name in DISPATCHERS}
