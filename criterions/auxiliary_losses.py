@@ -154,8 +154,10 @@ class AuxiliaryLosses:
         first = layers[0]
         if first.cmr is None:
             return None
-        ran = [layer.routing for layer in layers if layer.routing is not None]
-        return budget_loss(ran, self.cmr_budget, first.gate.balance_scope) if ran else first.cmr.gate.bias.new_zeros(())
+        ran, scope = [layer.routing for layer in layers if layer.routing is not None], first.gate.balance_scope
+        if not ran:
+            return first.cmr.gate.bias.new_zeros(())
+        return budget_loss(ran, self.cmr_budget, None if scope is None else scope.of_model())
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: List[Dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.moe.gates import Routing
 from fairseq_sparsemixer.moe.layer import MoELayer
+from fairseq_sparsemixer.moe.turns import balancing_alone
 
 PREFIX = "moe/"  # of our entries in a logging output
 AUX = "aux/"
@@ -53,7 +54,8 @@ def _padded(load: Tensor, num_experts: int, most: int) -> Tensor:
 def _empty_routing(layer: MoELayer) -> Routing:
     """The Routing of zero tokens, for the names and shapes of the layer's statistics."""
     tokens = next(layer.parameters()).new_zeros(0, layer.gate.model_dim)
-    routing = layer.gate(tokens)
+    with balancing_alone([layer]):  # it is no forward of the model
+        routing = layer.gate(tokens)
     return routing if layer.cmr is None else replace(routing, cmr_gate=tokens[:, 0].float())
 
 

@@ -104,7 +104,7 @@ class MoETrainer(CheckpointingTrainer):
         self.batch_numbers = cycle(range(len(samples)))  # more than one pass, with --balance-scope update
         try:
             with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait), counting_ahead(self, samples):
-                output = super().train_step(samples, raise_oom or self.expert_group is not None)
+                output = super().train_step(samples, raise_oom or self.ranks_wait)
         finally:
             self.in_train_step = False
         if self.expert_group is not None and self.expert_group.timer is not None:
@@ -116,7 +116,7 @@ class MoETrainer(CheckpointingTrainer):
     def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False):
         """See Trainer and train_step."""
         with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait):
-            return super().valid_step(sample, raise_oom or self.expert_group is not None)
+            return super().valid_step(sample, raise_oom or self.ranks_wait)
 
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
         """See Trainer, which calls this once per update, after reducing and scaling all gradients but the experts'.

@@ -44,3 +44,31 @@ def test_counting_ahead_sees_the_samples_dropout_and_drops_of_the_training(train
 def test_a_router_without_a_balance_loss_takes_any_scope(train):
     for scope in ("update", "sequence"):
         train("--router", "hash", "--update-freq", "2", "--max-update", "2", "--balance-scope", scope)
+
+
+def test_with_skipped_layers_the_budget_loss_is_still_that_of_the_whole_update(train, monkeypatch):
+    """LayerDrop skips layers of a micro-batch, or all that have experts; --moe-cmr's budget is over those that ran."""
+    gates, losses, forward = [], [], AuxiliaryLosses.forward
+
+    def recorded(self, model, sample, reduce=True):
+        loss, size, log = forward(self, model, sample, reduce)
+        if model.training and torch.is_grad_enabled():
+            ran = [layer.routing for layer in moe_layers(model) if layer.routing is not None]
+            gates.append([routing.cmr_gate[~routing.padding_mask] for routing in ran])
+            losses.append(log["moe/aux/cmr"].item() / size)
+        return loss, size, log
+
+    monkeypatch.setattr(AuxiliaryLosses, "forward", recorded)
+    flags = "--moe-cmr --encoder-layers 4 --decoder-layers 1 --moe-freq 1 --encoder-layerdrop 0.5 --moe-encoder-only"
+    train(*flags.split(), *"--update-freq 2 --max-update 6 --balance-scope update".split())
+    assert len({len(each) for each in gates}) > 1 and len(gates) == 12
+    for first in range(0, 12, 2):
+        pair = gates[first : first + 2]
+        expected = abs(torch.cat([gate for each in pair for gate in each]).mean().item() - 0.8)
+        for each, loss in zip(pair, losses[first : first + 2]):
+            assert loss == pytest.approx(expected if each else 0, rel=1e-4)
+
+
+def test_a_batch_in_which_no_layer_with_experts_ran_leaves_the_sums_alone(train):
+    flags = "--encoder-moe-layers 0 --moe-encoder-only --encoder-layers 2 --encoder-layerdrop 0.6"
+    train(*flags.split(), *"--update-freq 2 --max-update 8 --balance-scope update".split())

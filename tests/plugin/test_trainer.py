@@ -63,14 +63,15 @@ def test_fairseq_train_as_a_script_and_in_spawned_processes_builds_this_trainer(
     assert module.Trainer is MoETrainer
 
 
-@pytest.mark.parametrize("group, given, handed", [(None, False, False), (None, True, True), (object(), False, True)])
+@pytest.mark.parametrize("waits, given, handed", [(False, False, False), (False, True, True), (True, False, True)])
 @pytest.mark.parametrize("step", ["train_step", "valid_step"])
-def test_a_rank_out_of_memory_ends_the_run_if_others_wait_for_it(step, group, given, handed, monkeypatch):
+def test_a_rank_out_of_memory_ends_the_run_if_others_wait_for_it(step, waits, given, handed, monkeypatch):
+    """For experts on other ranks, or for the sums of --balance-scope global and update."""
     seen = []
     monkeypatch.setattr(Trainer, step, lambda self, batch, raise_oom=False: seen.append(raise_oom))
     trainer = MoETrainer.__new__(MoETrainer)
     trainer.cfg = SimpleNamespace(distributed_training=SimpleNamespace(distributed_world_size=1))
-    trainer.expert_group = None if group is None else SimpleNamespace(timer=None)
+    trainer.expert_group, trainer.ranks_wait = None, waits
     getattr(trainer, step)([], given)
     assert seen == [handed]
 

@@ -34,6 +34,10 @@ class BalanceScope:
     def restart(self, num_sequences: int) -> None:
         """Called before each forward, of tokens [S] that are a flattened [T, num_sequences]."""
 
+    def of_model(self) -> "BalanceScope":
+        """The scope of a loss of all layers together; called once after each forward of the model."""
+        return self
+
 
 class RanksScope(BalanceScope):
     """The tokens of one micro-batch of every rank (`global`). Sums are collectives, in forward and backward."""
@@ -78,6 +82,7 @@ class Update:
         self.scopes: List["UpdateScope"] = []
         self.counting = self.counted = False
         self.sample_size: Any = 0
+        self.together = self.scope()  # of all layers: a gate's own may be skipped by LayerDrop
 
     def scope(self) -> "UpdateScope":
         """The scope of one more gate."""
@@ -137,6 +142,12 @@ class UpdateScope(BalanceScope):
     def restart(self, num_sequences: int) -> None:
         """See BalanceScope."""
         self.position = 0
+
+    def of_model(self) -> "UpdateScope":
+        """See BalanceScope."""
+        together = self.update.together
+        together.restart(1)
+        return together
 
     def total(self, own: Tensor) -> Tensor:
         """See BalanceScope. Once counted, the value is the update's, and the gradient that of this micro-batch's tokens."""
