@@ -20,7 +20,7 @@ from typing import List
 from fairseq_sparsemixer.cli.flags import add_flags
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.names import EXPERTS, count_layers
+from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, count_layers
 from fairseq_sparsemixer.options import MoEOptions
 
 
@@ -55,19 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the noise, the units drawn anew and the router")
     add_flags(parser, MoEOptions)
+    parser.set_defaults(num_experts=None)  # not given: that of a checkpoint with experts, else the default
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write OUT, and print its layers, experts and size."""
-    from fairseq_sparsemixer.plugin.checkpoints.expert_count import Changed, change_experts
+    from fairseq_sparsemixer.plugin.checkpoints.expert_count import Changed, change_experts, options_of
     from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
     from fairseq_sparsemixer.plugin.checkpoints.slices import Change
     from fairseq_sparsemixer.plugin.checkpoints.upcycling import upcycle
     from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
 
-    moe = MoEOptions(**{option.name: getattr(options, option.name) for option in fields(MoEOptions)})
+    given = {option.name: getattr(options, option.name) for option in fields(MoEOptions)}
     if not 0 <= options.seed < 2**63:
         raise ConfigurationError(f"--seed {options.seed} must be at least 0 and below 2**63")
     change = Change(options.noise, options.seed, options.granularity, options.reinitialise)
@@ -77,12 +78,17 @@ def run(options: argparse.Namespace) -> None:
         source = read_checkpoint(options.source)
         with one_sentence_for(options.source):
             has_experts = any(EXPERTS in name for name in source["model"])
+            if options.num_experts is None:
+                given["num_experts"] = options_of(source).num_experts if has_experts else MoEOptions.num_experts
+            moe = MoEOptions(**given)
             notes: List[str] = []
             done = change_experts(source, moe, change) if has_experts else Changed(upcycle(source, moe, change, notes), notes)
         save_atomically(done.state, options.target)
     counts = [sum(value.numel() for value in state["model"].values()) for state in (source, done.state)]
     layers = count_layers(done.state["model"])
-    print(f"{layers} layers of {moe.num_experts} experts, {counts[0]:,} -> {counts[1]:,} values: {options.target}")
+    numbers = sorted({value.size(0) for name, value in done.state["model"].items() if name.endswith(FIRST_WEIGHT)})
+    experts = " or ".join(map(str, numbers))
+    print(f"{layers} layers of {experts} experts, {counts[0]:,} -> {counts[1]:,} values: {options.target}")
     for note in done.notes:
         print(f"note: {note}")
     if options.json:

@@ -136,6 +136,16 @@ def test_copies_of_experts_compute_the_same(router, dense, tmp_path, translation
     assert read_checkpoint(str(second))["extra_state"]["ema"].keys() == state["extra_state"]["ema"].keys()
 
 
+def test_a_model_with_experts_keeps_their_number_unless_another_is_given(dense, tmp_path, capsys):
+    first, second = str(tmp_path / "first.pt"), str(tmp_path / "second.pt")
+    main(["upcycle", str(dense), first, "--router", "topk", "--num-experts", "4", "--encoder-moe-layers", "0,1:6"])
+    assert "3 layers of 4 or 6 experts" in capsys.readouterr().out
+    main(["upcycle", first, second, "--moe-top-k", "2"])
+    assert "3 layers of 4 or 6 experts" in capsys.readouterr().out
+    settings = read_checkpoint(second)["cfg"]["model"]
+    assert (settings.num_experts, settings.moe_top_k) == (4, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["sparsemixer", "switch"])
 def test_a_language_model_can_be_upcycled(router, dense_language_model, tmp_path, run_fairseq):

@@ -16,10 +16,11 @@ from torch import Tensor
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, transformer_layer
-from fairseq_sparsemixer.options import MoEOptions
+from fairseq_sparsemixer.options import MoEOptions, in_flags
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 from fairseq_sparsemixer.plugin.checkpoints.slices import Change, refuse_change, reinitialise
+from fairseq_sparsemixer.plugin.models.config import check_numbers
 from fairseq_sparsemixer.plugin.models.layer_choice import with_experts
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 
@@ -48,7 +49,7 @@ def change_experts(state: Dict[str, Any], flags: MoEOptions, change: Change) -> 
     """A checkpoint with experts -> one with flags.num_experts in each layer that has the model's number of them.
 
     change: noise and new hidden units of experts that are a second copy. Raises ConfigurationError for other flags than the
-    checkpoint's, and for a sharded checkpoint.
+    checkpoint's, numbers that its router or a layer does not allow, and a sharded checkpoint.
     """
     if layout_of(state)["size"] > 1:
         raise ConfigurationError(
@@ -62,10 +63,12 @@ def change_experts(state: Dict[str, Any], flags: MoEOptions, change: Change) -> 
     new = MoEOptions(**{**vars(old), "num_experts": flags.num_experts, "moe_top_k": flags.moe_top_k or old.moe_top_k})
     if new == old:
         raise ConfigurationError(f"the checkpoint already has experts, {old.num_experts} a layer; give another --num-experts")
+    check_numbers(new)
     notes: List[str] = []
-    model = _change_model(state["model"], old, new, change, notes)
     extra = state.get("extra_state") or {}
-    copies = {key: _change_model(extra[key], old, new, change, []) for key in COPIES_OF_MODEL if key in extra}
+    with in_flags():
+        model = _change_model(state["model"], old, new, change, notes)
+        copies = {key: _change_model(extra[key], old, new, change, []) for key in COPIES_OF_MODEL if key in extra}
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
     result.update(model=model, extra_state={**extra, **copies}, **_settings(state, new))
     return Changed(result, notes)
@@ -101,13 +104,27 @@ def _change_model(
     weights: Dict[str, Tensor], old: MoEOptions, new: MoEOptions, change: Change, notes: List[str]
 ) -> Dict[str, Tensor]:
     result = dict(weights)
+    numbers = {name[: -len(FIRST_WEIGHT)]: value.size(0) for name, value in weights.items() if name.endswith(FIRST_WEIGHT)}
+    if new.num_experts != old.num_experts and old.num_experts not in numbers.values():
+        own = ", ".join(map(str, sorted(set(numbers.values()))))
+        raise ConfigurationError(f"the checkpoint's layers have their own numbers of experts ({own}), which upcycle keeps")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(change.seed)
-        for name in weights:
-            if name.endswith(FIRST_WEIGHT) and weights[name].size(0) == old.num_experts:
-                layer = name[: -len(FIRST_WEIGHT)]
+        for layer, count in numbers.items():
+            if count == old.num_experts:
                 result.update(_change_layer(weights, layer, old, new, change, notes))
+            else:
+                notes.extend(_check_kept(layer, count, old, new))
     return result
+
+
+def _check_kept(layer: str, count: int, old: MoEOptions, new: MoEOptions) -> List[str]:
+    """What a layer that keeps its experts does not keep. Raises ConfigurationError if its router refuses the new --moe-top-k."""
+    own = with_experts(new, count)
+    build_gate(own.router, 1, count, **router_options(own))
+    if new.moe_top_k == old.moe_top_k:
+        return []
+    return [f"{transformer_layer(layer)} keeps its {count} experts, of which a token gets {new.moe_top_k}: another number"]
 
 
 def _change_layer(

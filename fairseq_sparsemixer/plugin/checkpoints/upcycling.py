@@ -1,11 +1,11 @@
 """Sparse upcycling (Komatsuzaki et al., 2022; arXiv 2212.05055): converts a dense checkpoint to one with experts.
 
 Every expert starts as a copy of the dense layer it replaces, or of one of its G slices (granular upcycling, arXiv 2410.07524),
-and the router gives all experts the same weight. The new
-model then computes the same as the dense one, up to the router's multiplier: 1 / E for Switch and SparseMixer, where all
-experts are equally likely. The multiplier is measured on the router and compensated: in SparseMixer's omega, which keeps
-the experts on the scale that their optimizer expects, and otherwise in the experts' output layer. So are the factors of
-expert and final output masking. With --moe-cmr, the dense layer is also the shared network, and the gate starts at 1/2.
+and the router gives all experts the same weight. The new model then computes the same as the dense one, up to the router's
+multiplier: 1 / E for Switch and SparseMixer, where all experts are equally likely. The multiplier is measured on the router
+and compensated: in SparseMixer's omega, which keeps the experts on the scale that their optimizer expects, and otherwise in
+the experts' output layer. The factors of expert and final output masking are compensated in the same place. With --moe-cmr,
+the dense layer is also the shared network, and the gate starts at 1/2.
 """
 
 import argparse
@@ -42,9 +42,8 @@ def upcycle(
 ) -> Dict[str, Any]:
     """A dense fairseq checkpoint -> one of the model with experts described by `options`, without optimizer state.
 
-    change: how experts differ from the dense layer; by default, only by what they learn. notes: gets a sentence for each layer
-    that starts as the dense one only nearly. Raises ConfigurationError for an
-    unsuitable checkpoint or unsuitable options.
+    change: how experts differ from the dense layer; by default, not at all. notes: gets a sentence for each layer that only
+    approximates the dense one at the start. Raises ConfigurationError for an unsuitable checkpoint or unsuitable options.
     """
     if any(EXPERTS in name for name in state["model"]):
         raise ConfigurationError("the checkpoint already has experts; upcycle needs a dense one")

@@ -124,6 +124,45 @@ def test_layers_with_their_own_number_of_experts_keep_it():
     assert done.state["model"][f"{LAYER}experts.weight_in"].size(0) == 8
 
 
+def with_own_number(number, **flags):
+    """A checkpoint whose decoder layer has its own number of experts."""
+    _, _, state = trained(**flags)
+    other = layer_of(MoEOptions(**{**flags, "num_experts": number}))
+    state["model"].update({f"decoder.layers.0.fc1.moe.{name}": value for name, value in other.state_dict().items()})
+    return state
+
+
+def test_another_k_is_also_that_of_layers_with_their_own_number_of_experts():
+    flags = dict(router="topk", num_experts=4, moe_top_k=2)
+    done = change_experts(with_own_number(6, **flags), MoEOptions(num_experts=8, moe_top_k=4), Change())
+    assert done.notes == ["decoder.layers.0 keeps its 6 experts, of which a token gets 4: another number"]
+    with pytest.raises(ConfigurationError, match="--moe-top-k 4 must lie between 1 and --num-experts 3"):
+        change_experts(with_own_number(3, **flags), MoEOptions(num_experts=8, moe_top_k=4), Change())
+
+
+@pytest.mark.parametrize(
+    "before, after, sentence",
+    [
+        (dict(router="switch"), dict(num_experts=-3), "--num-experts -3 must be at least 1"),
+        (dict(router="switch"), dict(num_experts=0), "--num-experts 0 must be at least 1"),
+        (dict(router="topk", moe_top_k=2), dict(num_experts=1), "--moe-top-k 2 must lie between 1 and --num-experts 1"),
+        (dict(router="topk", router_groups=2), dict(num_experts=7), "--router-groups 2 must divide --num-experts 7"),
+        (dict(router="gshard"), dict(num_experts=1), "--router gshard gives each token two experts; --num-experts 1 must"),
+    ],
+)
+def test_numbers_that_the_router_does_not_allow_are_refused(before, after, sentence):
+    _, _, state = trained(num_experts=4, **before)
+    with pytest.raises(ConfigurationError, match=sentence):
+        change_experts(state, MoEOptions(**after), Change())
+
+
+def test_a_model_without_a_layer_of_the_common_number_is_refused():
+    _, _, state = trained(router="switch", num_experts=4)
+    state["cfg"]["model"].num_experts = 6
+    with pytest.raises(ConfigurationError, match=r"layers have their own numbers of experts \(4\), which upcycle keeps"):
+        change_experts(state, MoEOptions(num_experts=8), Change())
+
+
 def test_a_shard_is_refused():
     _, _, state = trained(router="switch", num_experts=4)
     state["expert_parallel"] = {"size": 2, "index": 0}
