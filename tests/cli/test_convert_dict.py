@@ -214,3 +214,24 @@ def test_what_cannot_be_moved_gives_one_sentence(save, tmp_path, build, words, s
     with pytest.raises(SystemExit, match=sentence.replace("in .;", "in elsewhere;")) as error:
         main(["convert", path, "new.pt", *words])
     assert "\n" not in str(error.value) and not (tmp_path / "new.pt").exists()
+
+
+def test_a_moved_checkpoint_does_not_name_the_old_data(save, tmp_path):
+    """A second move from dictionaries of the same size would otherwise take the first words for those of the checkpoint."""
+    model, args = translation(OLD, OLD)
+    path = save(model, args, TRANSLATION, {"dict.de.txt": OLD, "dict.en.txt": OLD})
+    same_size = list(reversed(OLD))
+    one_side = convert(path, tmp_path, source=same_size)
+    assert one_side["cfg"]["task"] == {**TRANSLATION, "data": ""}
+    with pytest.raises(SystemExit, match="dictionary dict.de.txt is not in a folder that it names; give .* with --data"):
+        main(["convert", str(tmp_path / "new.pt"), str(tmp_path / "again.pt"), "--source-dict", str(tmp_path / "dict.de.txt")])
+    folder = tmp_path / "new data"
+    folder.mkdir()
+    for language in ("de", "en"):
+        dictionary_of(same_size).save(str(folder / f"dict.{language}.txt"))
+    main(["convert", path, str(tmp_path / "moved.pt"), "--dict", str(folder / "dict.en.txt")])
+    assert read_checkpoint(str(tmp_path / "moved.pt"))["cfg"]["task"] == {**TRANSLATION, "data": str(folder)}
+    main(["convert", str(tmp_path / "moved.pt"), str(tmp_path / "back.pt"), "--dict", str(tmp_path / "dict.de.txt")])
+    back, first = (read_checkpoint(str(tmp_path / name)) for name in ("back.pt", "old.pt"))
+    for name, value in first["model"].items():
+        assert torch.equal(back["model"][name], value), name

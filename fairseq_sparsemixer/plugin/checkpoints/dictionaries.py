@@ -19,11 +19,15 @@ FLAGS = {SOURCE: "--source-dict", TARGET: "--target-dict"}
 
 @dataclass
 class Move:
-    """old, new: the words by index. extra: rows at the end of the old tensors for symbols that the task adds, kept there."""
+    """old, new: the words by index. extra: rows at the end of the old tensors for symbols that the task adds, kept there.
+
+    file: the new dictionary.
+    """
 
     old: List[str]
     new: List[str]
     extra: int = 0
+    file: str = ""
 
     @property
     def kept(self) -> List[str]:
@@ -62,7 +66,7 @@ def plan(state: Dict[str, Any], side: str, rows: int, new: str, data: Optional[s
         )
     if extra and task in WITH_MASK and MASK not in old:
         old, words, extra = [*old, MASK], words if MASK in words else [*words, MASK], extra - 1
-    chosen = Move(old, words, extra)
+    chosen = Move(old, words, extra, new)
     if len(chosen.kept) <= Dictionary().nspecial:
         raise ConfigurationError(f"{new} shares no word with {path}; train another model")
     return chosen
@@ -78,15 +82,43 @@ def old_dictionary(state: Dict[str, Any], side: str, data: Optional[str]) -> str
     language = task.get("source_lang" if side == SOURCE else "target_lang")
     names = [f"dict.{language}.txt"] if language else []
     for path in (os.path.join(folder, name) for name in [*names, "dict.txt"]):
-        if os.path.isfile(path):
+        if folder and os.path.isfile(path):
             return path
-    languages = sorted(glob(os.path.join(escape(folder), "dict.*.txt")))  # of a multilingual task, which are all the same
+    languages = sorted(glob(os.path.join(escape(folder), "dict.*.txt"))) if folder else []  # multilingual tasks have equal ones
     if languages and all(read_dictionary(path) == read_dictionary(languages[0]) for path in languages):
         return languages[0]
     raise ConfigurationError(
         f"the checkpoint's dictionary {(names or ['dict.txt'])[0]} is not in {folder or 'a folder that it names'};"
         " give the folder of the data it was trained on with --data"
     )
+
+
+def with_new_data(state: Dict[str, Any], moves: Dict[str, Optional[Move]]) -> Dict[str, Any]:
+    """The moved checkpoint, with the folder of its new dictionaries as its data; none if fairseq would not find them there.
+
+    moves: of each side of the model; None for a side that stays. The dictionaries of the old folder have other words.
+    """
+    files = [None if move is None else move.file for move in moves.values()]
+    folders = {None if file is None else os.path.dirname(os.path.abspath(file)) for file in files}
+    folder = folders.pop() if len(folders) == 1 else None
+    moved = _with_data(state, folder or "")
+    for side, file in zip(moves, files) if folder else ():
+        try:
+            found = read_dictionary(old_dictionary(moved, side, None))
+        except ConfigurationError:
+            return _with_data(state, "")
+        if file is None or found != read_dictionary(file):
+            return _with_data(state, "")
+    return moved
+
+
+def _with_data(state: Dict[str, Any], folder: str) -> Dict[str, Any]:
+    task = (state.get("cfg") or {}).get("task") or state.get("args")
+    if not task:
+        return state
+    values = {**(vars(task) if isinstance(task, argparse.Namespace) else task), "data": folder}
+    new = argparse.Namespace(**values) if isinstance(task, argparse.Namespace) else values
+    return {**state, "cfg": {**state["cfg"], "task": new}} if (state.get("cfg") or {}).get("task") else {**state, "args": new}
 
 
 def _task(state: Dict[str, Any]) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.plugin.checkpoints.dictionaries import FLAGS, SOURCE, TARGET, Move, plan
+from fairseq_sparsemixer.plugin.checkpoints.dictionaries import FLAGS, SOURCE, TARGET, Move, plan, with_new_data
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
@@ -76,8 +76,10 @@ def move(state: Dict[str, Any], moves: Dict[str, Move], seed: int = 1) -> Moved:
     model = without_copies(state["model"])
     if model_settings(state).get("router") == "hash":
         raise ConfigurationError("the checkpoint has --router hash, which routes by the word's number in its dictionary")
-    both = sides_of(state) == (SOURCE, TARGET)
-    result = {**state, "model": _move_model(model, moves, both, seed), "last_optimizer_state": None}
+    sides = sides_of(state)
+    both = sides == (SOURCE, TARGET)
+    named = with_new_data(state, {side: moves.get(side) for side in sides})
+    result = {**named, "model": _move_model(model, moves, both, seed), "last_optimizer_state": None}
     extra = state.get("extra_state") or {}
     copies = {key: _move_model(without_copies(extra[key]), moves, both, seed) for key in COPIES_OF_MODEL if key in extra}
     result["extra_state"] = {**extra, **copies}
