@@ -269,6 +269,32 @@ class MoEOptions:
     )
 
 
+@dataclass
+class TraceOptions:
+    """Flags of fairseq-train, -validate, -generate, -interactive and -eval-lm, beside those that all of them have."""
+
+    moe_trace: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "write the experts and weights of each word in each MoE layer to this file, as JSON lines (.gz: compressed);"
+            " generation: of the source and the best hypothesis"
+        },
+    )
+    moe_trace_interval: int = field(
+        default=100,
+        metadata={"help": "fairseq-train: trace the batches of every N-th update (0: only validation) with --moe-trace"},
+    )
+    moe_replay: Optional[str] = field(
+        default=None, metadata={"help": "route by this file of --moe-trace instead of the routers' own choice"}
+    )
+    moe_replay_weights: str = field(
+        default="trace",
+        metadata={
+            "help": "the experts' weights with --moe-replay: trace, or model: the router's own for these experts, with gradients"
+        },
+    )
+
+
 # router option -> the field of the flag that sets it
 FIELDS: Dict[str, Field] = {flag.metadata["option"]: flag for flag in fields(MoEOptions) if "option" in flag.metadata}
 FLAGS = {  # parameter name in the core -> flag

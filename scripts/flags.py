@@ -11,15 +11,16 @@ START, END = "<!-- flags: made by scripts/flags.py -->\n", "<!-- end of flags --
 
 
 def table() -> str:
-    """The model flags, then the criterion flags, as a Markdown table."""
+    """The model flags, then those of the criterion and of traces, as a Markdown table."""
     from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig
 
+    from fairseq_sparsemixer.options import TraceOptions
     from fairseq_sparsemixer.plugin.models import MoEOptions, TransformerMoEConfig
     from fairseq_sparsemixer.tools.tables import markdown_table
 
     encoder_only = (option for option in fields(TransformerMoEConfig) if option.name == "moe_encoder_only")
     criterion = (option for option in fields(AuxiliaryLossConfig) if option.name != "_name")
-    own = [*fields(MoEOptions), *encoder_only, *criterion]
+    own = [*fields(MoEOptions), *encoder_only, *criterion, *fields(TraceOptions)]
     rows = [[f"`--{option.name.replace('_', '-')}`", _default(option), _help(option)] for option in own]
     return markdown_table(["flag", "default", "what it does"], rows) + "\n"
 

@@ -1,12 +1,13 @@
 """Show a checkpoint's experts, parameters (total and active), FLOPs per token, and the similarity of its experts.
 
 Only the file is needed. With --text, the model also runs on sentences, and the load of each expert is shown; a translation
-model also needs their translations, --target.
+model also needs their translations, --target. With --trace FILE in place of a checkpoint: which words go to which expert.
 
 examples:
   fairseq-sparsemixer inspect checkpoint_best.pt
   fairseq-sparsemixer inspect lm/checkpoint_best.pt --text valid.tokens
   fairseq-sparsemixer inspect checkpoint_best.pt --text val.bpe.en --target val.bpe.de --json report.json
+  fairseq-sparsemixer inspect --trace trace.jsonl --words 20 --json words.json
 """
 
 import argparse
@@ -18,28 +19,44 @@ from typing import Any, Dict, Iterator, List, Optional
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
 
 SENTENCES = 200
+WORDS, MIN_COUNT = 10, 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and text to run it on."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a fairseq checkpoint")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a fairseq checkpoint")
     parser.add_argument("--text", metavar="FILE", help="sentences, in the model's subwords")
     parser.add_argument("--target", metavar="FILE", help="for a translation model: their translations, one per line")
     parser.add_argument("--data-bin", metavar="DIR", help="folder of the dictionaries (default: as in training)")
     parser.add_argument(
         "--sentences", type=int, default=SENTENCES, metavar="N", help="run the first N sentences (default: %(default)s)"
     )
+    parser.add_argument("--trace", metavar="FILE", help="a file of fairseq's --moe-trace, in place of a checkpoint")
+    parser.add_argument("--words", type=int, default=WORDS, metavar="N", help="words for each expert (default: %(default)s)")
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=MIN_COUNT,
+        metavar="N",
+        help="tokens in a layer from which a word has a share (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
 
 
 def run(options: argparse.Namespace) -> None:
     """Inspect, print, write. Raises ConfigurationError for unusable flags and files."""
+    if options.trace is not None:
+        inspect_trace(options)
+        return
+    if options.checkpoint is None:
+        raise ConfigurationError("inspect needs a file; give a checkpoint, or --trace FILE")
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for  # needs fairseq
     from fairseq_sparsemixer.tools.inspection import inspect_checkpoint
 
@@ -58,6 +75,40 @@ def run(options: argparse.Namespace) -> None:
     print_report(report, load, console)
     if options.json:
         write_json(options.json, {"checkpoint": options.checkpoint, **asdict(report), "load": load})
+
+
+def inspect_trace(options: argparse.Namespace) -> None:
+    """Report on --trace, print, write. Raises ConfigurationError for unusable flags and files."""
+    from fairseq_sparsemixer.tools.trace_report import report_trace
+
+    if options.trace == "":
+        raise ConfigurationError("--trace '' is empty; give a path, or leave it out")
+    for flag, value in (("CHECKPOINT", options.checkpoint), ("--text", options.text), ("--target", options.target)):
+        if value is not None:
+            raise ConfigurationError(f"{flag} {value} does not go with --trace {options.trace}; inspect one of them at a time")
+    for flag, value in (("--words", options.words), ("--min-count", options.min_count)):
+        if value < 1:
+            raise ConfigurationError(f"{flag} {value} must be at least 1")
+    require_json(options.json, [options.trace])
+    report = report_trace(options.trace, options.words, options.min_count)
+    console = Console()
+    for layer in report:
+        print_words(layer, options.min_count, console)
+    if options.json:
+        write_json(options.json, {"trace": options.trace, "layers": [asdict(layer) for layer in report]})
+
+
+def print_words(layer: Any, min_count: int, console: Console) -> None:
+    """Print a line for each expert of a layer."""
+    console.print(f"{layer.layer}: {layer.tokens:,} tokens of {layer.words:,} words", highlight=False)
+    by_share = f"largest share (words of {min_count} tokens or more)"
+    table = Table("expert", "% of tokens", "weight", "most tokens", by_share, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for expert in layer.experts:
+        most = " ".join(f"{word.word} ({word.count:,})" for word in expert.by_count)
+        purest = " ".join(f"{word.word} ({100 * word.share:.0f}%)" for word in expert.by_share)
+        cells = (f"{expert.expert}", f"{100 * expert.share:.1f}", f"{expert.weight:.3f}", most, purest)
+        table.add_row(*map(escape, cells))
+    console.print(table)
 
 
 def measure_load(options: argparse.Namespace) -> Dict[str, List[float]]:

@@ -6,6 +6,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     MoELayer.forward              MoELayer.routing                        criterions, for auxiliary losses and metrics
     trainer, before a dummy batch MoELayer.idle                           MoELayer.forward
     trainer, before each batch    MoELayer.stay_on_rank                   MoELayer.dispatch, for gating dropout
+    --moe-trace, --moe-replay     MoELayer.follower                       MoELayer.forward, to record or replace the routing
     trainer, at start-up          MoELayer.expert_group                   MoELayer.dispatch
     trainer, at start-up          Gate.balance_scope                      Gate.decide, for the balance loss
     trainer, before an update     Update's sums                           UpdateScope, with --balance-scope update
@@ -39,6 +40,9 @@ with warnings.catch_warnings():  # fairscale uses deprecated torch.cuda.amp name
 
 WRAPPERS = re.compile(r"^(module\.)+")  # the prefix that wrappers for data parallelism give the names of parts
 
+# (routing, tokens [S, M], shape of the tokens before [S], token_ids of this shape or None) -> the routing to use
+Follower = Callable[[Routing, Tensor, Tuple[int, ...], Optional[Tensor]], Routing]
+
 
 class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
     """A feed-forward layer of E experts behind a gate, a replacement for fairscale's MOELayer.
@@ -71,11 +75,17 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         self.routing: Optional[Routing] = None
         self.idle = self.stay_on_rank = False
         self.turns: Optional[Turns] = None  # in generation; see turns.py
+        self.follower: Optional[Follower] = None  # sees every routing, and may replace it; see tracing.py
 
     @property
     def l_aux(self) -> Optional[Tensor]:
         """The unweighted balance loss of the last forward, under fairscale's name."""
         return None if self.routing is None else self.routing.aux_losses.get("balance")
+
+    @property
+    def wants_token_ids(self) -> bool:
+        """Whether models should pass token ids to the layer."""
+        return self.gate.wants_token_ids or self.follower is not None
 
     @property
     def num_local_experts(self) -> int:
@@ -100,10 +110,12 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         tokens = x.reshape(-1, model_dim)  # [S, M]
         if self.idle:
             padding_mask = torch.ones(len(tokens), dtype=torch.bool, device=x.device)
-        known = {} if token_ids is None else {"token_ids": token_ids.reshape(-1)}
+        known = {"token_ids": token_ids.reshape(-1)} if token_ids is not None and self.gate.wants_token_ids else {}
         if self.gate.balance_scope is not None:
             self.gate.balance_scope.restart(x.size(-2) if x.dim() > 2 else 1)
         routing = self.gate(tokens, padding_mask, **known)
+        if self.follower is not None:
+            routing = self.follower(routing, tokens, x.shape[:-1], token_ids)
         if routing.tokens is not None:
             tokens, routing = routing.tokens, replace(routing, tokens=None)
         output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training))
@@ -154,7 +166,7 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
 
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or the state of a step
-        return {**self.__dict__, "routing": None, "idle": False, "stay_on_rank": False, "turns": None}
+        return {**self.__dict__, "routing": None, "idle": False, "stay_on_rank": False, "turns": None, "follower": None}
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:

@@ -4,6 +4,8 @@ from typing import Callable, NamedTuple, Optional
 
 from fairseq_sparsemixer.plugin import bfloat16, compatibility, lost_ranks, trainer
 from fairseq_sparsemixer.plugin.checkpoints import folder_lock, reading, settings, writing
+from fairseq_sparsemixer.plugin.traces import commands
+from fairseq_sparsemixer.plugin.traces import options as trace_options
 
 
 class Patch(NamedTuple):
@@ -71,6 +73,25 @@ PATCHES = (
         "fairseq.sequence_generator.SequenceGenerator._generate, in training with experts sharded over ranks",
         "a rank that generates longer than the others waits for them in a layer",
         "a hook of fairseq's around generation in training",
+        None,
+    ),
+    Patch(
+        "fairseq.dataclass.configs.CommonConfig",
+        "no command but fairseq-train would know --moe-trace and --moe-replay",
+        "fairseq lets a user-dir add flags to its commands",
+        trace_options.install,
+    ),
+    Patch(
+        "main of fairseq_cli.generate, interactive, eval_lm and validate",
+        "these commands would ignore --moe-trace and --moe-replay",
+        "fairseq has hooks around its commands",
+        commands.install,
+    ),
+    Patch(
+        "SequenceGenerator._generate, SequenceScorer.generate, fairseq.criterions.build_criterion and"
+        " fairseq_cli.interactive.make_batches, with --moe-trace or --moe-replay",
+        "nothing says which sentences a layer sees",
+        "fairseq has hooks around its generators and criterions",
         None,
     ),
     Patch(

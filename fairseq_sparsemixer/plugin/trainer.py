@@ -41,6 +41,7 @@ from fairseq_sparsemixer.plugin.refusals import (
     refuse_training_apart,
     refuse_writing_in_place,
 )
+from fairseq_sparsemixer.plugin.traces.training import follow_training
 from fairseq_sparsemixer.plugin.unequal_forwards import generating_together, refuse_unequal_forwards
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class MoETrainer(CheckpointingTrainer):
             if self.expert_group is None and self.gating_dropout(cfg):
                 logger.warning("--moe-gating-dropout %g changes nothing: every rank holds all experts", self.gating_dropout(cfg))
         freeze(cfg, model)
+        self.follower = follow_training(cfg, model, criterion, self.get_num_updates)
         self.sharded = self.expert_group is not None and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
@@ -95,6 +97,8 @@ class MoETrainer(CheckpointingTrainer):
 
     def get_valid_iterator(self, subset: str, *args: Any, **kwargs: Any):
         """See Trainer."""
+        if self.follower is not None:
+            self.follower.valid_subset = subset
         with explaining_no_batch(subset, self.cfg.dataset, self.task):
             return super().get_valid_iterator(subset, *args, **kwargs)
 

@@ -109,6 +109,7 @@ def test_hydra_training_in_bf16_works_and_its_checkpoint_needs_no_allow_list(tra
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is valid YAML
     command = [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(tmp_path), "--config-name", "run"]
+    command.append(f"++common.moe_trace={tmp_path / 'trace.jsonl'}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     allowed = torch.serialization.get_safe_globals()
@@ -118,6 +119,7 @@ def test_hydra_training_in_bf16_works_and_its_checkpoint_needs_no_allow_list(tra
     finally:
         torch.serialization.add_safe_globals(allowed)
     assert state["cfg"]["model"]["num_experts"] == 4
+    assert '"layer": "encoder.layers.0"' in (tmp_path / "trace.jsonl").read_text()
     assert state["model"]["encoder.layers.0.fc1.moe.experts.weight_in"].shape == (4, 16, 32)
     assert state["model"]["encoder.layers.0.fc1.moe.cmr.shared.weight_in"].shape == (1, 16, 32)
     assert {name: state["cfg"]["model"][name] for name in regularisers} == regularisers

@@ -141,6 +141,10 @@ class BaseGate(Gate):
         self.assign = find_assignment()
         torch.nn.init.orthogonal_(self.projection.weight, gain=0.1)
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the sigmoid."""
+        return logits.gather(1, expert_index).sigmoid()
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See base_routing."""
         return base_routing(logits, padding_mask, self.assign if self.training else None)

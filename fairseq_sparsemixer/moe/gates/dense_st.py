@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
-from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
+from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k, sum_to_one
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
@@ -72,6 +72,14 @@ class DenseStraightThroughGate(Gate):
         super().__init__(model_dim, num_experts, bias_update_rate=bias_update_rate)
         self.top_k = require_top_k(top_k, num_experts)
         self.renormalise = renormalise
+
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: normalised with `renormalise`."""
+        weight = super().weigh(logits, expert_index)
+        if not self.renormalise:
+            return weight
+        weight = weight if skipped is None else weight.masked_fill(skipped, 0)
+        return sum_to_one(weight)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See dense_st_routing."""

@@ -120,6 +120,10 @@ class ExpertThresholdGate(Gate):
             raise ValueError(f"warmup_updates={warmup_updates} must be at least 0; the paper uses 4000")
         self.warmup_updates = warmup_updates
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the sigmoid."""
+        return logits.gather(1, expert_index).sigmoid()
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See expert_threshold_routing; in training, the backward counts the batch's cut-offs."""
         taken = ~(logits <= self.threshold.value)  # NaN is taken, and so reaches the output

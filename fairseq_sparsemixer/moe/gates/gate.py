@@ -98,6 +98,13 @@ class Gate(nn.Module):
             routing = replace(routing, combine_weight=self.balancer.watch_load(routing))
         return routing
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """The weights [S, K] that this gate gives to experts [S, K] chosen by others, without noise, for logits [S, E].
+
+        skipped [S, K], True where a column is not a choice: its weight is not used. For --moe-replay.
+        """
+        return logits.softmax(-1).gather(1, expert_index)
+
     def limit(self, routing: Routing) -> Routing:
         """The routing with choices beyond the capacity dropped."""
         assert self.current_capacity_factor is not None
@@ -150,3 +157,8 @@ def require_top_k(top_k: int, num_experts: int) -> int:
 def hide_padding(weight: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
     """weight [S, k], zero and without gradient where padding_mask [S] is True."""
     return weight if padding_mask is None else weight.masked_fill(padding_mask.unsqueeze(-1), 0)
+
+
+def sum_to_one(weight: Tensor) -> Tensor:
+    """weight [S, k] divided by its row sums; rows of zeros stay zero."""
+    return weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)

@@ -125,6 +125,11 @@ class GShardGate(Gate):
             return torch.rand_like(logits[:, 0])
         return -torch.empty_like(logits).exponential_().log()
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: normalised."""
+        weight = super().weigh(logits, expert_index)
+        return normalise(weight if skipped is None else weight.masked_fill(skipped, 0))
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See gshard_routing."""
         noise = self.draw_noise(logits)

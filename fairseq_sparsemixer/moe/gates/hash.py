@@ -54,6 +54,10 @@ class HashGate(Gate):
         torch.nn.init.normal_(self.projection.weight)
         self.projection.weight.requires_grad_(False)
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: always 1."""
+        return torch.ones_like(expert_index, dtype=logits.dtype)
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See hash_routing: the arg-max of logits [S, E]."""
         return hash_routing(logits.argmax(-1), self.num_experts, padding_mask)

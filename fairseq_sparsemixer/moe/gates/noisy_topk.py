@@ -101,6 +101,11 @@ class NoisyTopKGate(Gate):
         """The noise of one forward pass, for std [S, E]; None at inference or without std."""
         return GaussianNoise(torch.randn_like(std), std) if self.training and std is not None else None
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the softmax over these experts."""
+        chosen = logits.gather(1, expert_index)
+        return (chosen if skipped is None else chosen.masked_fill(skipped, torch.finfo(chosen.dtype).min)).softmax(-1)
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None, noise_std: Optional[Tensor] = None) -> Routing:
         """See noisy_topk_routing."""
         noise = self.draw_noise(noise_std)

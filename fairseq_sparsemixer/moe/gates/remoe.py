@@ -116,6 +116,10 @@ class ReMoEGate(Gate):
         self.top_k = require_top_k(top_k, num_experts)
         self.l1 = L1Coefficient(num_experts, top_k, l1_coefficient, l1_multiplier)
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the positive part."""
+        return logits.gather(1, expert_index).relu()
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See remoe_routing; in training, the backward counts the active experts."""
         routing = remoe_routing(logits, padding_mask, self.top_k, self.l1.value, self.balance_scope)

@@ -48,6 +48,10 @@ class RoundRobinGate(Gate):
         torch.nn.init.normal_(self.projection.weight)
         self.projection.weight.requires_grad_(False)
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: always 1 / k."""
+        return torch.full_like(expert_index, 1 / self.top_k, dtype=logits.dtype)
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See round_robin_routing."""
         return round_robin_routing(logits, padding_mask, self.top_k)

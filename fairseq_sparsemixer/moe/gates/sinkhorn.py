@@ -79,6 +79,10 @@ class SinkhornGate(Gate):
         )
         self.top_k = require_top_k(top_k, num_experts)
 
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the sigmoid for one expert, the softmax for several."""
+        return (logits.sigmoid() if self.top_k == 1 else logits.softmax(-1)).gather(1, expert_index)
+
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sinkhorn_routing."""
         return sinkhorn_routing(logits, padding_mask, self.top_k, self.training)

@@ -35,14 +35,17 @@ def draw_coin(logits: Tensor) -> Tensor:
     return torch.rand(logits.size(0), dtype=logits.dtype, device=logits.device)
 
 
-def mask_unlikely(logits: Tensor, jitter_eps: float) -> Tensor:
+def mask_unlikely(logits: Tensor, jitter_eps: float, keep: Optional[Tensor] = None) -> Tensor:
     """logits [S, E] with -inf for experts that jitter of +-eps could never make the arg-max.
 
-    Expert i is masked if (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps. The arg-max always stays.
+    Expert i is masked if (theta_max - theta_i) / max(|theta_i|, theta_max) > 2 eps. The arg-max always stays, and the
+    experts keep [S, K].
     """
     with torch.no_grad():
         top = logits.amax(-1, keepdim=True)  # [S, 1]
         out = (top - logits) / torch.maximum(logits.abs(), top) > 2 * jitter_eps  # 0 / 0 is not greater: not masked
+        if keep is not None:
+            out = out.scatter(1, keep, False)
     return logits.masked_fill(out, float("-inf"))
 
 
@@ -138,6 +141,10 @@ class SparseMixerGate(Gate):
         if self.sampled:
             return draw_sampling_noise(logits)
         return SamplingNoise(torch.zeros_like(logits), draw_coin(logits))
+
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the masked softmax, in which these experts stay; not sampled, so without the estimator."""
+        return mask_unlikely(logits, self.jitter_eps, keep=expert_index).softmax(-1).gather(1, expert_index)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_routing."""

@@ -16,7 +16,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_jitte
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
-from fairseq_sparsemixer.moe.gates.sparsemixer import Draw, SamplingNoise, draw_expert, draw_sampling_noise
+from fairseq_sparsemixer.moe.gates.sparsemixer import Draw, SamplingNoise, draw_expert, draw_sampling_noise, mask_unlikely
 
 
 def sparsemixer_v2_routing(
@@ -79,6 +79,14 @@ class SparseMixerV2Gate(Gate):
     def draw_noise(self, logits: Tensor) -> Optional[List[SamplingNoise]]:
         """The noise of one forward pass over logits [S, E], fresh for each draw; None at inference."""
         return [draw_sampling_noise(logits) for _ in range(self.top_k)] if self.training else None
+
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the masked softmax of successive draws, without the estimator."""
+        weights, remaining = [], logits
+        for index in expert_index.split(1, 1):
+            weights.append(mask_unlikely(remaining, self.jitter_eps, keep=index).softmax(-1).gather(1, index))
+            remaining = remaining.scatter(1, index, float("-inf"))
+        return torch.cat(weights, 1)
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See sparsemixer_v2_routing."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.gates.balance_scope import BalanceScope
-from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k
+from fairseq_sparsemixer.moe.gates.gate import Gate, biased, hide_padding, require_top_k, sum_to_one
 from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
@@ -50,7 +50,7 @@ def topk_routing(
     expert_index = selection.topk(top_k, -1).indices  # [S, k]
     weight = scores.gather(1, expert_index)
     if weights == "normalised":
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        weight = sum_to_one(weight)
     probabilities = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True)
     return Routing(
         expert_index=expert_index,
@@ -100,6 +100,13 @@ class TopKGate(Gate):
             raise ValueError(f"router_scale={router_scale} must be positive and finite; DeepSeek-V3 uses 2.5")
         self.scale = router_scale
         self.groups, self.topk_groups = _require_groups(router_groups, router_topk_groups, self.top_k, num_experts)
+
+    def weigh(self, logits: Tensor, expert_index: Tensor, skipped: Optional[Tensor] = None) -> Tensor:
+        """See Gate: the scores, normalised and scaled as the flags say."""
+        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        weight = scores.gather(1, expert_index)
+        weight = weight if skipped is None else weight.masked_fill(skipped, 0)
+        return (sum_to_one(weight) if self.weights == "normalised" else weight) * self.scale
 
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See topk_routing."""

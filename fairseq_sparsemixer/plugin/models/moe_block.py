@@ -100,10 +100,10 @@ class _FeedForward(_NoWeights, nn.Module):
 
 
 def hand_down_token_ids(layers: Iterable[nn.Module], token_ids: Tensor) -> None:
-    """Pass the ids [B, T] of the next tokens to those layers of a stack whose gate wants them."""
+    """Pass the ids [B, T] of the next tokens to those layers of a stack whose gate, or follower, wants them."""
     for layer in layers:
         feed_forward = getattr(layer, "fc1", None)
-        if isinstance(feed_forward, _FeedForward) and feed_forward.moe.gate.wants_token_ids:
+        if isinstance(feed_forward, _FeedForward) and feed_forward.moe.wants_token_ids:
             feed_forward.token_ids = token_ids.t()
 
 
