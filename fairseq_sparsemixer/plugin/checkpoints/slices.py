@@ -68,12 +68,16 @@ def make_experts(dense: Dict[str, Tensor], num_experts: int, change: Change) -> 
 
 
 def reinitialise(expert: Dict[str, Tensor], share: float) -> None:
-    """Draw this share of the hidden units of one expert anew, in place; see the top of this file."""
-    width = expert["bias_in"].size(0)
+    """Draw this share of the hidden units of one expert anew, in place; see the top of this file.
+
+    A unit of a gated activation has two columns of weight_in, H apart.
+    """
+    width = expert["weight_out"].size(0)
     units = torch.randperm(width)[: int(share * width)]
     if not len(units):
         return
     for name, dim in HIDDEN.items():
-        replaced = expert[name].index_select(dim, units).float()
-        drawn = replaced.mean() + replaced.std(unbiased=False) * torch.randn_like(replaced)
-        expert[name].index_copy_(dim, units, drawn.to(expert[name].dtype))
+        for first in range(0, expert[name].size(dim), width):
+            replaced = expert[name].index_select(dim, units + first).float()
+            drawn = replaced.mean() + replaced.std(unbiased=False) * torch.randn_like(replaced)
+            expert[name].index_copy_(dim, units + first, drawn.to(expert[name].dtype))

@@ -16,7 +16,8 @@ M, H, LAYER = 5, 7, "encoder.layers.1.fc1.moe."
 
 
 def layer_of(options: MoEOptions):
-    return build_moe_layer(options.router, M, H, options.num_experts, **router_options(options)).double().eval()
+    activation = options.expert_activation or "relu"
+    return build_moe_layer(options.router, M, H, options.num_experts, activation, **router_options(options)).double().eval()
 
 
 def trained(**flags):
@@ -113,6 +114,17 @@ def test_only_second_copies_get_noise_and_new_hidden_units():
         assert all(not torch.equal(copy, whole) for copy, whole in zip(made.experts.weight_in[1::2], old.experts.weight_in))
     redrawn = (drawn.experts.bias_in[1::2] != old.experts.bias_in).sum(1)
     assert redrawn.tolist() == [H // 2] * 4
+
+
+def test_new_hidden_units_of_gated_experts_are_new_on_both_sides_of_the_product():
+    _, _, state = trained(router="topk", num_experts=2, expert_activation="swiglu")
+    experts = {name.split(".experts.")[1]: value for name, value in state["model"].items() if ".experts." in name}
+    made = change_experts(state, MoEOptions(num_experts=4), Change(reinitialised=0.5)).state["model"]
+    for copy, whole in ((1, 0), (3, 1)):
+        same = made[f"{LAYER}experts.bias_in"][copy] == experts["bias_in"][whole]  # [2 H]
+        assert torch.equal(same[:H], same[H:]) and same.sum() == 2 * (H - H // 2)
+        kept_out = (made[f"{LAYER}experts.weight_out"][copy] == experts["weight_out"][whole]).all(-1)
+        assert torch.equal(kept_out, same[:H])
 
 
 def test_layers_with_their_own_number_of_experts_keep_it():
