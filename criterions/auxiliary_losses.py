@@ -40,9 +40,7 @@ class AuxiliaryLossConfig(FairseqDataclass):
     moe_z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, summed over MoE layers (ST-MoE: 0.001)"}
     )
-    moe_cmr_budget: float = field(
-        default=0.8, metadata={"help": "--moe-cmr: the wanted mean of the gate over tokens and MoE layers"}
-    )
+    moe_cmr_budget: float = field(default=0.8, metadata={"help": "--moe-cmr: target mean of the gate over tokens and MoE layers"})
     moe_cmr_loss_weight: float = field(
         default=0.1, metadata={"help": "--moe-cmr: weight of the budget loss, the distance of that mean from --moe-cmr-budget"}
     )

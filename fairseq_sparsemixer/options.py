@@ -215,7 +215,7 @@ class MoEOptions:
         },
     )
     moe_cmr_gate_dropout: float = field(
-        default=0.0, metadata={"help": "dropout of --moe-cmr's gate: at 0, a token gets the shared network only"}
+        default=0.0, metadata={"help": "dropout of --moe-cmr's gate: a token whose gate is dropped gets the shared network only"}
     )
     expert_activation: Optional[str] = field(
         default=None,

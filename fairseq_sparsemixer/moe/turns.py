@@ -2,7 +2,7 @@
 
 The forward of a layer with experts sharded over ranks is a collective. Before each, the ranks agree on the layer to run
 next: the first, in module order, of those that they wait for. Ranks that wait for a later one, or are done, join it without
-tokens. A rank that falls behind so catches up, until all run the same layers again. Nothing but inference is supported,
+tokens. A rank that falls behind catches up in this way, until all run the same layers again. Nothing but inference is supported,
 because a backward needs the same forwards on every rank.
 """
 

@@ -43,7 +43,7 @@ def check_regularisers(cfg: Any, gates: List[Gate]) -> None:
         require_masking(gate, cfg.moe_eom, cfg.moe_fom)
         require_local_routing(gate, cfg.moe_gating_dropout)
     if cfg.moe_cmr_gate_dropout and not cfg.moe_cmr:
-        refuse(f"--moe-cmr-gate-dropout {cfg.moe_cmr_gate_dropout} is that of --moe-cmr; add --moe-cmr, or leave it out")
+        refuse(f"--moe-cmr-gate-dropout {cfg.moe_cmr_gate_dropout} needs --moe-cmr; add --moe-cmr, or leave it out")
 
 
 def check_causal(cfg: Any, gates: List[Gate]) -> None:

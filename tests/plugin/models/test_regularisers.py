@@ -123,7 +123,7 @@ REFUSALS = [
     (dict(moe_fom=-0.5), "--moe-fom -0.5 must be at least 0 and less than 1"),
     (dict(moe_gating_dropout=2), "--moe-gating-dropout 2 must be at least 0 and less than 1"),
     (dict(moe_cmr=True, moe_cmr_gate_dropout=1.0), "--moe-cmr-gate-dropout 1.0 must be at least 0"),
-    (dict(moe_cmr_gate_dropout=0.1), "--moe-cmr-gate-dropout 0.1 is that of --moe-cmr; add --moe-cmr, or leave it out"),
+    (dict(moe_cmr_gate_dropout=0.1), "--moe-cmr-gate-dropout 0.1 needs --moe-cmr; add --moe-cmr, or leave it out"),
     (dict(router="default_moe", moe_eom=0.1), "--moe-eom 0.1 does not work with --router default_moe, in which"),
     (dict(router="default_moe", moe_gating_dropout=0.1), "--moe-gating-dropout 0.1 does not work with --router default_moe"),
 ]
