@@ -55,7 +55,7 @@ def upcycle(
     widths = _experts_by_width(state["model"], options)
     refuse_granularity(change.granularity, options, widths)
     if change.granularity > 1:
-        options.expert_ffn_embed_dim = next(iter(widths)) // change.granularity
+        options = replace(options, expert_ffn_embed_dim=next(iter(widths)) // change.granularity)
     cfg = configuration_of(state)
     cfg["model"] = _with_experts(cfg["model"], options)
     result = {key: value for key, value in state.items() if key != "last_optimizer_state"}
