@@ -9,6 +9,7 @@ from fairseq.logging import metrics
 from torch import nn
 from torch import distributed as dist
 
+from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLosses
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates.balance_scope import RanksScope, SequenceScope, Update, UpdateScope
 from fairseq_sparsemixer.moe.layer import moe_layers
@@ -55,9 +56,10 @@ def counting_ahead(trainer: Any, samples: List[Dict[str, Any]]) -> Iterator[None
     """Around a fairseq Trainer's train_step on `samples`: with --balance-scope update, count their routing first.
 
     Counting runs the task's own train_step without gradients, from the same seed: dropout and samples of experts are those
-    of the training that follows. It is not needed for a single micro-batch, whose sums are exchanged in its forward.
+    of the training that follows. It is not needed for a single micro-batch, whose sums are exchanged in its forward, nor for
+    a criterion without balance losses.
     """
-    if trainer.update is None or len(samples) < 2:
+    if trainer.update is None or len(samples) < 2 or not isinstance(trainer.get_criterion(), AuxiliaryLosses):
         yield
         return
     trainer.update.start_counting()

@@ -7,6 +7,7 @@ import torch
 from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLosses
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates.balance_scope import Update
 from fairseq_sparsemixer.moe.layer import moe_layers
 from fairseq_sparsemixer.plugin.balance import set_balance_scope
 
@@ -72,3 +73,10 @@ def test_with_skipped_layers_the_budget_loss_is_still_that_of_the_whole_update(t
 def test_a_batch_in_which_no_layer_with_experts_ran_leaves_the_sums_alone(train):
     flags = "--encoder-moe-layers 0 --moe-encoder-only --encoder-layers 2 --encoder-layerdrop 0.6"
     train(*flags.split(), *"--update-freq 2 --max-update 8 --balance-scope update".split())
+
+
+def test_a_criterion_without_balance_losses_pays_for_no_counting(train, monkeypatch):
+    counted = []
+    monkeypatch.setattr(Update, "start_counting", lambda self: counted.append(self))
+    train("--criterion", "cross_entropy", "--update-freq", "2", "--max-update", "1", "--balance-scope", "update")
+    assert not counted
