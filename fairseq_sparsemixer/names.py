@@ -4,6 +4,7 @@ from typing import Iterable
 
 LAYER = ".fc1.moe"  # follows the name of the enclosing transformer layer
 EXPERTS = ".experts."  # in the name of every parameter of an expert
+ADAPTERS = ".experts.lora_"  # in the name of every parameter of an expert's adapters
 FIRST_WEIGHT, LAST_WEIGHT = ".experts.weight_in", ".experts.weight_out"  # [E, M, H] and [E, H, M]
 SHARED_EXPERTS = ".moe.shared_experts."
 CMR = ".moe.cmr."

@@ -224,6 +224,24 @@ class MoEOptions:
             " gated activations use three weight matrices instead of two"
         },
     )
+    expert_lora_rank: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "train low-rank adapters of this rank for each expert (LoRA), whose own weights and biases stay as they are;"
+            " --freeze for all else. A checkpoint without adapters can be loaded; `convert --merge-lora` merges them"
+        },
+    )
+    expert_lora_alpha: Optional[float] = field(
+        default=None,
+        metadata={"help": "multiply the product of an adapter by this, divided by --expert-lora-rank (default: the rank)"},
+    )
+    checkpoint_experts: bool = field(
+        default=False,
+        metadata={
+            "help": "trade time for memory: run the experts, but neither router nor exchange, again in the backward pass;"
+            " --checkpoint-activations does so for whole layers"
+        },
+    )
     force_expert_choice: bool = field(
         default=False,
         metadata={

@@ -8,11 +8,15 @@ number of updates, that of the branches is left out. docs/migration.md lists the
 With --dict, SRC is a checkpoint of ours or of fairseq, and DST the same model on another dictionary: embeddings and output
 rows of words that both have are kept, those of new words are initialised as fairseq does. The optimizer state is left out.
 
+With --merge-lora, SRC is a checkpoint of ours whose experts have adapters (--expert-lora-rank), one file or sharded, and DST
+the same function with plain experts. The optimizer state is left out.
+
 examples:
   fairseq-sparsemixer convert output-4/checkpoint_best.pt moe.pt
   fairseq-sparsemixer convert en_moe_lm_15b/model.pt lm.pt          # of model-rank-0.pt to model-rank-63.pt and model-shared.pt
   fairseq-generate DATA --user-dir "$(fairseq-sparsemixer user-dir)" --path moe.pt --beam 4 --lenpen 0.6
   fairseq-sparsemixer convert run/checkpoint_best.pt moved.pt --dict new-data/dict.en.txt
+  fairseq-sparsemixer convert --merge-lora lora/checkpoint_best.pt merged.pt
 """
 
 import argparse
@@ -26,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SRC DST."""
     parser.add_argument("source", metavar="SRC", help="the checkpoint to convert; a set of files named as if it were one")
     parser.add_argument("target", metavar="DST", help="the checkpoint to write")
+    parser.add_argument("--merge-lora", action="store_true", help="add the adapters of SRC's experts to their weights")
     words = parser.add_argument_group("another dictionary")
     words.add_argument("--dict", metavar="NEW", help="the new dictionary (dict.txt), of both sides of a translation")
     words.add_argument("--source-dict", metavar="NEW", help="that of the source alone")
@@ -39,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write DST, and print what was kept and what differs."""
+    if options.merge_lora:
+        _merge(options)
+        return
     if options.dict is None and options.source_dict is None and options.target_dict is None:
         if options.data is not None:
             raise ConfigurationError(f"--data {options.data} is only for --dict; leave it out")
@@ -72,6 +80,21 @@ def _convert(options: argparse.Namespace) -> None:
     if options.json:
         figures = {"layers": layers, "num_experts": experts.num_experts, "router": experts.router, "notes": done.notes}
         write_json(options.json, {**figures, "optimizer_state": done.left_out is None, "left_out": done.left_out})
+
+
+def _merge(options: argparse.Namespace) -> None:
+    """Adapters into weights: print how many."""
+    from fairseq_sparsemixer.plugin.checkpoints.merging import merge_lora
+
+    for flag in ("dict", "source_dict", "target_dict", "data"):
+        if getattr(options, flag) is not None:
+            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(options, flag)} is not for --merge-lora; leave it out")
+    require_json(options.json, [options.source, options.target])
+    count = merge_lora(options.source, options.target)
+    print(f"{count} weights of experts with their adapters merged: {options.target}")
+    print("optimizer state left out; to continue training: --finetune-from-model")
+    if options.json:
+        write_json(options.json, {"merged": count})
 
 
 def _move(options: argparse.Namespace) -> None:

@@ -4,16 +4,18 @@ Input rows [N, M] are grouped by expert; counts gives the N_e rows of each exper
 """
 
 import math
-from typing import Any, Dict, Sequence, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.moe.feed_forward import Activation, Weights, feed_forward_by_expert
 from fairseq_sparsemixer.moe.gradient_memory import GradBufferPool
 from fairseq_sparsemixer.moe.grouped import feed_forward_grouped
 from fairseq_sparsemixer.moe.kernels import choice, functions
+from fairseq_sparsemixer.moe.lora import A, B, adapters, merged, scale_of
 
 
 def geglu(inner: Tensor) -> Tensor:
@@ -39,10 +41,12 @@ class Experts(nn.Module):
     Args: activation is a name in ACTIVATIONS or GATED_ACTIVATIONS (for the latter, the hidden layer is the product of an
     activated and a linear projection), or any parameter-free function of a tensor. dropout in [0, 1] acts on the hidden
     layer in training, and also at inference while `drop_at_inference` is set (Monte Carlo dropout). Raises ValueError
-    for other values.
+    for other values. While `recompute` is set, nothing within the experts is kept for the backward, which runs them again.
     """
 
     drop_at_inference = False
+    recompute = False
+    lora_scale: Optional[float] = None  # None without adapters; see lora.py
 
     def __init__(
         self,
@@ -76,11 +80,29 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
+    def add_adapters(self, rank: int, alpha: Optional[float] = None) -> None:
+        """Train adapters of this rank instead of the weights and biases; see lora.py. Raises ValueError for a rank below 1."""
+        new = adapters(dict(self.named_parameters()), rank)
+        self.requires_grad_(False)
+        for name, parameter in new.items():
+            self.register_parameter(name, parameter)
+        self.lora_scale = scale_of(rank, alpha)
+
     def forward(self, rows: Tensor, counts: Union[Sequence[int], Tensor]) -> Tensor:
         """rows [N, M] grouped by expert -> [N, M]; counts [E] sum to N.
 
         If counts is a tensor (see takes_device_counts), it may sum to less; the remaining rows give zeros.
         """
+        return self.run(self._feed_forward, rows, counts)
+
+    def run(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """function(*inputs), which runs again in the backward if `recompute` is set."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(function, *inputs, use_reentrant=False)
+            return out
+        return function(*inputs)
+
+    def _feed_forward(self, rows: Tensor, counts: Union[Sequence[int], Tensor]) -> Tensor:
         weights, dropout = self.weights(rows), self.current_dropout
         rows = rows.to(weights.weight_in.dtype)
         if torch.is_tensor(counts):
@@ -100,8 +122,14 @@ class Experts(nn.Module):
         return self.activation_name is not None and choice.fused(rows.device, self.precision(rows))
 
     def weights(self, rows: Tensor) -> Weights:
-        """The weights in the precision of the computation."""
-        return Weights(self.weight_in, self.bias_in, self.weight_out, self.bias_out).to(self.precision(rows))
+        """The weights in the precision of the computation, with their adapters."""
+        weight_in, weight_out = self._adapted(self.weight_in, "in"), self._adapted(self.weight_out, "out")
+        return Weights(weight_in, self.bias_in, weight_out, self.bias_out).to(self.precision(rows))
+
+    def _adapted(self, weight: Tensor, part: str) -> Tensor:
+        if self.lora_scale is None:
+            return weight
+        return merged(weight, self.get_parameter(A.format(part)), self.get_parameter(B.format(part)), self.lora_scale)
 
     @property
     def current_dropout(self) -> float:
@@ -117,7 +145,8 @@ class Experts(nn.Module):
         """Keep `count` experts starting at `first`; other ranks hold the rest. Full checkpoints load into this shard."""
         self.first_expert = first
         for name, parameter in list(self.named_parameters()):
-            setattr(self, name, nn.Parameter(parameter.detach().narrow(0, first, count).clone()))
+            own = parameter.detach().narrow(0, first, count).clone()
+            setattr(self, name, nn.Parameter(own, parameter.requires_grad))
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.named_parameters():

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates.step_state import StepState
+from fairseq_sparsemixer.names import ADAPTERS
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 
 logger = logging.getLogger(__name__)
 
 SEPARATOR = re.compile(r",(?![^{]*\})")  # names have no commas, so one outside a repetition {m,n} ends a pattern
 NEAR = 3  # names in an error
+ONLY_WEIGHTS = "load only the weights with --finetune-from-model, or by --reset-optimizer --reset-lr-scheduler --reset-meters"
 
 
 def patterns(freeze: str) -> List["re.Pattern[str]"]:
@@ -115,23 +118,24 @@ def _require_gradient(module: nn.Module, inputs: Any) -> Any:
 
 
 def refuse_other_optimizer_state(state: Dict[str, Any], filename: str, model: nn.Module, given: Optional[str]) -> None:
-    """Raise ConfigurationError if a checkpoint's optimizer state is that of other parameters: of another --freeze.
+    """Raise ConfigurationError if a checkpoint's optimizer state is that of other parameters: another --freeze, no adapters.
 
     given: the run's own.
     """
-    theirs = _setting((state.get("cfg") or {}).get("model"), "freeze")
-    if not state.get("last_optimizer_state") or theirs == given or _frozen(model, theirs) == _frozen(model, given):
+    if not state.get("last_optimizer_state"):
+        return
+    adapters = any(ADAPTERS in name for name in state["model"]), any(ADAPTERS in name for name, _ in model.named_parameters())
+    if adapters == (False, True):
+        raise ConfigurationError(
+            f"{filename} was trained without --expert-lora-rank, so its optimizer state is for other parameters; {ONLY_WEIGHTS}"
+        )
+    theirs = model_settings(state).get("freeze")
+    if theirs == given or _frozen(model, theirs) == _frozen(model, given):
         return
     by_it, own = (f"with --freeze {value}" if value else "without --freeze" for value in (theirs, given))
     raise ConfigurationError(
-        f"{filename} was trained {by_it} and this run is {own}, so the optimizer state is for other parameters; load only the"
-        " weights with --finetune-from-model, or by --reset-optimizer --reset-lr-scheduler --reset-meters"
+        f"{filename} was trained {by_it} and this run is {own}, so the optimizer state is for other parameters; {ONLY_WEIGHTS}"
     )
-
-
-def _setting(settings: Any, name: str) -> Any:
-    """A setting of a checkpoint's model, which fairseq saves as a dictionary or as a namespace."""
-    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
 
 
 def _frozen(model: nn.Module, given: Optional[str]) -> Set[int]:

@@ -19,6 +19,7 @@ from runs import initialised
 
 import fairseq_sparsemixer
 from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
 
 pytestmark = pytest.mark.distributed
 
@@ -233,3 +234,16 @@ def test_a_rank_killed_during_a_sharded_save_leaves_a_resumable_checkpoint(momen
     losses = train(corpus, run, *flags, updates=AFTER, ranks=2)
     assert len(losses) in (AFTER - 3, AFTER - 2) and losses == whole[-len(losses) :]
     assert not [path for path in run.iterdir() if not path.name.startswith("log") and path.suffix != ".pt"]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["portable", "sharded"])
+def test_adapters_of_experts_move_between_numbers_of_ranks(sharded, corpus, tmp_path):
+    flags = "--expert-lora-rank", "2", "--freeze", "^(?!.*(lora_|gate))", *(["--sharded-checkpoints"] if sharded else [])
+    losses = train(corpus, tmp_path / "run", *flags, updates=2, ranks=2)
+    last = tmp_path / "whole.pt"
+    reshard(str(tmp_path / "run" / "checkpoint_last.pt"), str(last), 1)
+    state = read_checkpoint(str(last))
+    assert {len(value) for name, value in state["model"].items() if ".lora_" in name} == {4}
+    losses += train(corpus, tmp_path / "run", *flags, updates=4, ranks=2)
+    resumed = train(corpus, tmp_path / "alone", *flags[:4], "--restore-file", str(last), "--update-freq", "2", updates=4, ranks=1)
+    torch.testing.assert_close(resumed, losses[2:], rtol=1e-6, atol=0)

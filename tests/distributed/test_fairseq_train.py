@@ -139,6 +139,7 @@ def one_process(five_batches) -> Dict[str, Any]:
         [],
         ["--expert-parallel-size", "1"],
         ["--checkpoint-activations", "--record-a2a-perf-stats"],
+        ["--checkpoint-experts", "--ddp-backend", "pytorch_ddp"],
         ["--amp"],
     ],
     ids=lambda flags: flags[0] if flags else "plain",
@@ -208,6 +209,17 @@ def test_frozen_parameters_stay_and_the_others_equal_one_process(frozen, backend
     assert_same(found, whole([alone]))
     for name, tensor in found.items():
         assert torch.equal(tensor, untrained[name]) == any(re.search(pattern, name) for pattern in frozen.split(",")), name
+
+
+def test_adapters_of_experts_equal_one_process(five_batches):
+    flags = ["--max-update", "3", "--disable-validation", "--clip-norm", "0.1", "--expert-lora-rank", "2", "--checkpoint-experts"]
+    alone = runs(five_batches, 1, *flags, "--update-freq", "2")[0]
+    both = runs(five_batches, 2, *flags, "--ddp-backend", "pytorch_ddp")
+    assert both[0]["norms"] == both[1]["norms"] == pytest.approx(alone["norms"], rel=1e-5)
+    found = whole(both)
+    assert_same(found, whole([alone]))
+    changed = [name for name, tensor in found.items() if name.endswith("_b") and tensor.any()]  # zero at first
+    assert len(changed) == 6 and all(".experts.lora_" in name and len(found[name]) == 4 for name in changed)
 
 
 STATES = {  # of a router's gate: flags, the end of the state's name, its value before training

@@ -1,6 +1,7 @@
 """freezing.py: which parameters --freeze excludes from training, and what it refuses."""
 
 import re
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -148,8 +149,8 @@ def test_checkpointed_layers_behind_frozen_ones_are_trained():
     ],
 )
 def test_the_optimizer_state_of_other_parameters_is_refused(theirs, own, refused):
-    for settings in ({"freeze": theirs}, SimpleNamespace(freeze=theirs)):
-        state = {"cfg": {"model": settings}, "last_optimizer_state": {"state": {}}}
+    for settings in ({"freeze": theirs}, Namespace(freeze=theirs)):
+        state = {"model": {}, "cfg": {"model": settings}, "last_optimizer_state": {"state": {}}}
         if refused:
             with pytest.raises(ConfigurationError, match=r"last.pt was trained with.* --finetune-from-model, or by --reset-opt"):
                 refuse_other_optimizer_state(state, "last.pt", a_model(), own)

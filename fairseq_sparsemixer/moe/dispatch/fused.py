@@ -45,6 +45,7 @@ def dispatch_fused(tokens: Tensor, routing: Routing, experts: Experts) -> Tensor
     if routing.default is not None:  # the outputs are also averaged
         return pairs.combine(experts(rows, pairs.counts))
     assert experts.activation_name is not None  # is_fused
-    outputs = functions.feed_forward(rows, *weights[:3], None, order.ends, experts.activation_name, experts.current_dropout)
+    inputs = rows, *weights[:3], None, order.ends, experts.activation_name, experts.current_dropout
+    outputs = experts.run(functions.feed_forward, *inputs)
     scale, index = routing.output_scale, routing.expert_index
     return functions.combine(outputs, routing.combine_weight, weights.bias_out, scale, index, order)

@@ -18,6 +18,7 @@ from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, transformer_layer
 from fairseq_sparsemixer.options import MoEOptions, in_flags
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of
+from fairseq_sparsemixer.plugin.checkpoints.merging import refuse_adapters
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 from fairseq_sparsemixer.plugin.checkpoints.slices import Change, refuse_change, reinitialise
 from fairseq_sparsemixer.plugin.models.config import check_numbers
@@ -55,6 +56,7 @@ def change_experts(state: Dict[str, Any], flags: MoEOptions, change: Change) -> 
         raise ConfigurationError(
             "the checkpoint is one file of a sharded one; make one file: fairseq-sparsemixer reshard IN OUT --portable"
         )
+    refuse_adapters(state)
     old = options_of(state)
     _require_same(old, flags)
     refuse_change(change)

@@ -12,6 +12,7 @@ OF_THE_FUNCTION = re.compile(
     r"|share_\w+|tie_\w+|adaptive_(input|softmax)\w*(cutoff|factor)|(pooler_)?activation_fn|cross_self_attention"
     r"|no_(scale_embedding|token_positional_embeddings|cross_attention|decoder_final_norm)|layernorm_embedding"
     r"|router|moe_top_k|moe_(eom|fom)|jitter_eps|eval_capacity_factor|router_(score|weights|scale|groups|topk_groups|option)|expert_activation"
+    r"|expert_lora_alpha"
 )
 
 

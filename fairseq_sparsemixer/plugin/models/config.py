@@ -24,6 +24,7 @@ def check_options(cfg: Any, layers: Dict[str, int]) -> None:
     if cfg.router == DENSE:
         return
     check_noise(cfg)
+    check_recomputation(cfg)
     if getattr(cfg, "scale_fc", False):
         raise ConfigurationError("--scale-fc normalises inside layers that experts replace; leave it out, or use --router dense")
     resolve_layers(cfg, layers)
@@ -76,6 +77,8 @@ NUMBERS = {
     "router_scale": (Rule(lambda x: 0 < x < TOO_LARGE, "be positive"), "DeepSeek-V3 uses 2.5"),
     "router_groups": (COUNT, "1 means no groups"),
     "router_topk_groups": (COUNT, "leave it out for all groups"),
+    "expert_lora_rank": (COUNT, "leave it out to train the experts' own weights"),
+    "expert_lora_alpha": (POSITIVE, "leave it out for the rank"),
     "num_shared_experts": (Rule(lambda x: 0 <= x < TOO_LARGE, "be at least 0", whole=True), "0 means none"),
     "moe_eom": (PROBABILITY, "NLLB-200 uses 0.2"),
     "moe_fom": (PROBABILITY, "0 masks nothing"),
@@ -92,6 +95,19 @@ def check_numbers(cfg: Any) -> None:
         value = getattr(cfg, name)
         if value is not None:
             refuse(broken_rule(f"--{name.replace('_', '-')}", value, rule, remedy))
+
+
+def check_recomputation(cfg: Any) -> None:
+    """Raise ConfigurationError for flags of experts' adapters and recomputation that change nothing."""
+    if cfg.expert_lora_alpha is not None and cfg.expert_lora_rank is None:
+        refuse(f"--expert-lora-alpha {cfg.expert_lora_alpha} scales adapters, which need --expert-lora-rank; give both")
+    if cfg.checkpoint_experts:
+        for name in ("checkpoint_activations", "offload_activations"):
+            if getattr(cfg, name, False):
+                refuse(
+                    f"--checkpoint-experts does nothing under --{name.replace('_', '-')}, which runs whole layers again; leave"
+                    " out one of the two"
+                )
 
 
 def layers_to_keep(cfg: Any, stack: str) -> List[int]:

@@ -1,5 +1,7 @@
 """Checks that a checkpoint holds the experts that the flags describe."""
 
+import copy
+import logging
 import re
 from typing import Any, Dict, Optional
 
@@ -8,7 +10,9 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
-from fairseq_sparsemixer.names import CMR, EXPERTS, GATE, SHARED_EXPERTS
+from fairseq_sparsemixer.names import ADAPTERS, CMR, EXPERTS, GATE, SHARED_EXPERTS
+
+logger = logging.getLogger(__name__)
 
 
 def check_checkpoint_fits(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
@@ -92,6 +96,27 @@ def _check_gates(expected: Dict[str, Tensor], found: Dict[str, Tensor]) -> None:
         )
 
 
+def with_adapters(model: nn.Module, state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The checkpoint, with the model's own adapters of experts if it has none: training of them starts with it.
+
+    Raises ConfigurationError if it has adapters and the model has none, or of another rank.
+    """
+    own, found = ({n: v for n, v in state.items() if ADAPTERS in n} for state in (model.state_dict(), state_dict))
+    ranks = [next((value.size(-1) for name, value in each.items() if name.endswith("_a")), None) for each in (own, found)]
+    if found and ranks[0] != ranks[1]:
+        flags = "no --expert-lora-rank" if ranks[0] is None else f"--expert-lora-rank {ranks[0]}"
+        raise ConfigurationError(
+            f"the checkpoint has adapters of rank {ranks[1]}, but this run has {flags}; give --expert-lora-rank {ranks[1]}, or"
+            " merge them into the experts: fairseq-sparsemixer convert --merge-lora IN OUT"
+        )
+    if not own or found or not any(EXPERTS in name for name in state_dict):
+        return state_dict
+    logger.info("the checkpoint has no adapters of experts: they start with B = 0, which changes no output")
+    result = copy.copy(state_dict)  # with torch's metadata
+    result.update(own)
+    return result
+
+
 def prune(state_dict: Dict[str, Tensor], model_cfg: Any) -> Dict[str, Tensor]:
     """Apply --encoder-layers-to-keep and --decoder-layers-to-keep to a trained model, renumbering layers as fairseq does.
 
@@ -118,6 +143,6 @@ class ChecksCheckpoints:
         self, state_dict: Dict[str, Tensor], strict: bool = True, model_cfg: Any = None, args: Optional[Any] = None
     ):
         """See BaseFairseqModel. Raises ConfigurationError if the checkpoint's experts do not match the flags."""
-        state_dict = prune(state_dict, model_cfg)
+        state_dict = with_adapters(self, prune(state_dict, model_cfg))  # type: ignore[arg-type]  # a model, once mixed in
         check_checkpoint_fits(self, state_dict)  # type: ignore[arg-type]  # a model, once mixed in
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]  # of the class behind this one

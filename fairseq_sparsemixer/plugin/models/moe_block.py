@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.cmr import ConditionalRouting
+from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.layer import MoELayer, build_moe_layer
 from fairseq_sparsemixer.plugin.models.config import layers_to_keep
 from fairseq_sparsemixer.plugin.models.fast_path import NoFastPath
@@ -126,21 +127,25 @@ class _MoEBlock:
 
     def build_fc1(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
         cfg = self.moe_cfg
-        return _FeedForward(
-            build_moe_layer(
-                cfg.router,
-                input_dim,
-                cfg.expert_ffn_embed_dim or output_dim,
-                cfg.num_experts,
-                activation=cfg.expert_activation or dense_activation(cfg),
-                dropout=expert_dropout(cfg),
-                num_shared_experts=cfg.num_shared_experts,
-                cmr=conditional_routing(cfg, input_dim, output_dim),
-                eom=cfg.moe_eom,
-                fom=cfg.moe_fom,
-                **router_options(cfg),
-            )
+        moe = build_moe_layer(
+            cfg.router,
+            input_dim,
+            cfg.expert_ffn_embed_dim or output_dim,
+            cfg.num_experts,
+            activation=cfg.expert_activation or dense_activation(cfg),
+            dropout=expert_dropout(cfg),
+            num_shared_experts=cfg.num_shared_experts,
+            cmr=conditional_routing(cfg, input_dim, output_dim),
+            eom=cfg.moe_eom,
+            fom=cfg.moe_fom,
+            **router_options(cfg),
         )
+        if cfg.expert_lora_rank is not None:
+            moe.experts.add_adapters(cfg.expert_lora_rank, cfg.expert_lora_alpha)
+        for experts in moe.modules():
+            if isinstance(experts, Experts):  # shared ones, too
+                experts.recompute = cfg.checkpoint_experts
+        return _FeedForward(moe)
 
     def build_fc2(self, input_dim: int, output_dim: int, q_noise: float, qn_block_size: int) -> nn.Module:
         return _NoLayer()

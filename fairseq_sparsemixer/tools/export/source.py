@@ -16,6 +16,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.merging import refuse_adapters
 from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
 from fairseq_sparsemixer.plugin.checkpoints.skeleton import BUFFER
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults
@@ -100,6 +101,7 @@ def read_source(path: str) -> Source:
     state = read_checkpoint(path)
     if layout_of(state)["size"] > 1:
         raise _sharded(path)
+    refuse_adapters(state)
     cfg = state.get("cfg") or {}
     settings = _plain(cfg.get("model") or state.get("args") or {})
     arch = settings.get("arch") or settings.get("_name")
