@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.kernels import choice
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
@@ -130,3 +131,33 @@ def test_recomputation_within_a_recomputed_layer_is_exact():
         checkpoint(layer, x, use_reentrant=False).square().sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+def layer_gradients(layer, fused, recompute):
+    """The output and all gradients of the layer on fixed tokens; fused: by the kernels' formulas."""
+    twin = copy.deepcopy(layer)
+    twin.experts.recompute = recompute
+    x = torch.linspace(-1, 1, 160).sin().view(20, 8).requires_grad_()
+    torch.manual_seed(3)
+    with choice.forced(fused):
+        out = twin(x)
+        out.square().sum().backward()
+    return [out, x.grad, *(parameter.grad for parameter in twin.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_adapters_and_recomputation_are_the_same_by_the_fused_kernels(num_shared_experts):
+    layer = build_moe_layer("switch", 8, 16, 4, jitter_eps=0.0, num_shared_experts=num_shared_experts)
+    layer.experts.add_adapters(2, 4.0)
+    for name in ("lora_in_b", "lora_out_b"):
+        torch.nn.init.normal_(layer.experts.get_parameter(name))
+    plain, fused = (layer_gradients(layer, kernels, False) for kernels in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    assert len(plain) == 2 + 1 + 4 + 4 * num_shared_experts  # of the gate, the adapters and the shared experts
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_recomputation_by_the_fused_kernels_is_exact(dropout):
+    layer = build_moe_layer("switch", 8, 16, 4, jitter_eps=0.0, dropout=dropout)
+    plain, again = (layer_gradients(layer, True, recompute) for recompute in (False, True))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again)) and len(plain) == 7
