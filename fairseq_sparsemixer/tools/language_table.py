@@ -24,6 +24,13 @@ class LanguageLoad:
         """
         return [mutual_information(rows) for rows in self.counts]
 
+    def divergences(self) -> List[List[float]]:
+        """[L][N]: how much a language's use of the experts differs from that of all tokens, in bits.
+
+        It is a Kullback-Leibler divergence. Its mean over languages, weighted by their tokens, is `information`.
+        """
+        return [[_divergence(row, rows) for row in rows] for rows in self.counts]
+
 
 def mutual_information(counts: List[List[int]]) -> float:
     """Mutual information of row and column of a table of counts, in bits: sum p(n, e) log2(p(n, e) / (p(n) p(e)))."""
@@ -35,3 +42,9 @@ def mutual_information(counts: List[List[int]]) -> float:
         for e, count in enumerate(row)
         if count
     )
+
+
+def _divergence(row: List[int], rows: List[List[int]]) -> float:
+    """sum p(e | n) log2(p(e | n) / p(e)), with row n of a table of counts."""
+    own, total, columns = sum(row), sum(map(sum, rows)), [sum(column) for column in zip(*rows)]
+    return sum(count / own * math.log2(count / own * total / column) for count, column in zip(row, columns) if count)

@@ -26,9 +26,8 @@ def learn_pieces(files: Sequence[Path], folder: Path, vocabulary: int, kind: str
             model_type=kind,
             vocab_size=vocabulary,
             hard_vocab_limit=False,  # a small corpus may have fewer
-            character_coverage=1.0,
             minloglevel=2,
-            **options,
+            **{"character_coverage": 1.0, **options},
         )
     except RuntimeError as error:
         what = f"cannot learn {vocabulary} pieces from {', '.join(map(str, files))}"

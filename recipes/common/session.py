@@ -21,6 +21,7 @@ from recipes.common.steps import fingerprint, finished, run_step, state_of
 
 WIDTH = 120  # columns if there is no terminal
 TEXT_VARIABLE = "SPARSEMIXER_DATA"  # a folder with multi30k/ and wikitext2/, for --smoke
+CHOICES = ("cldr", "smoke")  # options for other data, which has an output folder of its own
 DOWNLOADS = "downloads"  # in a recipe's output folder
 # smallest valid value of the numeric options of this module and the recipes
 LEAST = {
@@ -35,7 +36,8 @@ class Session:
 
     def __init__(self, name: str, options: argparse.Namespace):
         self.name, self.options = name, options
-        self.out: Path = options.out or Path("runs", name + ("-smoke" if options.smoke else ""))
+        chosen = "".join(f"-{choice}" for choice in CHOICES if getattr(options, choice, False))
+        self.out: Path = options.out or Path("runs", name + chosen)
         self.console = Console(width=None if sys.stdout.isatty() else WIDTH)
 
     @property
@@ -89,10 +91,12 @@ class Session:
         return fingerprint(folder)
 
     def results(self, figures: Dict[str, Any], suffix: str = "") -> None:
-        """Print the results of an evaluation and write them to RUN-results.json in the session's folder."""
+        """Write the results of an evaluation to RUN-results.json in the session's folder, and print those that are not tables."""
         path = self.out / f"{self.run.name}{suffix}-results.json"
         write_whole(path, json.dumps(figures, indent=2) + "\n")
         for name, value in figures.items():
+            if isinstance(value, dict):
+                continue
             self.console.print(f"  {name}: {value:,.4g}" if isinstance(value, float) else f"  {name}: {value}", highlight=False)
         self.say(f"[green]✓[/] {path}")
 

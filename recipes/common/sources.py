@@ -40,7 +40,7 @@ def fetch(session: Session, urls: Mapping[str, str], sums: Mapping[str, str] = {
         return session.options.raw_dir
     folder = downloads(session)
     folder.mkdir(parents=True, exist_ok=True)
-    noted = _read_sums(folder / SUMS)
+    noted = read_sums(folder / SUMS)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=session.console) as progress:
         for name, url in urls.items():
@@ -57,7 +57,8 @@ def fetch(session: Session, urls: Mapping[str, str], sums: Mapping[str, str] = {
     return folder
 
 
-def _read_sums(path: Path) -> Dict[str, str]:
+def read_sums(path: Path) -> Dict[str, str]:
+    """{file name: SHA-256} of a file in the format of sha256sum; empty if there is none."""
     if not path.is_file():
         return {}
     lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]

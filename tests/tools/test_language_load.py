@@ -117,3 +117,11 @@ def test_the_plot_has_a_heatmap_per_layer():
     images = [axes.images[0].get_array().tolist() for axes in figure.axes if axes.images and axes.get_title()]
     assert images == 2 * load.shares()
     assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_divergences_match_a_known_table_and_their_mean_over_tokens_is_the_information():
+    load = LanguageLoad(["encoder.layers.0"], ["de", "fr", "tr"], [[[6, 2], [1, 3], [0, 0]]])
+    german = 6 / 8 * math.log2((6 / 8) / (7 / 12)) + 2 / 8 * math.log2((2 / 8) / (5 / 12))
+    french = 1 / 4 * math.log2((1 / 4) / (7 / 12)) + 3 / 4 * math.log2((3 / 4) / (5 / 12))
+    assert load.divergences() == [[pytest.approx(german), pytest.approx(french), 0]]
+    assert load.information() == [pytest.approx((8 * german + 4 * french) / 12)]
