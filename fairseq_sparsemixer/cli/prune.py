@@ -13,6 +13,7 @@ examples:
 import argparse
 import shlex
 from pathlib import Path
+from typing import List
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     require_json(options.json, [options.source, options.target, str(options.load)])
     keep = parse_keep(options.keep)
     scores = expert_scores(options.load, options.by, options.languages)
-    flags = shlex.split(options.generate_flags)
+    flags = _split(options.generate_flags)
     done = prune(options.source, options.target, scores, keep, options.uneven, options.expert_parallel_size)
     for layer, experts in done.kept.items():
         print(f"{layer}: {len(experts)} of {done.before[layer]} experts: {' '.join(map(str, experts))}")
@@ -66,3 +67,11 @@ def run(options: argparse.Namespace) -> None:
         print(f"BLEU {bleu['before']:.2f} -> {bleu['after']:.2f}")
     if options.json:
         write_json(options.json, {**vars(done), "bleu": bleu})
+
+
+def _split(flags: str) -> List[str]:
+    """The words of --generate-flags. Raises ConfigurationError for a quotation that does not end."""
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise ConfigurationError(f"--generate-flags {flags} cannot be split into words ({error}); close the quotation") from None

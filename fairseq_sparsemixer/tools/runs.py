@@ -166,11 +166,6 @@ def _is_load(value: Any) -> bool:
     return rows and all(_is_count(tokens) for row in value for tokens in row)
 
 
-def _is_language_load(value: Any) -> bool:
-    """Whether the value is a list of such rows for each layer; rows may be missing where no token was routed."""
-    return isinstance(value, list) and all(rows == [] or _is_load(rows) for rows in value)
-
-
 def _is_count(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
 

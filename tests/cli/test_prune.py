@@ -103,10 +103,15 @@ def test_languages_are_scored_by_their_largest_share(load_file):
         expert_scores(load_file, "language", ["tr"])
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "2.5", "1.5", "x", "nan", "0.0"])
+@pytest.mark.parametrize("text", ["0", "-1", "2.5", "1.5", "x", "nan", "inf", "0.0"])
 def test_what_is_neither_a_share_nor_a_number_is_refused(text):
     with pytest.raises(ConfigurationError, match="must be a share such as 0.2, or a number"):
         parse_keep(text)
+
+
+def test_an_open_quotation_is_refused_before_any_work(load_file):
+    with pytest.raises(ConfigurationError, match="--generate-flags .* cannot be split into words .No closing quotation."):
+        main(["prune", "in.pt", "out.pt", "--load", str(load_file), "--keep", "0.5", "--generate-flags", "--beam '4"])
 
 
 @pytest.mark.slow

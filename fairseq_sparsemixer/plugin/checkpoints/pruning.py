@@ -55,7 +55,7 @@ def parse_keep(text: str) -> float:
     except ValueError:
         value = math.nan
     is_share = "." in text and 0 < value <= 1
-    if not is_share and not (value >= 1 and value == int(value) and "." not in text):
+    if not is_share and not (value >= 1 and value.is_integer() and "." not in text):
         raise ConfigurationError(f"--keep {text} must be a share such as 0.2, or a number of experts such as 4")
     return value if is_share else -value
 

@@ -31,7 +31,7 @@ class TrainingFollower:
         following.attach(self.model)
         due = not criterion.training or (self.interval > 0 and num_updates % self.interval == 0)
         following.recording = due and following.trace is not None
-        if following.trace is not None and due:
+        if following.trace is not None:  # also before the first lines, which may come later: then it would seem to resume
             following.trace.start(resume=num_updates > 0)
         following.open_batch(arguments[1])
 

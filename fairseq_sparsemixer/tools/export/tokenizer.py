@@ -75,7 +75,7 @@ def _vocabulary(path: str, task: Dict[str, Any], size: int) -> Dict[str, int]:
     """{symbol: number} of a dictionary file, with the tags that the task adds. Raises ConfigurationError unless it has `size`."""
     try:
         words = Dictionary.load(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # fairseq raises a plain Exception for a file that is not text
         raise ConfigurationError(f"{path} is not a dictionary ({error}); give the dict.txt of fairseq-preprocess") from None
     languages = task.get("langs")
     if task.get("_name", task.get("task")) == "translation_multi_simple_epoch" and languages:

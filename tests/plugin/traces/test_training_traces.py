@@ -32,9 +32,11 @@ def test_a_training_traces_every_nth_update_and_validation_and_appends_when_resu
     assert {(subset, updates) for subset, updates, _ in count} == {("train", 0), ("train", 2), ("valid", 3), ("valid", 4)}
 
 
-def test_a_new_training_replaces_the_trace(train, tmp_path):
+@pytest.mark.parametrize("interval", ["100", "0"])
+def test_a_new_training_replaces_the_trace(train, tmp_path, interval):
+    """Also one that writes its first lines after updates, in validation."""
     for _ in range(2):
-        train("--max-update", "1", "--no-save", "--moe-trace", tmp_path / "trace.jsonl")
+        train("--max-update", "1", "--no-save", "--moe-trace", tmp_path / "trace.jsonl", "--moe-trace-interval", interval)
         sentences = Counter(
             (line["subset"], line["layer"], line["sentence"], line["position"]) for line in read(tmp_path / "trace.jsonl")
         )
