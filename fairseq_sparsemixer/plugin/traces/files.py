@@ -85,7 +85,8 @@ class TraceWriter:
         if self.rank == 0:
             stale = [file for rank, file in rank_files(self.path).items() if rank >= self.world_size or self.world_size == 1]
             for file in [*stale, *([self.path] if self.world_size > 1 else [])]:
-                file.unlink(missing_ok=True)
+                if file.is_file():  # not a folder or a device, such as /dev/null
+                    file.unlink()
 
     def add(self, lines: List[str]) -> None:
         """Write these lines, soon."""

@@ -37,6 +37,8 @@ def wanted(cfg: Any) -> Optional[Wanted]:
     for name in ("moe_trace", "moe_replay"):
         if values[name] == "":
             raise ConfigurationError(f"--{name.replace('_', '-')} '' is empty; give a file, or leave it out")
+    if values["moe_replay"] is None and values["moe_replay_weights"] != WEIGHTS[0]:
+        raise ConfigurationError(f"--moe-replay-weights {values['moe_replay_weights']} needs a trace; give --moe-replay, too")
     if values["moe_trace"] is None and values["moe_replay"] is None:
         return None
     sentence = broken_rule("--moe-trace-interval", values["moe_trace_interval"], NOT_NEGATIVE)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_ranks_are_read_together_and_replace_those_of_a_larger_world(tmp_path):
     assert numbers(path) == [20, 21]
     write(path, 30)
     assert numbers(path) == [30] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_several_ranks_leave_a_folder_or_pipe_of_that_name_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        write(tmp_path / name, 1, rank=0, world_size=2)
+        assert (tmp_path / name).exists() and (tmp_path / f"{name}-rank-0").exists()
 
 
 def test_a_missing_rank_is_named(tmp_path):

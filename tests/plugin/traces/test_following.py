@@ -137,6 +137,7 @@ def test_a_model_without_experts_is_refused(build_translation_model, translation
     ({"moe_trace": ""}, "--moe-trace '' is empty; give a file, or leave it out"),
     ({"moe_trace": "t", "moe_trace_interval": -1}, "--moe-trace-interval -1 must be at least 0"),
     ({"moe_replay": "t", "moe_replay_weights": "mine"}, "--moe-replay-weights mine must be trace or model"),
+    ({"moe_trace": "t", "moe_replay_weights": "model"}, "--moe-replay-weights model needs a trace; give --moe-replay, too"),
 ])  # fmt: skip
 def test_unusable_flags_are_refused(flags, message):
     with pytest.raises(ConfigurationError, match=message):
