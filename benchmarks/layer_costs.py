@@ -111,8 +111,9 @@ def sent_bytes() -> Iterator[List[int]]:
     """Record the bytes handed to each all-to-all, without sending."""
     sent: List[int] = []
 
-    def record(received: Tensor, rows: Tensor, *_: Any, **__: Any) -> None:
+    def record(received: Tensor, rows: Tensor, *_: Any, **__: Any) -> mock.Mock:
         sent.append(size(rows))
+        return mock.Mock()  # the work to wait for
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "all_to_all_single", record))

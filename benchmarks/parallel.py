@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--model-dim", type=int, default=256)
     parser.add_argument("--hidden-dim", type=int, default=1024)
+    parser.add_argument("--overlap", type=int, nargs="+", default=[1], help="numbers of chunks, as --moe-overlap")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per update, over all ranks")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="threads per rank")
@@ -44,25 +45,27 @@ def main() -> None:
     lines = []
     for world_size in options.world_sizes:
         for group_size in sorted({1, world_size}):
-            lines.append(measure(world_size, group_size, options))
-            print_line(lines[-1], first=len(lines) == 1)
-    fits = growth(lines)
+            for chunks in options.overlap if group_size > 1 else [1]:
+                lines.append(measure(world_size, group_size, chunks, options))
+                print_line(lines[-1], first=len(lines) == 1)
+    fits = growth([line for line in lines if line["chunks"] == options.overlap[0] or line["group"] == 1])
     print(f"growth in W, as an exponent, experts sharded over all ranks: {fits}")
     if options.out:
         measuring.write_json(options.out / "parallel.json", {"results": lines, "growth": fits})
 
 
-def measure(world_size: int, group_size: int, options: argparse.Namespace) -> Dict[str, Any]:
+def measure(world_size: int, group_size: int, chunks: int, options: argparse.Namespace) -> Dict[str, Any]:
     """One line of the table: times are rank 0's medians, memory is the maximum over ranks."""
     with tempfile.TemporaryDirectory() as folder:
         queue = multiprocessing.get_context("spawn").SimpleQueue()
-        arguments = (world_size, group_size, f"file://{folder}/meeting", options, queue)
+        arguments = (world_size, group_size, chunks, f"file://{folder}/meeting", options, queue)
         multiprocessing.spawn(run_rank, arguments, nprocs=world_size)
         by_rank: List[Dict[str, Any]] = [queue.get() for _ in range(world_size)]
     first = next(found for found in by_rank if found["rank"] == 0)
     return {
         "ranks": world_size,
         "group": group_size,
+        "chunks": chunks,
         **{name: first[name] for name in ("ms_per_update", "ms_all_to_all", "expert_mib")},
         "peak_mib": max(found["peak_mib"] for found in by_rank),
         "bytes_sent_per_token": sum(found["sent"] for found in by_rank) / first["crossings"],
@@ -89,7 +92,9 @@ def growth(lines: List[Dict[str, Any]]) -> Dict[str, float]:
     return {figure: round(exponent, 3) for figure, exponent in fits.items()}
 
 
-def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options: argparse.Namespace, queue: Any) -> None:
+def run_rank(
+    rank: int, world_size: int, group_size: int, chunks: int, meeting: str, options: argparse.Namespace, queue: Any
+) -> None:
     """Train, and put this rank's measurements into the queue."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
@@ -102,7 +107,7 @@ def run_rank(rank: int, world_size: int, group_size: int, meeting: str, options:
     )
     timer, ranks = CollectiveTimer(), None
     if group_size > 1:
-        ranks = form_expert_group(group_size, timer=timer)
+        ranks = form_expert_group(group_size, timer=timer, chunks=chunks)
         shard_experts(model, ranks)
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -150,11 +155,11 @@ def count_sent_bytes() -> List[int]:
 def print_line(line: Dict[str, Any], first: bool) -> None:
     """Print one row, with the table's head before the first."""
     if first:
-        print("W  G   ms/update  all-to-all share  expert MiB/rank  peak MiB/rank  bytes/token one way  minimum")
-    share = line["ms_all_to_all"] / line["ms_per_update"]
+        print("W  G  N   ms/update  all-to-all share  expert MiB/rank  peak MiB/rank  bytes/token one way  minimum")
+    share, minimum = line["ms_all_to_all"] / line["ms_per_update"], line["bytes_minimum"] if line["group"] > 1 else 0
     print(
-        f"{line['ranks']:<2} {line['group']:<2} {line['ms_per_update']:10.1f} {share:17.1%} {line['expert_mib']:16.1f}"
-        f" {line['peak_mib']:14.0f} {line['bytes_sent_per_token']:20.1f} {line['bytes_minimum'] if line['group'] > 1 else 0:8}"
+        f"{line['ranks']:<2} {line['group']:<2} {line['chunks']:<2} {line['ms_per_update']:10.1f} {share:17.1%}"
+        f" {line['expert_mib']:16.1f} {line['peak_mib']:14.0f} {line['bytes_sent_per_token']:20.1f} {minimum:8}"
     )
 
 

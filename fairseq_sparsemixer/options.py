@@ -264,6 +264,13 @@ class MoEOptions:
             " (default: greatest common divisor of ranks and experts; 1: all experts on every rank)"
         },
     )
+    moe_overlap: int = field(
+        default=1,
+        metadata={
+            "help": "exchange the tokens of a layer in N chunks, so that the all-to-all of one chunk overlaps the experts'"
+            " computation of another (1: no overlap); no effect if every rank holds all experts"
+        },
+    )
     balance_scope: str = field(
         default="local",
         metadata={
@@ -322,6 +329,7 @@ FLAGS = {  # parameter name in the core -> flag
     "eom": "--moe-eom",
     "fom": "--moe-fom",
     "gating_dropout": "--moe-gating-dropout",
+    "chunks": "--moe-overlap",
 }
 NAMED = re.compile(rf"\b({'|'.join(FLAGS)})=(?=\S)")
 

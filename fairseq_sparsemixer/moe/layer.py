@@ -19,6 +19,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
 import re
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -118,15 +119,22 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
             routing = self.follower(routing, tokens, x.shape[:-1], token_ids)
         if routing.tokens is not None:
             tokens, routing = routing.tokens, replace(routing, tokens=None)
-        output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training))
+        always = _Once(partial(self._always, tokens, padding_mask))
+        output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training), always)
         if self.shared_experts is not None:
-            always = self.shared_experts(tokens, [tokens.size(0)])
-            output = output + (always if padding_mask is None else always.masked_fill(padding_mask.unsqueeze(-1), 0))
+            output = output + always()
         if self.cmr is not None:
             output, cmr_gate = self.cmr(tokens, output, padding_mask)
             routing = replace(routing, cmr_gate=cmr_gate)
         self.routing = routing
         return mask_output(output, self.fom, self.training).reshape(x.shape)
+
+    def _always(self, tokens: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
+        """The output of the shared experts [S, M], if there are any."""
+        if self.shared_experts is None:
+            return None
+        output: Tensor = self.shared_experts(tokens, [tokens.size(0)])
+        return output if padding_mask is None else output.masked_fill(padding_mask.unsqueeze(-1), 0)
 
     @torch.no_grad()
     def join(self) -> None:
@@ -134,8 +142,11 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         none = next(self.experts.parameters()).new_empty(0, self.gate.model_dim)
         self.dispatch(none, self.gate(none))
 
-    def dispatch(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """Run tokens [S, M] through the experts chosen by the routing, on whichever rank they are -> [S, M]."""
+    def dispatch(self, tokens: Tensor, routing: Routing, meanwhile: Callable[[], object] = lambda: None) -> Tensor:
+        """Run tokens [S, M] through the experts chosen by the routing, on whichever rank they are -> [S, M].
+
+        `meanwhile` may be called while tokens travel.
+        """
         fused, on_device = self.experts.is_fused(tokens), self.experts.takes_device_counts(tokens)
         stays = self.stay_on_rank and self.turns is None  # generation within a training step is inference
         if self.expert_group is None or stays:
@@ -144,8 +155,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
                 return dispatch_fused(tokens, local, self.experts)
             return dispatch_locally(tokens.to(self.experts.precision(tokens)), local, self.experts, on_device)
         tokens = tokens.to(self.experts.precision(tokens))  # before copying and sending: under autocast, half the bytes
-        if routing.dropped is None:
-            return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device, fused)
+        if routing.dropped is None or self.expert_group.chunks > 1:
+            return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device, fused, meanwhile)
         return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device, fused)
 
     def shard_experts(self, expert_group: ExpertGroup) -> None:
@@ -167,6 +178,19 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or the state of a step
         return {**self.__dict__, "routing": None, "idle": False, "stay_on_rank": False, "turns": None, "follower": None}
+
+
+class _Once:
+    """A function without arguments that runs on its first call only; later calls return the same."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self._function = function
+        self._results: List[Any] = []
+
+    def __call__(self) -> Any:
+        if not self._results:
+            self._results.append(self._function())
+        return self._results[0]
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,8 @@ class ExpertGroup:
 
     size: G. index: this rank's index in its group. group: the G ranks that together hold each expert once. replicas: the
     W / G ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
-    timer: times the all-to-alls; None: no timing.
+    timer: times the all-to-alls; None: no timing. chunks: the parts in which a layer's tokens are exchanged, so that the
+    exchange of one overlaps the computation of another; 1: no overlap.
     """
 
     size: int
@@ -79,6 +80,7 @@ class ExpertGroup:
     world_size: int
     first_group: bool
     timer: Optional[CollectiveTimer] = None
+    chunks: int = 1
 
     @property
     def num_replicas(self) -> int:
@@ -121,11 +123,16 @@ def expert_parallel_size(requested: Optional[int], world_size: int, num_experts:
     return requested
 
 
-def form_expert_group(size: int, timeout: Optional[timedelta] = None, timer: Optional[CollectiveTimer] = None) -> ExpertGroup:
-    """Create the process groups; every rank of the default group must call it, with the same size G.
+def form_expert_group(
+    size: int, timeout: Optional[timedelta] = None, timer: Optional[CollectiveTimer] = None, chunks: int = 1
+) -> ExpertGroup:
+    """Create the process groups; every rank of the default group must call it, with the same size G and chunks.
 
-    timeout: how long a collective waits for the other ranks; None: torch's default for the backend.
+    timeout: how long a collective waits for the other ranks; None: torch's default for the backend. timer, chunks: see
+    ExpertGroup. Raises ValueError if chunks is below 1.
     """
+    if chunks < 1:
+        raise ValueError(f"chunks={chunks} must be at least 1; 1 does not overlap the exchange with the computation")
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = [list(range(first, first + size)) for first in range(0, world_size, size)]
     replicas = [list(range(index, world_size, size)) for index in range(size)]
@@ -137,6 +144,7 @@ def form_expert_group(size: int, timeout: Optional[timedelta] = None, timer: Opt
         world_size=world_size,
         first_group=rank < size,
         timer=timer,
+        chunks=chunks,
     )
 
 
@@ -144,29 +152,6 @@ def _own_group(partition: List[List[int]], rank: int, timeout: Optional[timedelt
     """This rank's group in the partition; only the group's own ranks synchronise to create it, for any cluster size."""
     ranks = next(ranks for ranks in partition if rank in ranks)
     return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
-
-
-class AllToAllRows(torch.autograd.Function):
-    """Exchange rows between ranks: the first send[0] rows go to rank 0 of the group, and so on.
-
-    rows [sum(send), M] -> [sum(receive), M], in the order of the sending ranks. Backward returns gradients to the senders.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], expert_group: ExpertGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.expert_group = list(send), list(receive), expert_group
-        return _exchange(rows, ctx.send, ctx.receive, expert_group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.receive, ctx.send, ctx.expert_group), None, None, None
-
-
-def _exchange(rows: Tensor, send: List[int], receive: List[int], expert_group: ExpertGroup) -> Tensor:
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    with expert_group.measured(rows.device):
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=expert_group.group)
-    return received
 
 
 class SumOverRanks(torch.autograd.Function):

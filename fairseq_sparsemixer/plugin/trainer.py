@@ -71,8 +71,8 @@ class MoETrainer(CheckpointingTrainer):
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
-            if self.expert_group is None and self.gating_dropout(cfg):
-                logger.warning("--moe-gating-dropout %g changes nothing: every rank holds all experts", self.gating_dropout(cfg))
+            if self.expert_group is None:
+                warn_of_no_exchange(cfg)
         freeze(cfg, model)
         self.follower = follow_training(cfg, model, criterion, self.get_num_updates)
         self.sharded = self.expert_group is not None and getattr(cfg.model, "sharded_checkpoints", False)
@@ -221,13 +221,27 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
         return None
     refuse_incompatible(cfg, size)
     refuse_unequal_forwards(cfg, task, KEEP_ALL)
-    expert_group = form_expert_group(
-        size, timeout, CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
-    )
+    timer = CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
+    expert_group = form_expert_group(size, timeout, timer, overlap(cfg))
     shard_experts(model, expert_group)
     local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
     logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
+
+
+def overlap(cfg: Any) -> int:
+    """--moe-overlap; 1 for a model without the flag."""
+    return getattr(cfg.model, "moe_overlap", 1)
+
+
+def warn_of_no_exchange(cfg: Any) -> None:
+    """Warn of flags about the exchange of tokens, which does not happen if every rank holds all experts."""
+    for flag, value, neutral in (
+        ("--moe-gating-dropout", MoETrainer.gating_dropout(cfg), 0),
+        ("--moe-overlap", overlap(cfg), 1),
+    ):
+        if value != neutral:
+            logger.warning("%s %g changes nothing: every rank holds all experts", flag, value)
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:

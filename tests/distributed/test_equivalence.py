@@ -34,12 +34,21 @@ class Case(NamedTuple):
     router: str
     scope: str  # --balance-scope
     backend: str
+    chunks: int = 1  # --moe-overlap
 
 
 CASES = [
     Case(world_size, group_size, num_experts, router, scope, backend)
     for (world_size, group_size), num_experts, router, (scope, backend) in product(
         LAYOUTS, (4, 8), ROUTERS, (("local", "legacy_ddp"), ("global", "pytorch_ddp"))
+    )
+]
+CASES += [
+    Case(world_size, group_size, 4, router, scope, backend, chunks)
+    for (world_size, group_size), (router, chunks), (scope, backend) in product(
+        ((2, 2), (4, 2), (4, 4)),
+        (("sparsemixer", 2), ("sparsemixer_v2", 4)),
+        (("local", "legacy_ddp"), ("global", "pytorch_ddp")),
     )
 ]
 
@@ -132,7 +141,7 @@ def train_on_rank(case: Case) -> Dict[str, Any]:
     model = Model(case.router, case.num_experts)
     ranks = None
     if case.group_size > 1:
-        ranks = form_expert_group(case.group_size)
+        ranks = form_expert_group(case.group_size, chunks=case.chunks)
         shard_experts(model, ranks)
     if case.scope == "global":
         model.moe.gate.balance_scope = RanksScope(dist.new_group())

@@ -141,6 +141,7 @@ def one_process(five_batches) -> Dict[str, Any]:
         ["--checkpoint-activations", "--record-a2a-perf-stats"],
         ["--checkpoint-experts", "--ddp-backend", "pytorch_ddp"],
         ["--amp"],
+        ["--moe-overlap", "3", "--checkpoint-activations"],
     ],
     ids=lambda flags: flags[0] if flags else "plain",
 )

@@ -1,26 +1,31 @@
 """Dispatch to experts sharded over several ranks. Dropless: a rank may send any number of rows, including none.
 
 G ranks, L = E / G local experts. Rows are sent sorted by expert, so that those for one rank are contiguous. They arrive
-sorted by (sender, local expert) and are reordered by local expert for the computation.
+sorted by (sender, local expert) and are reordered by local expert for the computation, unless L = 1.
+
+With N chunks, each takes an equal share of every expert's rows, in the order (chunk, expert). Both sides derive the sizes of
+chunks from the same counts, so they are exchanged once. exchange.py says what runs at the same time.
 """
 
-from typing import List, NamedTuple, Optional
+from typing import Callable, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fairseq_sparsemixer.moe.dispatch.exchange import Transfer, arrive, come_home, depart, send_home
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
 from fairseq_sparsemixer.moe.dispatch.pairs import sorted_pairs
 from fairseq_sparsemixer.moe.dispatch.sorting import gather
 from fairseq_sparsemixer.moe.gates.routing import Routing
-from fairseq_sparsemixer.moe.parallel import AllToAllRows, ExpertGroup
+from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
 class ExchangePlan(NamedTuple):
-    """send, receive: rows to and from each rank [G]. order: [N], sorts received rows by local expert; None: already sorted.
+    """Of one chunk. send, receive: rows to and from each rank [G].
 
-    counts, device_counts: rows of each local expert [L], on the host and on the device.
+    order: [N], sorts received rows by local expert; None: already sorted. counts, device_counts: rows of each local expert
+    [L], on the host and on the device.
     """
 
     send: List[int]
@@ -31,16 +36,21 @@ class ExchangePlan(NamedTuple):
 
 
 @torch.no_grad()
-def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> ExchangePlan:
-    """Exchange row counts, so that every rank knows how many rows each of its experts gets. counts [E]: this rank's rows.
+def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> List[ExchangePlan]:
+    """Exchange row counts, so that every rank knows how many rows each of its experts gets -> the plan of each chunk.
 
-    One host synchronisation, to read the sizes.
+    counts [E]: this rank's rows. One host synchronisation, to read the sizes.
     """
     outgoing = counts.view(expert_group.size, -1)  # [G, L]
     incoming = torch.empty_like(outgoing)
     with expert_group.measured(counts.device):
         dist.all_to_all_single(incoming, outgoing, group=expert_group.group)
-    send, receive = torch.stack([outgoing, incoming]).cpu()
+    on_host = split_counts(torch.stack([outgoing, incoming]).cpu(), expert_group.chunks)  # [N, 2, G, L]
+    return [_plan(sizes[0], sizes[1], arriving) for sizes, arriving in zip(on_host, split_counts(incoming, expert_group.chunks))]
+
+
+def _plan(send: Tensor, receive: Tensor, incoming: Tensor) -> ExchangePlan:
+    """The plan of a chunk. send, receive [G, L] on the host; incoming: receive on the device."""
     return ExchangePlan(
         send=send.sum(1).tolist(),
         receive=receive.sum(1).tolist(),
@@ -56,6 +66,25 @@ def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
     return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
 
 
+def split_counts(counts: Tensor, chunks: int) -> Tensor:
+    """counts [...] -> [chunks, ...]: parts that sum to the counts and differ by at most 1."""
+    if chunks == 1:
+        return counts.unsqueeze(0)
+    steps = torch.arange(chunks + 1, device=counts.device).view(-1, *[1] * counts.dim())
+    return (steps * counts).div(chunks, rounding_mode="floor").diff(dim=0)
+
+
+@torch.no_grad()
+def order_by_chunk(counts: Tensor, chunks: int, total: int) -> Tensor:
+    """The permutation from the order by expert to that by (chunk, expert); counts [E] sum to `total`."""
+    parts = split_counts(counts, chunks)  # [chunks, E]
+    target = parts.flatten().cumsum(0) - parts.flatten()  # where a block starts
+    by_expert = parts.t().flatten()
+    source = (by_expert.cumsum(0) - by_expert).view(-1, chunks).t().flatten()  # where its rows are now
+    shift = (source - target).repeat_interleave(parts.flatten(), output_size=total)
+    return torch.arange(total, device=counts.device) + shift
+
+
 def dispatch_all_to_all(
     tokens: Tensor,
     routing: Routing,
@@ -63,22 +92,35 @@ def dispatch_all_to_all(
     expert_group: ExpertGroup,
     counts_on_device: bool = False,
     fused: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """As dispatch_locally, with experts sharded over the ranks of a group; every rank of the group must call it.
 
     tokens [S, M] of this rank -> [S, M]; `experts` computes this rank's shard of the experts. fused: rows are moved by the
-    fused kernels.
+    fused kernels. `meanwhile` is called once, while tokens travel.
     """
     pairs = sorted_pairs(routing, fused)
-    plan = plan_exchange(pairs.counts, expert_group)
-    arrived = AllToAllRows.apply(pairs.gather(tokens, sum(plan.send)), plan.send, plan.receive, expert_group)
+    plans = plan_exchange(pairs.counts, expert_group)
+    total = sum(sum(plan.send) for plan in plans)
+    if len(plans) > 1:
+        pairs.reorder(order_by_chunk(pairs.counts, len(plans), total))
+    there = [Transfer(plan.send, plan.receive, expert_group) for plan in plans]
+    back = [Transfer(plan.receive, plan.send, expert_group) for plan in plans]
+    tickets = depart(pairs.gather(tokens, total), there)
+    meanwhile()
+    returning = []
+    for plan, ticket, coming, going in zip(plans, tickets, there, back):
+        outputs = _run(experts, arrive(ticket, coming), plan, counts_on_device)
+        returning.append(send_home(outputs, going))
+    return pairs.combine(come_home(returning, back))
+
+
+def _run(experts: ExpertsFunction, arrived: Tensor, plan: ExchangePlan, counts_on_device: bool) -> Tensor:
+    """The experts' outputs for the rows [N, M] of a chunk, in their order."""
     received = plan.device_counts if counts_on_device else plan.counts
     if plan.order is None:
-        outputs = experts(arrived, received)
-    else:
-        outputs = _permute(experts(_permute(arrived, plan.order), received), invert(plan.order))
-    home = AllToAllRows.apply(outputs, plan.receive, plan.send, expert_group)
-    return pairs.combine(home)
+        return experts(arrived, received)
+    return _permute(experts(_permute(arrived, plan.order), received), invert(plan.order))
 
 
 def invert(order: Tensor) -> Tensor:

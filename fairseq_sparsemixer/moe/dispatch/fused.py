@@ -1,5 +1,6 @@
 """Sorting, gathering and combining by the fused kernels of kernels/; counts stay on the device."""
 
+import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.dispatch.combine import with_defaults
@@ -19,6 +20,13 @@ class FusedPairs:
     def counts(self) -> Tensor:
         """The routed pairs of each expert [E] int64, on the device."""
         return self.order.ends.diff(prepend=self.order.ends.new_zeros(1)).long()
+
+    def reorder(self, order: Tensor) -> None:
+        """See pairs.Pairs. `order.ends` keeps only its last entry's meaning, the number of routed pairs: see gather, combine."""
+        pairs, place, ends = self.order
+        pairs = torch.cat([pairs.index_select(0, order), pairs[len(order) :]])
+        rows = torch.arange(len(pairs), dtype=place.dtype, device=place.device)
+        self.order = functions.Order(pairs, torch.empty_like(place).scatter_(0, pairs, rows), ends)
 
     def gather(self, tokens: Tensor, rows: int) -> Tensor:
         """tokens [S, M] -> [N, M], the tokens of the first `rows` pairs."""

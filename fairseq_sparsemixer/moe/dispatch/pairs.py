@@ -17,6 +17,10 @@ class Pairs:
         self.routing = routing
         self.pairs, self.counts = order_pairs(routing)
 
+    def reorder(self, order: Tensor) -> None:
+        """Put the routed pairs into this order [N]: row n becomes the row that order[n] was."""
+        self.pairs = self.pairs.index_select(0, order)
+
     def gather(self, tokens: Tensor, rows: int) -> Tensor:
         """tokens [S, M] -> [N, M], the tokens of the first `rows` pairs."""
         return gather(tokens, self.pairs[:rows], self.routing.expert_index.size(1))

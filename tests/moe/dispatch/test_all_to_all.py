@@ -1,5 +1,6 @@
 """Both dispatchers for experts on other ranks, compared with local experts."""
 
+from dataclasses import replace
 from functools import partial
 from typing import List, NamedTuple
 
@@ -31,10 +32,15 @@ def fused(send):
     return run
 
 
-DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split}
+def chunked(tokens, routing, experts, ranks, *arguments, **options):
+    """The dispatcher with three chunks: more than some experts get rows, and fewer than others."""
+    return dispatch_all_to_all(tokens, routing, experts, replace(ranks, chunks=3), *arguments, **options)
+
+
+DISPATCHERS = {"variable": dispatch_all_to_all, "equal": dispatch_equal_split, "chunks": chunked}
 DISPATCHERS.update({f"{name}, fused": fused(send) for name, send in list(DISPATCHERS.items())})
 if hasattr(F, "grouped_mm"):  # as on a GPU, with counts on the device
-    DISPATCHERS.update({f"{name}, grouped": partial(send, counts_on_device=True) for name, send in list(DISPATCHERS.items())[:2]})
+    DISPATCHERS.update({f"{name}, grouped": partial(send, counts_on_device=True) for name, send in list(DISPATCHERS.items())[:3]})
 
 
 class Case(NamedTuple):
