@@ -6,7 +6,7 @@ divide by W. All functions here are collectives.
 """
 
 from contextlib import contextmanager
-from typing import Iterable, Iterator, List, Sequence
+from typing import Any, Iterable, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,29 @@ from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 def reduce_expert_gradients(model: nn.Module, expert_group: ExpertGroup) -> None:
     """Sum over replicas, divided by W. A missing gradient counts as zero, because every rank must join every sum."""
-    for parameter in _experts(model.parameters()):
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.div_(expert_group.world_size)
-        if expert_group.num_replicas > 1:
-            dist.all_reduce(parameter.grad, group=expert_group.replicas)
+    wait_for([start_reduction(parameter, expert_group) for parameter in trained_experts(model)])
+
+
+def trained_experts(model: nn.Module) -> List[nn.Parameter]:
+    """The parameters of this rank's experts that are not frozen."""
+    return [parameter for parameter in _experts(model.parameters()) if parameter.requires_grad]
+
+
+def start_reduction(parameter: nn.Parameter, expert_group: ExpertGroup) -> Any:
+    """Start reduce_expert_gradients for one parameter -> the work to wait for; None without replicas."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad.div_(expert_group.world_size)
+    if expert_group.num_replicas == 1:
+        return None
+    return dist.all_reduce(parameter.grad, group=expert_group.replicas, async_op=True)
+
+
+def wait_for(started: Iterable[Any]) -> None:
+    """Wait for the sums that start_reduction has started."""
+    for work in started:
+        if work is not None:
+            work.wait()
 
 
 def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], expert_group: ExpertGroup) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import fairseq_cli.train
 from fairseq import utils
 from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import distributed as dist
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.moe import gradients
 from fairseq_sparsemixer.moe.gating_dropout import stays_on_rank
+from fairseq_sparsemixer.moe.early_reduction import EarlyReduction
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 from fairseq_sparsemixer.moe.gates.balance_scope import Update
 from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
@@ -53,7 +55,9 @@ class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts. `expert_group` is None if every rank holds all experts."""
 
     batch_numbers: Iterator[int] = repeat(0)  # of the next batches in the update
+    batches = 1  # in the update
     update: Optional[Update] = None  # with --balance-scope update
+    early: Optional[EarlyReduction] = None  # of expert gradients
     ranks_wait = False  # whether a layer's forward waits for other ranks
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None):
@@ -79,6 +83,8 @@ class MoETrainer(CheckpointingTrainer):
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
             super().__init__(cfg, task, model, criterion, quantizer)
+        if self.expert_group is not None and can_reduce_early(cfg, task, self.expert_group):
+            self.early = EarlyReduction(model, self.expert_group)
 
     def get_train_iterator(self, epoch: int, combine: bool = True, load_dataset: bool = True, *args: Any, **kwargs: Any):
         """See Trainer. Where fairseq reuses the batches of epoch 1 in later ones, a resumed run gets the same batches.
@@ -105,6 +111,7 @@ class MoETrainer(CheckpointingTrainer):
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
         """See Trainer. A rank that runs out of memory ends the run, because the others wait for it in mid-batch."""
         self.in_train_step = True
+        self.batches = len(samples)
         self.batch_numbers = cycle(range(len(samples)))  # more than one pass, with --balance-scope update
         try:
             with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait), counting_ahead(self, samples):
@@ -129,7 +136,10 @@ class MoETrainer(CheckpointingTrainer):
         """
         if self.expert_group is None:
             return super().clip_grad_norm(clip_norm)
-        gradients.reduce_expert_gradients(self.get_model(), self.expert_group)
+        if self.early is None:
+            gradients.reduce_expert_gradients(self.get_model(), self.expert_group)
+        else:
+            self.early.finish()
         if self.cfg.common.amp:
             gradients.share_overflow(self.get_model(), self.expert_group)
         trained = list(self.optimizer.params)
@@ -143,17 +153,20 @@ class MoETrainer(CheckpointingTrainer):
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False):
         if not is_dummy:  # fairseq calls this once per batch, and from within for the copy that an idle rank gets
-            self._decide_where_tokens_go()
+            number = next(self.batch_numbers)
+            self._decide_where_tokens_go(number)
+            if self.early is not None:
+                self.early.expect(last=self.in_train_step and number == self.batches - 1)
         # fairseq gives ranks that have run out of batches a copy of an old one, and ignores the result
         sample, is_dummy_batch = super()._prepare_sample(sample, is_dummy)
         for layer in self.moe_layers:
             layer.idle = is_dummy_batch
         return sample, is_dummy_batch
 
-    def _decide_where_tokens_go(self) -> None:
-        """Toss the coin of gating dropout for the next batch, if it trains."""
+    def _decide_where_tokens_go(self, number: int) -> None:
+        """Toss the coin of gating dropout for the number-th batch of the update, if it trains."""
         probability = self.gating_dropout(self.cfg)
-        numbers = self.cfg.common.seed, self.get_num_updates(), next(self.batch_numbers)
+        numbers = self.cfg.common.seed, self.get_num_updates(), number
         stay = self.in_train_step and stays_on_rank(probability, *numbers)
         for layer in self.moe_layers:
             layer.stay_on_rank = stay
@@ -227,6 +240,21 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
     logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
+
+
+def can_reduce_early(cfg: Any, task: Any, expert_group: ExpertGroup) -> bool:
+    """Whether expert gradients can be summed over replicas during the backward pass.
+
+    Only if data parallelism's are, too, as legacy_ddp keeps collectives from running at once, and only if a gradient is
+    complete when it is there: tasks with a train_step of their own may run backward several times, and activation
+    checkpointing does.
+    """
+    return (
+        expert_group.num_replicas > 1
+        and cfg.distributed_training.ddp_backend in ("pytorch_ddp", "c10d")
+        and type(task).train_step is FairseqTask.train_step
+        and not getattr(cfg.model, "checkpoint_activations", False)
+    )
 
 
 def overlap(cfg: Any) -> int:

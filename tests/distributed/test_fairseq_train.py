@@ -72,7 +72,13 @@ def train(data: Path, world_size: int, meeting: str, rank: int, *flags: str) -> 
             return {"exit": str(end)}
     (trainer,) = trainers
     assert trainer.expert_group is None or trainer.data_parallel_world_size > 1
-    result.update(norms=norms, losses=losses, idle=idle, parameters=parameters(trainer.get_model(), trainer.expert_group))
+    result.update(
+        early=trainer.early is not None,
+        norms=norms,
+        losses=losses,
+        idle=idle,
+        parameters=parameters(trainer.get_model(), trainer.expert_group),
+    )
     if trainer.cfg.ema.store_ema:
         result["ema"] = parameters(trainer.ema.get_model(), trainer.expert_group)
     return result
@@ -168,6 +174,24 @@ def test_four_ranks_with_replicas_equal_one_process(five_batches):
     flags = "--max-update 4 --num-experts 2 --disable-validation".split()
     alone = runs(five_batches, 1, *flags, "--update-freq", "4")
     assert_same(whole(runs(five_batches, 4, *flags)), whole(alone))
+
+
+@pytest.mark.parametrize(
+    "flags, batches, early",
+    [
+        ("", 1, True),
+        ("--update-freq 2", 2, True),
+        ("--checkpoint-activations", 1, False),
+        ("--ddp-backend legacy_ddp", 1, False),
+    ],
+)
+def test_replicas_reduced_during_backward_equal_one_process(flags, batches, early, five_batches):
+    """With two batches per rank, an epoch is one update, and in its second half three of the four ranks have no batch."""
+    common = "--max-update 2 --num-experts 2 --disable-validation --clip-norm 0.1".split()
+    alone = runs(five_batches, 1, *common, "--update-freq", str(4 * batches))
+    four = runs(five_batches, 4, *common, "--ddp-backend", "pytorch_ddp", *flags.split())
+    assert [result["early"] for result in four] == [early] * 4
+    assert_same(whole(four), whole(alone))
 
 
 @pytest.mark.parametrize("flags", [["--capacity-factor", "1.0"], ["--moe-bias-update-rate", "0.1"]], ids=lambda flags: flags[0])
