@@ -11,6 +11,7 @@ examples:
 """
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import List
@@ -50,6 +51,10 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"--languages {' '.join(options.languages)} needs --by language")
     if options.data and options.expert_parallel_size > 1:
         raise ConfigurationError("--data tests OUT as one file; leave out --expert-parallel-size, and reshard OUT afterwards")
+    if options.data and not os.path.isdir(options.data.split(os.pathsep)[0]):
+        raise ConfigurationError(f"--data {options.data} is not a folder; give the binarised data of fairseq-preprocess")
+    if not options.load.is_file():
+        raise ConfigurationError(f"--load {options.load} is not a file; give the --moe-load-file of {options.source}'s training")
     require_json(options.json, [options.source, options.target, str(options.load)])
     keep = parse_keep(options.keep)
     scores = expert_scores(options.load, options.by, options.languages)

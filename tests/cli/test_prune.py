@@ -114,6 +114,15 @@ def test_an_open_quotation_is_refused_before_any_work(load_file):
         main(["prune", "in.pt", "out.pt", "--load", str(load_file), "--keep", "0.5", "--generate-flags", "--beam '4"])
 
 
+@pytest.mark.parametrize("flags, sentence", [
+    (["--load", "no"], "--load no is not a file; give the --moe-load-file of in.pt's training"),
+    (["--data", "no"], "--data no is not a folder; give the binarised data"),
+])  # fmt: skip
+def test_missing_files_are_refused_before_any_work(load_file, flags, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        main(["prune", "in.pt", "out.pt", "--load", str(load_file), "--keep", "0.5", *flags])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("router, sentence", [
     ("hash", "has --router hash, which routes by the token's number"),
