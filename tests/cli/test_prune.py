@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from sacrebleu.metrics import BLEU
 
 from fairseq_sparsemixer.cli import main
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.layer import moe_layers, named_moe_layers
+from fairseq_sparsemixer.names import FIRST_WEIGHT
+from fairseq_sparsemixer.plugin.checkpoints.layout import shard_path
 from fairseq_sparsemixer.plugin.checkpoints.pruning import choose_experts, parse_keep
 from fairseq_sparsemixer.tools.sentences import load_model, make_sample
 
@@ -53,7 +56,14 @@ def logits(path, masked=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "router, flags", [("switch", []), ("topk", ["--moe-top-k", "2"]), ("topk", ["--moe-bias-update-rate", "0.01"])]
+    "router, flags",
+    [
+        ("switch", []),
+        ("topk", ["--moe-top-k", "2"]),
+        ("topk", ["--moe-bias-update-rate", "0.01"]),
+        ("topk", ["--moe-top-k", "2", "--moe-cmr", "--moe-eom", "0.2", "--moe-fom", "0.2"]),
+        ("switch", ["--num-shared-experts", "2"]),
+    ],
 )
 def test_the_pruned_model_is_the_large_one_with_the_others_masked(checkpoint, tmp_path, load_file, router, flags):
     source = checkpoint(router, *flags)
@@ -81,6 +91,58 @@ def test_a_pruned_model_of_uneven_layers_trains_on_with_the_printed_flags(checkp
     train("--router", "switch", *flags, "--max-epoch", 1, "--finetune-from-model", target, "--save-dir", tmp_path / "tuned")
     tuned = torch.load(tmp_path / "tuned" / "checkpoint_last.pt", weights_only=False)["model"]
     assert {name: value.shape for name, value in tuned.items()} == {name: one["model"][name].shape for name in tuned}
+
+
+@pytest.mark.slow
+def test_files_for_several_ranks_have_the_experts_of_one_file(checkpoint, tmp_path, load_file):
+    source, joined = checkpoint("switch"), str(tmp_path / "joined.pt")
+    sharded = str(tmp_path / "sharded" / "checkpoint.pt")
+    assert main(["reshard", source, sharded, "--expert-parallel-size", "4"]) == 0
+    (tmp_path / "one").mkdir()
+    whole = prune(source, tmp_path / "one", load_file, "--keep", "0.5")
+    target = prune(sharded, tmp_path, load_file, "--keep", "0.5", "--expert-parallel-size", "2")
+    files = json.loads((tmp_path / "f.json").read_text())["target"]
+    assert files == [shard_path(target, index) for index in range(2)]
+    shards = [torch.load(file, weights_only=False)["model"] for file in files]
+    assert [next(value.size(0) for name, value in shard.items() if name.endswith(FIRST_WEIGHT)) for shard in shards] == [1, 1]
+    assert main(["reshard", target, joined, "--expert-parallel-size", "1"]) == 0
+    found, expected = (torch.load(path, weights_only=False)["model"] for path in (joined, whole))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.slow
+def test_files_that_cannot_share_the_experts_are_refused(checkpoint, tmp_path, load_file):
+    with pytest.raises(
+        ConfigurationError, match="--expert-parallel-size 2 does not divide the 3 experts kept in encoder.layers.0"
+    ):
+        prune(checkpoint("switch"), tmp_path, load_file, "--keep", "3", "--expert-parallel-size", "2")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.slow
+def test_the_bleu_before_and_after_is_sacrebleus_of_both_models(
+    checkpoint, run_fairseq, translation_data, tmp_path, load_file, capsys
+):
+    subset = ["--gen-subset", "valid", "--beam", "1", "--required-batch-size-multiple", "1"]
+    source = checkpoint("switch", "--max-epoch", 30)
+    target = prune(
+        source, tmp_path, load_file, "--keep", "1", "--data", str(translation_data), "--generate-flags", " ".join(subset)
+    )
+    found = json.loads((tmp_path / "f.json").read_text())["bleu"]
+    assert f"BLEU {found['before']:.2f} -> {found['after']:.2f}" in capsys.readouterr().out
+    for path, value in ((source, found["before"]), (target, found["after"])):
+        run_fairseq("generate", translation_data, "--path", path, "--cpu", *subset)
+        fields = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        sides = [{words[0][2:]: words[-1] for words in fields if words[0].startswith(mark)} for mark in ("D-", "T-")]
+        numbers = sorted(sides[0])
+        hypotheses, references = ([side[number] for number in numbers] for side in sides)
+        assert len(numbers) == 8 and value == pytest.approx(BLEU().corpus_score(hypotheses, [references]).score)
+    assert found["before"] != found["after"]
+
+
+def test_the_bleu_of_several_files_is_refused(tmp_path, load_file):
+    with pytest.raises(ConfigurationError, match="--data tests OUT as one file; leave out --expert-parallel-size"):
+        prune("m.pt", tmp_path, load_file, "--keep", "0.5", "--data", "bin", "--expert-parallel-size", "2")
 
 
 def test_experts_are_chosen_by_score():

@@ -96,7 +96,7 @@ def test_a_killed_writer_leaves_whole_members(tmp_path):
     (gzip.compress(line(1).replace("[0.5]", "[]").encode()), "line 1, is not a line"),
     (gzip.compress(line(1).replace("[1]", "[true]").encode()), "line 1, is not a line"),
     (gzip.compress(b"\xff"), "cannot be read after line 0"),
-])  # fmt: skip
+], ids=range(6))  # fmt: skip
 def test_a_damaged_file_is_refused(tmp_path, content, message):
     (tmp_path / "trace.gz").write_bytes(content)
     with pytest.raises(ConfigurationError, match=f"--moe-replay .*trace.gz,? {message}"):
