@@ -119,14 +119,14 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
             routing = self.follower(routing, tokens, x.shape[:-1], token_ids)
         if routing.tokens is not None:
             tokens, routing = routing.tokens, replace(routing, tokens=None)
+        self.routing = routing
         always = _Once(partial(self._always, tokens, padding_mask))
         output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training), always)
         if self.shared_experts is not None:
             output = output + always()
         if self.cmr is not None:
             output, cmr_gate = self.cmr(tokens, output, padding_mask)
-            routing = replace(routing, cmr_gate=cmr_gate)
-        self.routing = routing
+            self.routing = replace(routing, cmr_gate=cmr_gate)
         return mask_output(output, self.fom, self.training).reshape(x.shape)
 
     def _always(self, tokens: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:

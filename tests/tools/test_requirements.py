@@ -106,7 +106,8 @@ def names(requirements_):
 
 def test_every_imported_package_is_declared(declared):
     ours = {"fairseq_sparsemixer", "criterions"}
-    optional = {"scipy", "fairseq", "fairseq_cli", "torch_xla"}  # scipy is optional; several distributions provide fairseq
+    # scipy is optional; several distributions provide fairseq; triton comes with torch's GPU builds
+    optional = {"scipy", "fairseq", "fairseq_cli", "torch_xla", "triton"}
     standard = sys.stdlib_module_names if sys.version_info >= (3, 10) else set()
     if not standard:
         pytest.skip("needs the list of standard modules, in Python 3.10 and later")

@@ -73,7 +73,7 @@ def reinitialise(expert: Dict[str, Tensor], share: float) -> None:
     A unit of a gated activation has two columns of weight_in, H apart.
     """
     width = expert["weight_out"].size(0)
-    units = torch.randperm(width)[: round(share * width)]
+    units = torch.randperm(width)[: int(share * width + 1e-9)]  # 0.29 of 100 is 29
     if not len(units):
         return
     for name, dim in HIDDEN.items():
