@@ -1,5 +1,6 @@
 """Names of an MoE layer's parts in a model's state dict."""
 
+import re
 from typing import Iterable
 
 LAYER = ".fc1.moe"  # follows the name of the enclosing transformer layer
@@ -10,6 +11,7 @@ SHARED_EXPERTS = ".moe.shared_experts."
 CMR = ".moe.cmr."
 GATE = ".moe.gate."
 PROJECTION = ".gate.projection.weight"  # [E, M], of the router
+WRAPPERS = re.compile(r"^(module\.)+")  # the prefix that wrappers for data parallelism give the names of parts
 
 
 def transformer_layer(moe_layer: str) -> str:

@@ -16,10 +16,9 @@ Arguments and results carry the data. The exceptions, where a framework's call l
     --retain-dropout              Experts.drop_at_inference               Experts.forward
 """
 
-import re
 import warnings
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -33,13 +32,11 @@ from fairseq_sparsemixer.moe.gating_dropout import to_local_experts
 from fairseq_sparsemixer.moe.output_masking import mask_experts, mask_output, require_masking
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 from fairseq_sparsemixer.moe.turns import Turns
-from fairseq_sparsemixer.names import transformer_layer
+from fairseq_sparsemixer.names import WRAPPERS, transformer_layer
 
 with warnings.catch_warnings():  # fairscale uses deprecated torch.cuda.amp names
     warnings.simplefilter("ignore", FutureWarning)
     from fairscale.nn.moe import MOELayer
-
-WRAPPERS = re.compile(r"^(module\.)+")  # the prefix that wrappers for data parallelism give the names of parts
 
 # (routing, tokens [S, M], shape of the tokens before [S], token_ids of this shape or None) -> the routing to use
 Follower = Callable[[Routing, Tensor, Tuple[int, ...], Optional[Tensor]], Routing]
@@ -120,10 +117,11 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         if routing.tokens is not None:
             tokens, routing = routing.tokens, replace(routing, tokens=None)
         self.routing = routing
-        always = _Once(partial(self._always, tokens, padding_mask))
+        always = lru_cache(maxsize=None)(partial(self._always, tokens, padding_mask))  # runs once
         output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training), always)
-        if self.shared_experts is not None:
-            output = output + always()
+        shared = always()
+        if shared is not None:
+            output = output + shared
         if self.cmr is not None:
             output, cmr_gate = self.cmr(tokens, output, padding_mask)
             self.routing = replace(routing, cmr_gate=cmr_gate)
@@ -178,19 +176,6 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
     def __getstate__(self) -> Dict[str, Any]:
         # a copy or pickle of the layer (fairseq's EMA makes one) must not carry the last forward's graph or the state of a step
         return {**self.__dict__, "routing": None, "idle": False, "stay_on_rank": False, "turns": None, "follower": None}
-
-
-class _Once:
-    """A function without arguments that runs on its first call only; later calls return the same."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self._function = function
-        self._results: List[Any] = []
-
-    def __call__(self) -> Any:
-        if not self._results:
-            self._results.append(self._function())
-        return self._results[0]
 
 
 def moe_layers(model: nn.Module) -> List[MoELayer]:

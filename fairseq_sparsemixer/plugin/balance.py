@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Dict, Iterator, List, Optional
+from unittest.mock import patch
 
 import torch
 from fairseq.logging import metrics
@@ -66,7 +67,8 @@ def counting_ahead(trainer: Any, samples: List[Dict[str, Any]]) -> Iterator[None
     try:
         trainer._set_seed()
         trainer.criterion.train()
-        with torch.no_grad(), metrics.aggregate(new_root=True), _without_backward(trainer.optimizer), refusing_generation(TWICE):
+        without_backward = patch.object(trainer.optimizer, "backward", lambda loss: None)
+        with torch.no_grad(), metrics.aggregate(new_root=True), without_backward, refusing_generation(TWICE):
             for sample in samples:
                 sample, is_dummy = trainer._prepare_sample(sample)
                 trainer.task.train_step(
@@ -76,12 +78,3 @@ def counting_ahead(trainer: Any, samples: List[Dict[str, Any]]) -> Iterator[None
         yield
     finally:
         trainer.update.end()
-
-
-@contextmanager
-def _without_backward(optimizer: Any) -> Iterator[None]:
-    optimizer.backward = lambda loss: None
-    try:
-        yield
-    finally:
-        del optimizer.backward

@@ -7,6 +7,7 @@ mistake the next layer's numbers for this one's. Generation by fairseq's Sequenc
 import functools
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional
+from unittest.mock import patch
 
 from fairseq.sequence_generator import SequenceGenerator
 
@@ -59,12 +60,8 @@ def generating_together(ranks_wait: bool) -> Iterator[None]:
     if not ranks_wait:
         yield
         return
-    generate = SequenceGenerator._generate
-    SequenceGenerator._generate = _in_turns(generate)
-    try:
+    with patch.object(SequenceGenerator, "_generate", _in_turns(SequenceGenerator._generate)):
         yield
-    finally:
-        SequenceGenerator._generate = generate
 
 
 @contextmanager
@@ -74,12 +71,8 @@ def refusing_generation(why: str) -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise ConfigurationError(f"the task generates in training, {why}")
 
-    generate = SequenceGenerator._generate
-    SequenceGenerator._generate = refuse
-    try:
+    with patch.object(SequenceGenerator, "_generate", refuse):
         yield
-    finally:
-        SequenceGenerator._generate = generate
 
 
 def _in_turns(generate: Callable) -> Callable:

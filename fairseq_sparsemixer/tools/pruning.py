@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.names import WRAPPERS
 from fairseq_sparsemixer.tools import programs
 from fairseq_sparsemixer.tools.generation import read_hypothesis
 from fairseq_sparsemixer.tools.runs import ExpertLoad, read_load
 from fairseq_sparsemixer.tools.study.commands import USER_DIR
 
-WRAPPER = re.compile(r"^(module\.)+")  # in front of layers' names in files that older versions wrote on several ranks
 TARGET = re.compile(r"T-(\d+)\t(.*)")  # of fairseq-generate: number, reference
 
 
@@ -25,7 +25,8 @@ def expert_scores(path: Path, by: str, languages: Optional[Sequence[str]] = None
     if load is None:
         raise ConfigurationError(f"{path} has no line of a load file; train longer, or with a smaller --moe-load-interval")
     rows = load.total() if by == "load" else _largest_shares(path, load, languages)
-    return {WRAPPER.sub("", layer): row for layer, row in zip(load.layers, rows)}
+    # older versions wrote wrapped names on several ranks
+    return {WRAPPERS.sub("", layer): row for layer, row in zip(load.layers, rows)}
 
 
 def _largest_shares(path: Path, load: ExpertLoad, languages: Optional[Sequence[str]]) -> List[List[float]]:

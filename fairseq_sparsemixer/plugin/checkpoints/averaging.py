@@ -4,7 +4,6 @@ Inputs are memory-mapped. The process holds the output's weights, of one rank if
 """
 
 import os
-import secrets
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, files_of, layout_of, number_of_save, shard_path
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import difference
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.plugin.checkpoints.resharding import read_any
@@ -55,9 +54,9 @@ def average(sources: List[str], target: str, ema: bool = False) -> Averaged:
             _require_same_model(paths[0], sets[0], path, states)
             for state in states if ema else ():
                 _require_ema(path, state)
-    written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
+    written = files_of(target, size)
     require_targets(written, files)
-    save = None if size == 1 else secrets.randbits(62)
+    save = number_of_save(size)
     values = [0]
 
     def state_of(index: int) -> Dict[str, Any]:

@@ -1,11 +1,11 @@
 """The arguments of a model of fairseq's branches `moe` and `nllb` -> our options, and what a user has to know of them."""
 
-import argparse
 from dataclasses import fields
 from typing import Any, Dict, Iterable, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.options import MoEOptions
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict
 
 EVAL_FRACTION = 0.25  # their default of --moe-eval-capacity-token-fraction
 UNSUPPORTED = (  # their options that our models do not have and whose absence would change the outputs
@@ -19,8 +19,7 @@ UNSUPPORTED = (  # their options that our models do not have and whose absence w
 
 def arguments(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments of their model. Raises ConfigurationError for a model that ours cannot be."""
-    model = cfg.get("model") or {}
-    theirs = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
+    theirs = as_dict(cfg.get("model") or {})
     arch = str(theirs.get("arch") or theirs.get("_name"))
     if not arch.startswith("transformer"):
         raise ConfigurationError(f"the checkpoint is of the model {arch}; convert supports transformer and transformer_lm")

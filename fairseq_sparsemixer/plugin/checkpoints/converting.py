@@ -25,6 +25,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict
 from fairseq_sparsemixer.plugin.checkpoints.optimizer_state import Unmapped, map_optimizer_state
 from fairseq_sparsemixer.plugin.checkpoints.skeleton import BUFFER, build_skeleton
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
@@ -111,8 +112,7 @@ def _require_their_experts(weights: Dict[str, Tensor]) -> None:
 
 def _arguments(cfg: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments of their model, completed by those of their task."""
-    model = cfg.get("model") or {}
-    model = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
+    model = as_dict(cfg.get("model") or {})
     arch = model.get("arch") or model.get("_name")
     if not str(arch).startswith("switch_transformer"):
         raise ConfigurationError(

@@ -1,6 +1,5 @@
 """The dictionaries of a checkpoint, which has only their sizes, and those it is moved to."""
 
-import argparse
 import os
 from dataclasses import dataclass
 from glob import escape, glob
@@ -9,6 +8,7 @@ from typing import Any, Dict, List, Optional
 from fairseq.data import Dictionary
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict, in_form_of
 
 SOURCE, TARGET = "source", "target"  # the sides of a translation; a model with one dictionary has SOURCE
 WITHOUT_EXTRAS = ("translation", "language_modeling")  # tasks that add no symbol to the dictionary's file
@@ -116,13 +116,12 @@ def _with_data(state: Dict[str, Any], folder: str) -> Dict[str, Any]:
     task = (state.get("cfg") or {}).get("task") or state.get("args")
     if not task:
         return state
-    values = {**(vars(task) if isinstance(task, argparse.Namespace) else task), "data": folder}
-    new = argparse.Namespace(**values) if isinstance(task, argparse.Namespace) else values
+    new = in_form_of(task, {**as_dict(task), "data": folder})
     return {**state, "cfg": {**state["cfg"], "task": new}} if (state.get("cfg") or {}).get("task") else {**state, "args": new}
 
 
 def _task(state: Dict[str, Any]) -> Dict[str, Any]:
     """The settings of the checkpoint's task, as new and old fairseq write them."""
     task: Any = (state.get("cfg") or {}).get("task") or state.get("args") or {}
-    values = dict(vars(task) if isinstance(task, argparse.Namespace) else task)
+    values = as_dict(task)
     return {**values, "_name": values.get("_name") or values.get("task")}

@@ -17,9 +17,9 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import Gate, Routing, build_gate
 from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, transformer_layer
 from fairseq_sparsemixer.options import MoEOptions, in_flags
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, refuse_one_of_several
 from fairseq_sparsemixer.plugin.checkpoints.merging import refuse_adapters
-from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import in_form_of, model_settings
 from fairseq_sparsemixer.plugin.checkpoints.slices import Change, refuse_change, reinitialise
 from fairseq_sparsemixer.plugin.models.config import check_numbers
 from fairseq_sparsemixer.plugin.models.layer_choice import with_experts
@@ -52,10 +52,7 @@ def change_experts(state: Dict[str, Any], flags: MoEOptions, change: Change) -> 
     change: noise and new hidden units of experts that are a second copy. Raises ConfigurationError for other flags than the
     checkpoint's, numbers that its router or a layer does not allow, and a sharded checkpoint.
     """
-    if layout_of(state)["size"] > 1:
-        raise ConfigurationError(
-            "the checkpoint is one file of a sharded one; make one file: fairseq-sparsemixer reshard IN OUT --portable"
-        )
+    refuse_one_of_several(state)
     refuse_adapters(state)
     old = options_of(state)
     _require_same(old, flags)
@@ -98,8 +95,7 @@ def _settings(state: Dict[str, Any], new: MoEOptions) -> Dict[str, Any]:
     values = {**model_settings(state), **{name: getattr(new, name) for name in CHANGED}}
     if state.get("args"):
         return {"args": argparse.Namespace(**values)}
-    as_namespace = isinstance(state["cfg"]["model"], argparse.Namespace)
-    return {"cfg": {**state["cfg"], "model": argparse.Namespace(**values) if as_namespace else values}}
+    return {"cfg": {**state["cfg"], "model": in_form_of(state["cfg"]["model"], values)}}
 
 
 def _change_model(

@@ -9,11 +9,13 @@ Every checkpoint of a model with experts records it in its entry `expert_paralle
 """
 
 import copy
+import secrets
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import EXPERTS
 
 LAYOUT = "expert_parallel"
@@ -52,6 +54,24 @@ def shard_path(path: str, index: int) -> str:
     """The file of rank `index` of the sharded checkpoint `path`."""
     stem = path[: -len(".pt")] if path.endswith(".pt") else path
     return f"{stem}{suffix(index)}.pt"
+
+
+def files_of(path: str, size: int) -> List[str]:
+    """The files of the checkpoint `path` in `size` parts; 1: the file itself."""
+    return [path] if size == 1 else [shard_path(path, index) for index in range(size)]
+
+
+def number_of_save(size: int) -> Optional[int]:
+    """A new `save` for a checkpoint of `size` files that one process writes."""
+    return None if size == 1 else secrets.randbits(62)
+
+
+def refuse_one_of_several(state: Dict[str, Any]) -> None:
+    """Raise ConfigurationError for one file of a sharded checkpoint."""
+    if layout_of(state)["size"] > 1:
+        raise ConfigurationError(
+            "the checkpoint is one file of a sharded one; make one file: fairseq-sparsemixer reshard IN OUT --portable"
+        )
 
 
 def own_rows(size: int, index: int) -> Combine:

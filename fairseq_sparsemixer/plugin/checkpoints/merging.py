@@ -1,7 +1,6 @@
 """Merges the low-rank adapters of a checkpoint's experts into their weights: W + s A B (arXiv 2106.09685, section 4.1)."""
 
 import copy
-import secrets
 from typing import Any, Dict, List
 
 import torch
@@ -11,7 +10,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.lora import PARTS, A, B, merged, scale_of
 from fairseq_sparsemixer.names import ADAPTERS, EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, files_of, layout_of, number_of_save
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.plugin.checkpoints.resharding import read_any
@@ -32,9 +31,9 @@ def merge_lora(source: str, target: str) -> int:
         if not any(ADAPTERS in name for name in states[0]["model"]):
             raise ConfigurationError(f"{source} has no adapters of experts to merge; use it as it is")
     size = len(states)
-    written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
+    written = files_of(target, size)
     require_targets(written, read)
-    save = None if size == 1 else secrets.randbits(62)
+    save = number_of_save(size)
 
     def state_of(index: int) -> Dict[str, Any]:
         with one_sentence_for(source):

@@ -5,9 +5,7 @@ Inputs are memory-mapped, and the experts that stay are put together in mapped f
 
 import argparse
 import math
-import os
 import re
-import secrets
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
 
@@ -19,12 +17,12 @@ from fairseq_sparsemixer.moe.gates import Gate, build_gate
 from fairseq_sparsemixer.names import EXPERTS, FIRST_WEIGHT, GATE, transformer_layer
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, shard_path
-from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, files_of, number_of_save
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict, in_form_of, model_settings
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.plugin.checkpoints.resharding import put_together, read_any
 from fairseq_sparsemixer.plugin.checkpoints.upcycling import configuration_of
-from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, save_together
+from fairseq_sparsemixer.plugin.checkpoints.writing import make_folder_of, refuse_special_target, require_targets, save_together
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, with_experts
 from fairseq_sparsemixer.plugin.models.router_options import router_options
@@ -104,10 +102,10 @@ def prune(source: str, target: str, scores: Dict[str, List[float]], keep: float,
         if size < 1 or len(experts) % size:
             raise ConfigurationError(f"--expert-parallel-size {size} does not divide the {len(experts)} experts kept in {layer}")
     layers = _layer_flags(states[0]["model"], kept)
-    written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
-    _make_folder(target)
+    written = files_of(target, size)
+    make_folder_of(target)
     require_targets(written, read)
-    save = None if size == 1 else secrets.randbits(62)
+    save = number_of_save(size)
 
     def state_of(index: int) -> Dict[str, Any]:
         with one_sentence_for(source):
@@ -173,13 +171,6 @@ def _gate(options: Any, num_experts: int, model_dim: int) -> Gate:
         return build_gate(options.router, model_dim, num_experts, **router_options(own))
 
 
-def _make_folder(target: str) -> None:
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
-    except OSError as error:
-        raise cannot_write(target, error) from None
-
-
 def _layer_flags(weights: Dict[str, Tensor], kept: Dict[str, List[int]]) -> Dict[str, str]:
     """The layers of each stack with their numbers of experts, as in layer_choice."""
     items: Dict[str, List[str]] = {stack: [] for stack in STACKS if any(name.startswith(f"{stack}.") for name in weights)}
@@ -190,9 +181,7 @@ def _layer_flags(weights: Dict[str, Tensor], kept: Dict[str, List[int]]) -> Dict
 
 
 def _with_layers(model: Any, layers: Dict[str, str], num_experts: int) -> Any:
-    values = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
-    values.update(layers, num_experts=num_experts)
-    return argparse.Namespace(**values) if isinstance(model, argparse.Namespace) else values
+    return in_form_of(model, {**as_dict(model), **layers, "num_experts": num_experts})
 
 
 def _part(experts: List[int], size: int, index: int) -> List[int]:

@@ -8,7 +8,6 @@ a time.
 import errno
 import math
 import os
-import secrets
 import tempfile
 from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
@@ -20,9 +19,23 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
-from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, Combine, combine_experts, layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.layout import (
+    LAYOUT,
+    Combine,
+    combine_experts,
+    files_of,
+    layout_of,
+    number_of_save,
+    shard_path,
+)
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint, refuse_special_file
-from fairseq_sparsemixer.plugin.checkpoints.writing import cannot_write, refuse_special_target, require_targets, save_together
+from fairseq_sparsemixer.plugin.checkpoints.writing import (
+    cannot_write,
+    make_folder_of,
+    refuse_special_target,
+    require_targets,
+    save_together,
+)
 
 
 @dataclass
@@ -53,13 +66,9 @@ def reshard(source: str, target: str, size: int) -> Resharded:
             f"{source} does not say which optimizer state belongs to experts: an older fairseq-sparsemixer wrote it;"
             " load it in a run with --reset-optimizer"
         )
-    written = [target] if size == 1 else [shard_path(target, index) for index in range(size)]
-    save = None if size == 1 else secrets.randbits(62)
-    folder = os.path.dirname(os.path.abspath(target))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(target, error) from None
+    written = files_of(target, size)
+    save = number_of_save(size)
+    make_folder_of(target)
     require_targets(written, read)
 
     def state_of(index: int) -> Dict[str, Any]:

@@ -25,6 +25,7 @@ from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.names import CMR, EXPERTS, FIRST_WEIGHT, GATE, LAYER
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict, in_form_of
 from fairseq_sparsemixer.plugin.checkpoints.slices import AS_IT_IS, Change, make_experts, refuse_change
 from fairseq_sparsemixer.plugin.checkpoints.starting_gates import Indifferent, group_gate, indifferent_gate, refuse_granularity
 from fairseq_sparsemixer.plugin.models.config import check_options
@@ -98,7 +99,7 @@ def configuration_of(state: Dict[str, Any]) -> Dict[str, Any]:
 
 def _with_experts(model: Any, options: MoEOptions) -> Any:
     """The configuration of a dense model -> that of the same model with experts. Raises ConfigurationError."""
-    values = dict(vars(model) if isinstance(model, argparse.Namespace) else model)
+    values = as_dict(model)
     arch = values.get("arch") or values.get("_name")
     dense = ARCH_MODEL_NAME_REGISTRY.get(arch, arch)
     name = WITH_EXPERTS.get(dense)
@@ -111,13 +112,12 @@ def _with_experts(model: Any, options: MoEOptions) -> Any:
     values["_name"] = name
     if "arch" in values:
         values["arch"] = name
-    return argparse.Namespace(**values) if isinstance(model, argparse.Namespace) else values
+    return in_form_of(model, values)
 
 
 def _require_fit(model: Any, weights: Dict[str, Tensor]) -> None:
     """Raise ConfigurationError if the flags require more in a layer than a dense one provides: shared experts, gates."""
-    values = vars(model) if isinstance(model, argparse.Namespace) else model
-    cfg = TransformerMoEConfig.from_namespace(argparse.Namespace(**values))
+    cfg = TransformerMoEConfig.from_namespace(argparse.Namespace(**as_dict(model)))
     for stack, layer_class in (("encoder", MoEEncoderLayer), ("decoder", MoEDecoderLayer)):
         first = next(
             (name[: -len(FIRST_WEIGHT)] for name in weights if name.startswith(stack) and name.endswith(FIRST_WEIGHT)), None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints.dictionaries import FLAGS, SOURCE, TARGET, Move, plan, with_new_data
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of
+from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, refuse_one_of_several
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
 
@@ -69,10 +69,7 @@ def move(state: Dict[str, Any], moves: Dict[str, Move], seed: int = 1) -> Moved:
     Rows of new words are drawn from `seed`, tensor by tensor in the order of the file. Raises ConfigurationError for models
     that tie a word to its number.
     """
-    if layout_of(state)["size"] > 1:
-        raise ConfigurationError(
-            "the checkpoint is one file of a sharded one; make one file: fairseq-sparsemixer reshard IN OUT --portable"
-        )
+    refuse_one_of_several(state)
     model = without_copies(state["model"])
     if model_settings(state).get("router") == "hash":
         raise ConfigurationError("the checkpoint has --router hash, which routes by the word's number in its dictionary")

@@ -84,6 +84,14 @@ def cannot_write(path: str, error: Exception) -> Unwritable:
     return Unwritable(f"{path} cannot be written ({reason}); give another path, or make this one writable")
 
 
+def make_folder_of(path: str) -> None:
+    """Make the folder of a checkpoint to write, if it is missing. Raises Unwritable if it cannot be made."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def refuse_special_target(path: str) -> None:
     """Raise ConfigurationError if `path` exists and is not a regular file."""
     if not path:

@@ -17,6 +17,7 @@ from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, shard_path
 from fairseq_sparsemixer.plugin.checkpoints.merging import refuse_adapters
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict
 from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
 from fairseq_sparsemixer.plugin.checkpoints.skeleton import BUFFER
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults
@@ -127,7 +128,7 @@ def _plain(settings: Any) -> Dict[str, Any]:
     """Settings as a dictionary, of which nothing belongs to the checkpoint."""
     if isinstance(settings, DictConfig):
         settings = OmegaConf.to_container(settings, resolve=True)
-    return copy.deepcopy(dict(vars(settings) if isinstance(settings, argparse.Namespace) else settings))
+    return copy.deepcopy(as_dict(settings))
 
 
 def refuse(flag: str, value: Any, model: str, why: str) -> ConfigurationError:
