@@ -10,7 +10,7 @@ import secrets
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.trainer import Trainer
@@ -25,6 +25,7 @@ from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import gathering, shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, combine_experts, layout_of, own_rows, suffix
+from fairseq_sparsemixer.plugin.checkpoints.moments import refuse_misfits
 from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
 from fairseq_sparsemixer.plugin.freezing import refuse_other_optimizer_state
@@ -107,6 +108,8 @@ class CheckpointingTrainer(Trainer):
         change = partial(self._own_share, filename=filename, with_optimizer=not reset_optimizer)
         with self._one_sentence_for(filename), changed_by(change):
             extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+            if self._optimizer is not None:
+                refuse_misfits(filename, self._optimizer, self._trained())
         if self.is_data_parallel_master:  # only after the run has loaded its checkpoint
             remove_unfinished(self.cfg.checkpoint.save_dir, staged=self.sharded and not self.cfg.checkpoint.no_save)
         return extra_state
@@ -213,9 +216,12 @@ class CheckpointingTrainer(Trainer):
 
     def _expert_indices(self) -> List[int]:
         """The indices of the experts' parameters in the optimizer, which has all trained parameters in this order."""
+        return [index for index, (name, _) in enumerate(self._trained()) if EXPERTS in name]
+
+    def _trained(self) -> List[Tuple[str, Tensor]]:
+        """The names and parameters that are trained, in the optimizer's order."""
         named = chain(self.get_model().named_parameters(), self.get_criterion().named_parameters())
-        trained = [name for name, parameter in named if parameter.requires_grad]
-        return [index for index, name in enumerate(trained) if EXPERTS in name]
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
 
 def lock_existing(save_dir: str) -> None:

@@ -157,6 +157,6 @@ def test_an_existing_file_is_never_replaced(save, tmp_path):
 
 def test_an_ema_of_another_model_is_refused(save, tmp_path):
     state = made_up(1, ema=True)
-    state["extra_state"]["ema"][BIAS] = torch.ones(7)
-    with pytest.raises(SystemExit, match=r"has EMA weights of another model: .*bias is of shape \(7,\), not of \(4,\)"):
+    del state["extra_state"]["ema"][BIAS]
+    with pytest.raises(SystemExit, match="has EMA weights of another model: .*bias is missing"):
         main(["average", "--ema", save("a.pt", state), str(tmp_path / "ema.pt")])

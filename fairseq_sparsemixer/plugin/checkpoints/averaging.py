@@ -88,12 +88,8 @@ def _require_ema(path: str, state: Dict[str, Any]) -> None:
     if not averaged:
         raise ConfigurationError(f"{path} has no EMA weights; train with --store-ema, or leave out --ema")
     for name, value in without_copies(state["model"]).items():
-        missing = name not in averaged and value.is_floating_point() and not name.endswith(NOT_AVERAGED)
-        if missing or (name in averaged and averaged[name].shape != value.shape):
-            found = "missing" if missing else f"of shape {tuple(averaged[name].shape)}"
-            raise ConfigurationError(
-                f"{path} has EMA weights of another model: {name} is {found}, not of {tuple(value.shape)}; use another checkpoint"
-            )
+        if name not in averaged and value.is_floating_point() and not name.endswith(NOT_AVERAGED):
+            raise ConfigurationError(f"{path} has EMA weights of another model: {name} is missing; use another checkpoint")
 
 
 def _require_same_model(first_path: str, first: List[Dict[str, Any]], path: str, states: List[Dict[str, Any]]) -> None:

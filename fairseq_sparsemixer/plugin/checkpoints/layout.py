@@ -45,6 +45,19 @@ def wrong_layout(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
     return None
 
 
+def wrong_copy(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+    """The name of a copy of the model and what is wrong with it; None if its tensors have the shapes of the model's."""
+    for key in COPIES_OF_MODEL:
+        copied = (state.get("extra_state") or {}).get(key, {})
+        if not isinstance(copied, dict):
+            return key, "not a dictionary of tensors"
+        for name, value in copied.items():
+            shape, own = getattr(value, "shape", None), getattr(state["model"].get(name), "shape", None)
+            if name in state["model"] and shape != own:
+                return key, f"of another model: {name} is {shape and tuple(shape)}, not {own and tuple(own)}"
+    return None
+
+
 def suffix(index: int) -> str:
     """The suffix before `.pt` in the file name of rank `index`: fairseq's own convention for experts."""
     return f"-rank-{index}"

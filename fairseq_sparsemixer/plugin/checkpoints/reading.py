@@ -9,7 +9,7 @@ import stat
 import threading
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints import settings
 from fairseq_sparsemixer.plugin.checkpoints.arrays import NoNumbers, safe_globals
-from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, layout_of, wrong_layout
+from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, wrong_copy, wrong_layout
 
 REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # from torch's error messages
 TRUSTED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own variable, for files that may run code
@@ -73,14 +73,11 @@ def require_checkpoint(path: str, state: Any) -> None:
     for key, kind in (("extra_state", dict), ("optimizer_history", list), ("last_optimizer_state", dict), ("task_state", dict)):
         if not isinstance(state.get(key), (kind, type(None))):
             raise _unfit(path, key, f"a {type(state[key]).__name__}, not a {kind.__name__}")
-    for key in COPIES_OF_MODEL:
-        if not isinstance((state.get("extra_state") or {}).get(key, {}), dict):
-            raise _unfit(path, key, "not a dictionary of tensors")
     history = state.get("optimizer_history") or []
     if not all(isinstance(entry, dict) and isinstance(entry.get("num_updates", 0), int) for entry in history):
         raise _unfit(path, "optimizer_history", "not a list of what each run did")
     _require_optimizer_state(path, state.get("last_optimizer_state") or {"state": {}, "param_groups": []})
-    problem = wrong_layout(state)
+    problem = wrong_layout(state) or wrong_copy(state) or _wrong_position(state)
     if problem:
         raise _unfit(path, *problem)
     settings.refuse_code(path, state)
@@ -93,6 +90,17 @@ def _require_optimizer_state(path: str, optimizer: Dict[str, Any]) -> None:
         raise _unfit(path, "last_optimizer_state", "without a dictionary of states for each parameter")
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise _unfit(path, "last_optimizer_state", "without a list of groups of parameters")
+
+
+def _wrong_position(state: Dict[str, Any]) -> Optional[Tuple[str, str]]:
+    """The entry of the position in the data and what is wrong with it; None if it has numbers, or is missing."""
+    position = (state.get("extra_state") or {}).get("train_iterator", {})
+    if not isinstance(position, dict):
+        return "train_iterator", f"a {type(position).__name__}, not a dict"
+    for name in ("epoch", "iterations_in_epoch"):
+        if not isinstance(position.get(name, 0), int):
+            return "train_iterator", f"at {name} {position[name]!r}, which is not a number"
+    return None
 
 
 def _unfit(path: str, key: str, problem: str) -> ConfigurationError:

@@ -147,6 +147,17 @@ CHANGES = {
     "the history is text": ({"optimizer_history": "long"}, "its optimizer_history is a str, not a list"),
     "its updates are text": ({"optimizer_history": [{"num_updates": "many"}]}, "its optimizer_history is not a list of what"),
     "the extra state is text": ({"extra_state": "none"}, "its extra_state is a str, not a dict"),
+    "the EMA is text": ({"extra_state": {"ema": "x"}}, "its ema is not a dictionary of tensors"),
+    "the EMA is of another model": (
+        {"model": {"w": torch.ones(2)}, "extra_state": {"ema": {"w": torch.ones(3)}}},
+        r"its ema is of another model: w is \(3,\), not \(2,\)",
+    ),
+    "the EMA has text": (
+        {"model": {"w": torch.ones(2)}, "extra_state": {"ema_fp32_params": {"w": "x"}}},
+        r"its ema_fp32_params is of another model: w is None, not \(2,\)",
+    ),
+    "the position is a number": ({"extra_state": {"train_iterator": 3}}, "its train_iterator is a int, not a dict"),
+    "the epoch is text": ({"extra_state": {"train_iterator": {"epoch": "x"}}}, "its train_iterator is at epoch 'x'"),
     "the model is a number": ({"model": 3}, "'model' is missing or wrong"),
     "there is no model": ({"model": None}, "'model' is missing or wrong"),
 }
@@ -162,7 +173,28 @@ def test_an_entry_of_the_wrong_type_is_named(kind, tmp_path):
             read(path)
 
 
+ROUTER = "encoder.layers.0.fc1.moe.gate.projection.weight"
+
+
+def moments_of(state, name):
+    """The entry of a parameter in Adam's state, which has the model's parameters in their order."""
+    names = [other for other in state["model"] if other not in ("encoder.version", "decoder.version") and "_float" not in other]
+    return state["last_optimizer_state"]["state"][names.index(name)]
+
+
 RUNS = {
+    "a moment of another shape": (
+        lambda state: moments_of(state, ROUTER).update(exp_avg=torch.ones(3)),
+        rf"the optimizer state in .*m.pt does not fit parameter {ROUTER}: exp_avg is \(3,\), not \(4, 16\);"
+        " use another checkpoint, or load only the weights with --reset-optimizer --reset-lr-scheduler --reset-meters$",
+    ),
+    "a moment that would be repeated": (
+        lambda state: moments_of(state, ROUTER).update(exp_avg_sq=torch.ones(1, 16)),
+        rf"{ROUTER}: exp_avg_sq is \(1, 16\), not \(4, 16\)",
+    ),
+    "a moment that is a number": (lambda state: moments_of(state, ROUTER).update(exp_avg=5), rf"{ROUTER}: exp_avg is int"),
+    "no moment": (lambda state: moments_of(state, ROUTER).pop("exp_avg"), f"{ROUTER}: it has no exp_avg, which others have"),
+    "a step in words": (lambda state: moments_of(state, ROUTER).update(step="x"), f"{ROUTER}: its step is not a number"),
     "no model": (lambda state: state.pop("model"), "m.pt is not a fairseq checkpoint: 'model' is missing"),
     "another criterion": (
         lambda state: state["optimizer_history"][-1].update(criterion_name="x"),
