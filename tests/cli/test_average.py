@@ -135,7 +135,7 @@ def changed(state, **model):
         (made_up(2, torch.float16), [], "b.pt has a different model than .*a.pt: .* is float16 .*, not float32"),
         (changed(made_up(2), more=torch.ones(1)), [], "more is float32 .1,., not missing; average checkpoints of one run"),
         (changed(made_up(2), **{BIAS: torch.ones(9)}), [], r"bias is float32 \(9,\), not float32 \(4,\)"),
-        (made_up(2, router="switch"), [], "router is 'switch', not 'topk'"),
+        (made_up(2, router="switch"), [], "--router is 'switch', not 'topk'"),
         (changed(made_up(2), **{BIAS: torch.tensor([1.0, float("nan"), 0, 0])}), [], "b.pt has NaN or infinity in .*bias"),
         (made_up(2), ["--ema"], "has no EMA weights; train with --store-ema, or leave out --ema"),
     ],

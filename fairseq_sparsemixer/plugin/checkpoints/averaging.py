@@ -13,9 +13,9 @@ from torch import Tensor
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import writing_checkpoints
 from fairseq_sparsemixer.plugin.checkpoints.layout import COPIES_OF_MODEL, LAYOUT, files_of, layout_of, number_of_save, shard_path
-from fairseq_sparsemixer.plugin.checkpoints.model_settings import difference
 from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
 from fairseq_sparsemixer.plugin.checkpoints.resharding import read_any
+from fairseq_sparsemixer.plugin.checkpoints.same_function import difference
 from fairseq_sparsemixer.plugin.checkpoints.shards import updates
 from fairseq_sparsemixer.plugin.checkpoints.writing import refuse_special_target, require_targets, save_together
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
