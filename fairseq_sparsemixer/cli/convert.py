@@ -22,6 +22,7 @@ examples:
 import argparse
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.cli.unused import refuse_unused
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import count_layers
 
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words.add_argument(
         "--data", metavar="FOLDER", help="the data SRC was trained on, with its dictionary (default: the folder named in SRC)"
     )
-    words.add_argument("--seed", type=int, default=1, help="seed of the rows of new words")
+    words.add_argument("--seed", type=int, help="seed of the rows of new words (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
@@ -48,8 +49,7 @@ def run(options: argparse.Namespace) -> None:
         _merge(options)
         return
     if options.dict is None and options.source_dict is None and options.target_dict is None:
-        if options.data is not None:
-            raise ConfigurationError(f"--data {options.data} is only for --dict; leave it out")
+        refuse_unused(options, "data seed", "is only for --dict, --source-dict and --target-dict")
         _convert(options)
     else:
         _move(options)
@@ -86,9 +86,7 @@ def _merge(options: argparse.Namespace) -> None:
     """Adapters into weights: print how many."""
     from fairseq_sparsemixer.plugin.checkpoints.merging import merge_lora
 
-    for flag in ("dict", "source_dict", "target_dict", "data"):
-        if getattr(options, flag) is not None:
-            raise ConfigurationError(f"--{flag.replace('_', '-')} {getattr(options, flag)} is not for --merge-lora; leave it out")
+    refuse_unused(options, "dict source_dict target_dict data seed", "is not for --merge-lora")
     require_json(options.json, [options.source, options.target])
     count = merge_lora(options.source, options.target)
     print(f"{count} weights of experts with their adapters merged: {options.target}")
@@ -104,8 +102,9 @@ def _move(options: argparse.Namespace) -> None:
     from fairseq_sparsemixer.plugin.checkpoints.vocabulary import move, plan_moves
     from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
 
-    if not 0 <= options.seed < 2**63:
-        raise ConfigurationError(f"--seed {options.seed} must be at least 0 and below 2**63")
+    seed = 1 if options.seed is None else options.seed
+    if not 0 <= seed < 2**63:
+        raise ConfigurationError(f"--seed {seed} must be at least 0 and below 2**63")
     files = [options.source, *filter(None, (options.dict, options.source_dict, options.target_dict))]
     require_targets([options.target], files)
     require_json(options.json, [*files, options.target])
@@ -113,7 +112,7 @@ def _move(options: argparse.Namespace) -> None:
         state = read_checkpoint(options.source)
         with one_sentence_for(options.source):
             moves = plan_moves(state, options.dict, options.source_dict, options.target_dict, options.data)
-            done = move(state, moves, options.seed)
+            done = move(state, moves, seed)
         save_atomically(done.state, options.target)
     for side, words in done.words.items():
         named = f"{side}: " if len(done.words) > 1 else ""

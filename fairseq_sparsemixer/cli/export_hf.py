@@ -13,7 +13,10 @@ import os
 
 from fairseq_sparsemixer.cli.folder import folder
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.cli.unused import refuse_unused
 from fairseq_sparsemixer.errors import ConfigurationError
+
+DECODING = ("beam", "lenpen", "max_len_b")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--target-sentencepiece-model", metavar="FILE", help="that of the target language (default: the same)")
     text.add_argument("--target-dict", metavar="FILE", help="that of the target language (default: the same)")
     decoding = parser.add_argument_group("defaults of generate(), as flags of fairseq-generate")
-    decoding.add_argument("--beam", type=int, default=5, metavar="N", help="beam size (default: 5)")
-    decoding.add_argument("--lenpen", type=float, default=1.0, metavar="P", help="length penalty (default: 1)")
-    decoding.add_argument("--max-len-b", type=int, default=200, metavar="N", help="most words of an output (default: 200)")
+    decoding.add_argument("--beam", type=int, metavar="N", help="beam size (default: 5)")
+    decoding.add_argument("--lenpen", type=float, metavar="P", help="length penalty (default: 1)")
+    decoding.add_argument("--max-len-b", type=int, metavar="N", help="most words of an output (default: 200)")
     parser.add_argument(
         "--dense-as-experts",
         action="store_true",
@@ -45,8 +48,9 @@ def run(options: argparse.Namespace) -> None:
     """Write OUTDIR, and print what it holds."""
     import safetensors  # noqa: F401  # before any work is done
 
+    from fairseq_sparsemixer.moe.gates import DENSE
     from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for
-    from fairseq_sparsemixer.tools.export.exporting import export
+    from fairseq_sparsemixer.tools.export.exporting import TRANSLATION, export
     from fairseq_sparsemixer.tools.export.folder import GB, require_folder, write_folder
     from fairseq_sparsemixer.tools.export.generation import Decoding
     from fairseq_sparsemixer.tools.export.source import read_source
@@ -54,10 +58,15 @@ def run(options: argparse.Namespace) -> None:
     _require_tokenizer(options)
     if not 0 < options.max_file_size < float("inf"):
         raise ConfigurationError(f"--max-file-size {options.max_file_size} must be positive and finite")
-    decoding = Decoding(options.beam, options.lenpen, options.max_len_b)
+    given = {name: getattr(options, name) for name in DECODING if getattr(options, name) is not None}
+    decoding = Decoding(**given)
     require_folder(options.target, options.overwrite)
     require_json(options.json, [options.source])
     source = read_source(options.source)
+    if source.kind not in TRANSLATION:
+        refuse_unused(options, " ".join(DECODING), f"is for translation models, and {options.source} is of {source.kind}")
+    if source.router == DENSE:
+        refuse_unused(options, "dense_as_experts", f"is for models with experts, and {options.source} has none")
     with one_sentence_for(options.source):
         result = export(source, decoding, options.dense_as_experts)
     files = write_folder(options.target, result, _tokenizer(options, result, source), int(options.max_file_size * GB))

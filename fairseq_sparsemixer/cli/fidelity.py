@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--estimators", metavar="NAMES", help=f"comma-separated, of {METHODS} (default: all)")
     measured.add_argument("--draws", type=int, metavar="N", help="draws per token (default: 16384; with --checkpoint none)")
     measured.add_argument("--expectation", action="store_true", help="compute exact expectations instead of drawing")
-    measured.add_argument(
-        "--seed", type=int, default=1, help="seed of the synthetic problem and the draws (default: %(default)s)"
-    )
+    measured.add_argument("--seed", type=int, help="seed of the synthetic problem and the draws (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
     parser.add_argument("--png", metavar="FILE", help="also write a plot to this file")
 
@@ -65,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
     try:
         check(options)
+        options.seed = 1 if options.seed is None else options.seed
         require_json(options.json, [path for path in (options.checkpoint, options.text, options.target) if path])
         require_json(options.png, [options.json] if options.json else [], flag="--png")
         methods = select_methods(options.estimators.split(",") if options.estimators else None)

@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.cli.unused import refuse_unused
 from fairseq_sparsemixer.errors import ConfigurationError
 
 SENTENCES = 200
@@ -36,16 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", metavar="FILE", help="for a translation model: their translations, one per line")
     parser.add_argument("--data-bin", metavar="DIR", help="folder of the dictionaries (default: as in training)")
     parser.add_argument(
-        "--sentences", type=int, default=SENTENCES, metavar="N", help="run the first N sentences (default: %(default)s)"
+        "--sentences", type=int, metavar="N", help=f"with --text: run the first N sentences (default: {SENTENCES})"
     )
     parser.add_argument("--trace", metavar="FILE", help="a file of fairseq's --moe-trace, in place of a checkpoint")
-    parser.add_argument("--words", type=int, default=WORDS, metavar="N", help="words for each expert (default: %(default)s)")
+    parser.add_argument("--words", type=int, metavar="N", help=f"with --trace: words for each expert (default: {WORDS})")
     parser.add_argument(
         "--min-count",
         type=int,
-        default=MIN_COUNT,
         metavar="N",
-        help="tokens in a layer from which a word has a share (default: %(default)s)",
+        help=f"with --trace: tokens in a layer from which a word has a share (default: {MIN_COUNT})",
     )
     parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
 
@@ -65,6 +65,10 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigurationError(f"--{name.replace('_', '-')} '' is empty; give a path, or leave it out")
     if options.target and not options.text:
         raise ConfigurationError(f"--target {options.target} needs its source sentences; give --text FILE")
+    if not options.text:
+        refuse_unused(options, "sentences data_bin", "is only for --text")
+    refuse_unused(options, "words min_count", "is only for --trace")
+    options.sentences = SENTENCES if options.sentences is None else options.sentences
     if options.sentences < 1:
         raise ConfigurationError(f"--sentences {options.sentences} must be at least 1")
     require_json(options.json, [options.checkpoint, *filter(None, (options.text, options.target))])
@@ -86,14 +90,17 @@ def inspect_trace(options: argparse.Namespace) -> None:
     for flag, value in (("CHECKPOINT", options.checkpoint), ("--text", options.text), ("--target", options.target)):
         if value is not None:
             raise ConfigurationError(f"{flag} {value} does not go with --trace {options.trace}; inspect one of them at a time")
-    for flag, value in (("--words", options.words), ("--min-count", options.min_count)):
+    refuse_unused(options, "data_bin sentences", f"does not go with --trace {options.trace}")
+    words = WORDS if options.words is None else options.words
+    min_count = MIN_COUNT if options.min_count is None else options.min_count
+    for flag, value in (("--words", words), ("--min-count", min_count)):
         if value < 1:
             raise ConfigurationError(f"{flag} {value} must be at least 1")
     require_json(options.json, [options.trace])
-    report = report_trace(options.trace, options.words, options.min_count)
+    report = report_trace(options.trace, words, min_count)
     console = Console()
     for layer in report:
-        print_words(layer, options.min_count, console)
+        print_words(layer, min_count, console)
     if options.json:
         write_json(options.json, {"trace": options.trace, "layers": [asdict(layer) for layer in report]})
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import List
 
 from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.cli.unused import refuse_unused
 from fairseq_sparsemixer.errors import ConfigurationError
+
+GENERATE_FLAGS = "--beam 4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files = "files of OUT, one for each rank that shares the experts (default: %(default)s)"
     parser.add_argument("--expert-parallel-size", type=int, default=1, metavar="G", help=files)
     parser.add_argument("--data", metavar="DIR", help="binarised data: show the BLEU of IN (one file) and OUT on it")
-    parser.add_argument(
-        "--generate-flags", default="--beam 4", metavar="FLAGS", help="further flags of fairseq-generate (default: '%(default)s')"
-    )
+    flags = f"with --data: further flags of fairseq-generate (default: '{GENERATE_FLAGS}')"
+    parser.add_argument("--generate-flags", metavar="FLAGS", help=flags)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
@@ -47,8 +49,10 @@ def run(options: argparse.Namespace) -> None:
     from fairseq_sparsemixer.plugin.checkpoints.pruning import parse_keep, prune
     from fairseq_sparsemixer.tools.pruning import bleu_of, expert_scores
 
-    if options.languages and options.by != "language":
-        raise ConfigurationError(f"--languages {' '.join(options.languages)} needs --by language")
+    if options.by != "language":
+        refuse_unused(options, "languages", "is only for --by language")
+    if options.data is None:
+        refuse_unused(options, "generate_flags", "is only for --data")
     if options.data and options.expert_parallel_size > 1:
         raise ConfigurationError("--data tests OUT as one file; leave out --expert-parallel-size, and reshard OUT afterwards")
     if options.data and not os.path.isdir(options.data.split(os.pathsep)[0]):
@@ -58,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     require_json(options.json, [options.source, options.target, str(options.load)])
     keep = parse_keep(options.keep)
     scores = expert_scores(options.load, options.by, options.languages)
-    flags = _split(options.generate_flags)
+    flags = _split(GENERATE_FLAGS if options.generate_flags is None else options.generate_flags)
     done = prune(options.source, options.target, scores, keep, options.uneven, options.expert_parallel_size)
     for layer, experts in done.kept.items():
         print(f"{layer}: {len(experts)} of {done.before[layer]} experts: {' '.join(map(str, experts))}")

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, then report. Exit status 1 if a run failed, 130 after an interruption."""
     from fairseq_sparsemixer.cli.json_file import require_json, write_json
+    from fairseq_sparsemixer.cli.unused import refuse_unused
     from fairseq_sparsemixer.errors import ConfigurationError
     from fairseq_sparsemixer.files import write_whole
     from fairseq_sparsemixer.tools.programs import INTERRUPTED, interrupted_by_sigterm
@@ -42,6 +43,10 @@ def run(options: argparse.Namespace) -> int:
     from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
     from fairseq_sparsemixer.tools.study.tuning import tuned
 
+    if options.dry_run:
+        refuse_unused(options, "report_only workers json", "changes nothing in a --dry-run")
+    if options.report_only:
+        refuse_unused(options, "workers", "changes nothing with --report-only, which runs nothing")
     if options.workers is not None and not 1 <= options.workers <= MOST_WORKERS:
         raise ConfigurationError(f"--workers {options.workers} must be at least 1 and at most {MOST_WORKERS:,}")
     require_json(options.json and str(options.json), [str(options.spec)])

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 import yaml
 from rich.console import Console
 
+from fairseq_sparsemixer.cli.unused import refuse_unused
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.moe.gates import DENSE, gate_class
@@ -66,7 +67,7 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     targets = f"target languages of the CLDR corpus, of {' '.join(MANY)} (default: all)"
     parser.add_argument("--raw-dir", type=Path, help="folder with Multi30k's raw files (default: make the CLDR corpus)")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/quickstart, or runs/multi30k)")
-    parser.add_argument("--targets", nargs="+", choices=MANY, default=MANY, metavar="LANGUAGE", help=targets)
+    parser.add_argument("--targets", nargs="+", choices=MANY, metavar="LANGUAGE", help=targets)
     parser.add_argument(
         "--updates", type=int, help="updates of each model (default: 1,000; 400 for one target, 3,000 for Multi30k)"
     )
@@ -74,7 +75,9 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
     options = parser.parse_args(arguments)
-    options.targets = list(dict.fromkeys(options.targets))
+    if options.raw_dir is not None:
+        refuse_unused(options, "targets pairs", "is for the CLDR corpus, and --raw-dir gives Multi30k")
+    options.targets = list(dict.fromkeys(options.targets or MANY))
     options.pairs = options.pairs if options.pairs is not None else 24_000 if len(options.targets) == 1 else 64_000
     check_numbers(options, {"updates": 1, "pairs": NAMES * len(options.targets), "seed": 1})
     with in_flags():

@@ -37,6 +37,22 @@ def refused(sentence, checkpoint, *flags, folder="hf"):
         export(checkpoint, *flags, folder=folder)
 
 
+@pytest.mark.parametrize("flags", [["--beam", 4], ["--lenpen", 1.0], ["--max-len-b", 200]])
+def test_decoding_of_a_model_that_does_not_translate_is_refused(checkpoint, flags):
+    state = torch.load(checkpoint, weights_only=False)
+    state["args"].arch = "roberta_moe"
+    torch.save(state, checkpoint)
+    value = " ".join(map(str, flags))
+    refused(f"{value} is for translation models, and .*m.pt is of roberta_moe; leave it out", checkpoint, *flags)
+
+
+def test_copies_of_dense_layers_are_refused_without_experts(checkpoint):
+    state = torch.load(checkpoint, weights_only=False)
+    state["args"].router = "dense"
+    torch.save(state, checkpoint)
+    refused("--dense-as-experts is for models with experts, and .*m.pt has none", checkpoint, "--dense-as-experts")
+
+
 def tensors(folder):
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in safetensors_torch.load_file(path).items()}
 

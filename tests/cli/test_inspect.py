@@ -32,7 +32,7 @@ def test_only_the_checkpoint_file_is_needed(trained, capsys):
     "flags, message",
     [
         (["--target", "a.de"], "--target a.de needs its source sentences; give --text FILE"),
-        (["--sentences", "0"], "--sentences 0 must be at least 1"),
+        (["--text", "t", "--sentences", "0"], "--sentences 0 must be at least 1"),
         ([], "does not exist"),
     ],
 )

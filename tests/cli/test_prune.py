@@ -171,9 +171,10 @@ def test_what_is_neither_a_share_nor_a_number_is_refused(text):
         parse_keep(text)
 
 
-def test_an_open_quotation_is_refused_before_any_work(load_file):
+def test_an_open_quotation_is_refused_before_any_work(load_file, tmp_path):
+    flags = ["--data", str(tmp_path), "--generate-flags", "--beam '4"]
     with pytest.raises(ConfigurationError, match="--generate-flags .* cannot be split into words .No closing quotation."):
-        main(["prune", "in.pt", "out.pt", "--load", str(load_file), "--keep", "0.5", "--generate-flags", "--beam '4"])
+        main(["prune", "in.pt", "out.pt", "--load", str(load_file), "--keep", "0.5", *flags])
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -39,9 +39,12 @@ def wanted(cfg: Any) -> Optional[Wanted]:
             raise ConfigurationError(f"--{name.replace('_', '-')} '' is empty; give a file, or leave it out")
     if values["moe_replay"] is None and values["moe_replay_weights"] != WEIGHTS[0]:
         raise ConfigurationError(f"--moe-replay-weights {values['moe_replay_weights']} needs a trace; give --moe-replay, too")
+    interval = values["moe_trace_interval"]
+    if values["moe_trace"] is None and interval != TraceOptions.moe_trace_interval:
+        raise ConfigurationError(f"--moe-trace-interval {interval} needs a file to write to; give --moe-trace, too")
     if values["moe_trace"] is None and values["moe_replay"] is None:
         return None
-    sentence = broken_rule("--moe-trace-interval", values["moe_trace_interval"], NOT_NEGATIVE)
+    sentence = broken_rule("--moe-trace-interval", interval, NOT_NEGATIVE)
     if sentence:
         raise ConfigurationError(sentence)
     if values["moe_replay_weights"] not in WEIGHTS:

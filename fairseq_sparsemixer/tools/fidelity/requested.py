@@ -43,6 +43,8 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigurationError(f"--{flag} describes a synthetic problem; leave it out, or leave out --checkpoint")
         if not (options.text and options.target):
             raise ConfigurationError("--checkpoint needs sentences to run on: give --text FILE and --target FILE")
+        if options.seed is not None and options.draws is None:
+            raise ConfigurationError(f"--seed {options.seed} changes nothing without --draws, with --checkpoint; leave it out")
     else:
         for name in ("text", "target", "layer", "data_bin"):
             if getattr(options, name):

@@ -135,6 +135,8 @@ def test_a_model_without_experts_is_refused(build_translation_model, translation
     ({"moe_replay": "nowhere.jsonl"}, "--moe-replay nowhere.jsonl does not exist; write it with --moe-trace nowhere.jsonl"),
     ({"moe_trace": "/dev/null/trace"}, "--moe-trace /dev/null/trace cannot be written .*; give another path"),
     ({"moe_trace": ""}, "--moe-trace '' is empty; give a file, or leave it out"),
+    ({"moe_trace_interval": 5}, "--moe-trace-interval 5 needs a file to write to; give --moe-trace, too"),
+    ({"moe_replay": "t", "moe_trace_interval": 5}, "--moe-trace-interval 5 needs a file to write to"),
     ({"moe_trace": "t", "moe_trace_interval": -1}, "--moe-trace-interval -1 must be at least 0"),
     ({"moe_replay": "t", "moe_replay_weights": "mine"}, "--moe-replay-weights mine must be trace or model"),
     ({"moe_trace": "t", "moe_replay_weights": "model"}, "--moe-replay-weights model needs a trace; give --moe-replay, too"),
