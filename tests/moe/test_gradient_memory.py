@@ -78,3 +78,20 @@ def test_only_large_gradients_on_the_cpu_get_blocks_of_their_own(monkeypatch):
     assert sizes == []
     assert memory.like("in", torch.zeros(3, 4)).shape == (3, 4)
     assert sizes == [48]
+
+
+@pytest.mark.parametrize("chunks, backwards, blocks", [(1, 1, 1), (2, 1, 2), (5, 1, 2), (1, 3, 2), (2, 3, 3), (5, 3, 3)])
+def test_memory_does_not_grow_with_chunks_and_micro_batches_and_is_not_taken_anew(chunks, backwards, blocks, monkeypatch):
+    """All blocks are mapped in the first step, and gradients are added up in them."""
+    made, new = [], gradient_memory.mmap.mmap
+    monkeypatch.setattr(gradient_memory.mmap, "mmap", lambda *size, **options: made.append(size) or new(*size, **options))
+    experts = Experts(2, 3, 4)
+    rows = torch.randn(4 * chunks, 3)
+    for _ in range(3):
+        experts.zero_grad(set_to_none=True)
+        for _ in range(backwards):
+            torch.cat([experts(chunk, [1, 3]) for chunk in rows.split(4)]).sum().backward()
+        addresses = [torch.frombuffer(block, dtype=torch.float32).data_ptr() for kept in experts.gradient_memory._blocks.values()
+                     for block in kept]  # fmt: skip
+        assert {experts.weight_in.grad.data_ptr(), experts.weight_out.grad.data_ptr()} <= set(addresses)
+    assert len(made) == 2 * blocks  # of weight_in and weight_out
