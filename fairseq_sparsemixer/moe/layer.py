@@ -18,7 +18,7 @@ Arguments and results carry the data. The exceptions, where a framework's call l
 
 import warnings
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -117,22 +117,23 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         if routing.tokens is not None:
             tokens, routing = routing.tokens, replace(routing, tokens=None)
         self.routing = routing
-        always = lru_cache(maxsize=None)(partial(self._always, tokens, padding_mask))  # runs once
-        output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training), always)
-        shared = always()
-        if shared is not None:
-            output = output + shared
+        shared: List[Tensor] = []  # filled while tokens travel, or after
+        run_shared = partial(self._run_shared_experts, tokens, padding_mask, shared)
+        output = self.dispatch(tokens, mask_experts(routing, self.eom, self.training), run_shared)
+        run_shared()
+        if shared:
+            output = output + shared[0]
         if self.cmr is not None:
             output, cmr_gate = self.cmr(tokens, output, padding_mask)
             self.routing = replace(routing, cmr_gate=cmr_gate)
         return mask_output(output, self.fom, self.training).reshape(x.shape)
 
-    def _always(self, tokens: Tensor, padding_mask: Optional[Tensor]) -> Optional[Tensor]:
-        """The output of the shared experts [S, M], if there are any."""
-        if self.shared_experts is None:
-            return None
-        output: Tensor = self.shared_experts(tokens, [tokens.size(0)])
-        return output if padding_mask is None else output.masked_fill(padding_mask.unsqueeze(-1), 0)
+    def _run_shared_experts(self, tokens: Tensor, padding_mask: Optional[Tensor], outputs: List[Tensor]) -> None:
+        """Append the output of the shared experts [S, M], if there are any, unless it is there."""
+        if self.shared_experts is None or outputs:
+            return
+        output = self.shared_experts(tokens, [tokens.size(0)])
+        outputs.append(output if padding_mask is None else output.masked_fill(padding_mask.unsqueeze(-1), 0))
 
     @torch.no_grad()
     def join(self) -> None:
