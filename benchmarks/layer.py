@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import contenders, measuring
 from benchmarks.contenders import Contender, NotRunnable, Shape
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.tables import markdown_table
 
 PRESETS: Dict[str, Dict[str, Any]] = {
@@ -217,7 +218,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         print(f"{name}: cannot run here at some or all shapes ({reason})")
     if options.out:
         measuring.write_json(options.out / "layer.json", {"cases": cases, "growth": fits})
-        (options.out / "layer.md").write_text(report(cases) + "\n", encoding="utf-8")
+        write_whole(options.out / "layer.md", report(cases) + "\n")
         plot(cases, options.out / "layer.png")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.machine import processor
 
 Step = Callable[[], Any]
@@ -160,4 +161,4 @@ def _memory_gb() -> Optional[float]:
 def write_json(path: Path, result: Dict[str, Any]) -> None:
     """Write the result with the hardware it was measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"hardware": hardware(), **result}, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps({"hardware": hardware(), **result}, indent=1) + "\n")

@@ -18,6 +18,7 @@ from typing import Dict
 
 import torch
 
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
 
 STEPS = (
@@ -102,7 +103,7 @@ def main() -> None:
                 f"   {figures['seconds']:.1f} s"
             )
     if options.json:
-        options.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from benchmarks.cluster_plan import CONTEXT, LAYERS, NODE, RANKS, VOCABULARY, ma
 from benchmarks.costs import Case, Costs, Kernel
 from benchmarks.devices import OF_FLOPS, OF_LINKS, OF_MEMORY, TABLE, Device, exchange_seconds, layer_times, read_devices
 from benchmarks.fake_cuda import shim
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.tables import NOTHING, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +231,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         print(f"\n### {title}\n\n{as_markdown(table)}")
     if options.json:
         result = {"assumptions": assumptions(devices).splitlines(), "torch": version("torch"), "tables": tables}
-        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(options.json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 import os
 import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Iterable, Iterator, Optional, Union
+from typing import Iterable, Iterator, Mapping, Optional, Union
 
 try:
     import fcntl
@@ -20,17 +20,38 @@ def write_whole(path: Path, content: Union[str, bytes]) -> None:
 
     A symbolic link is kept and its target replaced. A device or pipe is written to directly. Raises OSError.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    if is_special(path):
-        # a pipe without a reader raises an error instead of blocking
-        with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
-            os.set_blocking(file.fileno(), True)
-            file.write(data)
-        return
-    target = os.path.realpath(path)
-    with unfinished_beside(target) as unfinished:
-        Path(unfinished).write_bytes(data)
-        finish(unfinished, target)
+    write_all({path: content})
+
+
+def write_all(contents: Mapping[Path, Union[str, bytes]]) -> None:
+    """Write several files as write_whole does; none of them if one cannot be written, except devices and pipes.
+
+    Raises OSError with the file's path as its filename.
+    """
+    finished = []
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            data = content.encode("utf-8") if isinstance(content, str) else content
+            try:
+                if is_special(path):
+                    _write_to_device(path, data)
+                    continue
+                target = os.path.realpath(path)
+                unfinished = stack.enter_context(unfinished_beside(target))
+                Path(unfinished).write_bytes(data)
+            except OSError as error:
+                error.filename = str(path)
+                raise
+            finished.append((unfinished, target))
+        for unfinished, target in finished:
+            finish(unfinished, target)
+
+
+def _write_to_device(path: Path, data: bytes) -> None:
+    """A pipe without a reader raises an error instead of blocking."""
+    with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
+        os.set_blocking(file.fileno(), True)
+        file.write(data)
 
 
 def is_special(path: Union[str, os.PathLike]) -> bool:

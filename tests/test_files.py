@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_sparsemixer.files import overwritten, write_whole
+from fairseq_sparsemixer.files import overwritten, write_all, write_whole
 
 
 def test_the_old_text_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
@@ -55,6 +55,15 @@ def test_concurrent_writers_leave_one_complete_text(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: write_whole(tmp_path / "figures.json", text), texts * 5))
     assert (tmp_path / "figures.json").read_text() in texts and os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_of_several_files_all_are_written_or_none(tmp_path):
+    figures = tmp_path / "a.json"
+    write_all({figures: "old", tmp_path / "b.png": b"\x89"})
+    with pytest.raises(OSError, match="No such file") as error:
+        write_all({figures: "new", tmp_path / "missing" / "b.png": b"\x89"})
+    assert error.value.filename == str(tmp_path / "missing" / "b.png")
+    assert figures.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.json", "b.png"]
 
 
 def test_a_file_with_another_name_counts_as_overwritten(tmp_path):

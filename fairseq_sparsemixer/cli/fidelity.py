@@ -12,11 +12,14 @@ examples:
 """
 
 import argparse
+from pathlib import Path
+from typing import Dict, Union
 
 from rich.console import Console
 
-from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.cli.json_file import as_json, require_json
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.files import write_all
 
 # as in tools/fidelity, which loads torch
 LOSSES = ("cross-entropy", "quadratic", "cubic")
@@ -56,10 +59,11 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print, write. Raises ConfigurationError for unusable flags."""
     from fairseq_sparsemixer.tools.fidelity.conclusions import conclusions
     from fairseq_sparsemixer.tools.fidelity.methods import select_methods
-    from fairseq_sparsemixer.tools.fidelity.plots import plot_study
+    from fairseq_sparsemixer.tools.fidelity.plots import draw_study
     from fairseq_sparsemixer.tools.fidelity.report import print_study
     from fairseq_sparsemixer.tools.fidelity.requested import build_problem, check, check_gradient
     from fairseq_sparsemixer.tools.fidelity.study import study
+    from fairseq_sparsemixer.tools.plotting import drawn
 
     try:
         check(options)
@@ -76,7 +80,13 @@ def run(options: argparse.Namespace) -> None:
     check_gradient(problem, options)
     found = study(problem, methods, draws, options.seed, orders=not options.checkpoint)
     print_study(found, Console())
+    contents: Dict[Path, Union[str, bytes]] = {}
     if options.json:
-        write_json(options.json, {**found.as_dict(), "conclusions": conclusions(found)})
+        contents[Path(options.json)] = as_json({**found.as_dict(), "conclusions": conclusions(found)})
     if options.png:
-        plot_study(found, options.png)
+        contents[Path(options.png)] = drawn(draw_study(found))
+    try:
+        write_all(contents)
+    except OSError as error:
+        flag = "--json" if options.json and error.filename == str(Path(options.json)) else "--png"
+        raise ConfigurationError(f"{flag} {error.filename} cannot be written ({error.strerror}); give another path") from None

@@ -9,7 +9,6 @@ example:
 
 import argparse
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -18,9 +17,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from fairseq_sparsemixer.cli.folder import folder
-from fairseq_sparsemixer.cli.json_file import require_json, write_json
+from fairseq_sparsemixer.cli.json_file import as_json, require_json
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.files import finish, is_special, unfinished_beside
+from fairseq_sparsemixer.files import is_special, write_all
 from fairseq_sparsemixer.tools.runs import LOAD_LOG, TRAIN_LOG, read_run
 
 COLUMNS = {
@@ -73,20 +72,13 @@ def _write(images: Dict[Path, bytes], out: Path, json_file: Optional[Path], figu
             if is_special(path) or path.is_dir() or path.is_symlink():
                 raise ConfigurationError(f"--out {out} has {path.name}, which is not a regular file; give another folder")
         out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            finished = []
-            for path, content in images.items():
-                unfinished = stack.enter_context(unfinished_beside(str(path)))
-                Path(unfinished).write_bytes(content)
-                finished.append((unfinished, str(path)))
-            if json_file is not None:
-                write_json(json_file, figures)
-            for unfinished, name in finished:
-                finish(unfinished, name)
+        write_all(images if json_file is None else {**images, json_file: as_json(figures)})
     except (OSError, ValueError) as error:
         if made and os.path.isdir(out) and not os.listdir(out):
             out.rmdir()
         if isinstance(error, ConfigurationError):
             raise
         reason = getattr(error, "strerror", None) or error
+        if json_file is not None and getattr(error, "filename", None) == str(json_file):
+            raise ConfigurationError(f"--json {json_file} cannot be written ({reason}); give another path") from None
         raise ConfigurationError(f"--out {str(out)[:300]} cannot be written ({reason}); give another folder") from None

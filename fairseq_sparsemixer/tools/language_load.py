@@ -29,6 +29,11 @@ def language_load(checkpoint: str, data_bin: Optional[str] = None, split: str = 
     experts, and sentences that do not name their language.
     """
     model, _, task = load_model(checkpoint, data_bin)
+    return load_of_model(model, task, checkpoint, split, kind)
+
+
+def load_of_model(model: nn.Module, task: Any, checkpoint: str, split: str = "test", kind: str = "target") -> LanguageLoad:
+    """language_load of a model that is loaded already, which becomes one in float32; checkpoint: for errors."""
     model.float()
     layers = named_moe_layers(model)
     if not translates(model) or not layers:

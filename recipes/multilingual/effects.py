@@ -11,6 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.study.grid import Study
 from fairseq_sparsemixer.tools.study.intervals import t_quantile
 from fairseq_sparsemixer.tools.study.results import gather
@@ -53,7 +54,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
         tables = {updates: effects(study, runs, updates) for updates in options.updates or (last // 2, last)}
         text = report(study, tables, len(runs))
         print(text)
-        (options.out / "effects.md").write_text(text + "\n", encoding="utf-8")
+        write_whole(options.out / "effects.md", text + "\n")
         plot(tables, options.out / "effects.png")
 
 

@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Dict, Tuple
+from typing import TYPE_CHECKING, Any, Dict, NamedTuple, Optional, Tuple
 
 from rich.console import Console
 
+from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.tools.machine import describe_machine
 from fairseq_sparsemixer.tools.plotting import plot_expert_load, plot_language_load, plot_valid_loss
@@ -54,8 +55,9 @@ def report(study: Study, out: Path, console: Console) -> None:
     """Show the tables of a finished study; write results.md, results.json and the plots to out/results."""
     folders = {run.router: run_folder(out, run) for run in study.runs()}
     runs = [replace(read_run(folder), name=router) for router, folder in folders.items()]
-    loads = language_loads(study, folders)
-    results = [figures(run, folder, loads) for run, folder in zip(runs, folders.values())]
+    models = {run.name: read_model(study, run.name, folder / BEST) for run, folder in zip(runs, folders.values())}
+    loads = {router: model.load for router, model in models.items() if model.load is not None}
+    results = [figures(run, folder, models[run.name]) for run, folder in zip(runs, folders.values())]
     rows = [[cell(form, result[name]) for name, form in zip(FIGURES, COLUMNS.values())] for result in results]
     notes = [LEGEND, *translation_section(gather(study, out)), f"{study.title}; {describe_machine()}"]
     text = "\n\n".join([markdown_table(list(COLUMNS), rows), *notes])
@@ -63,9 +65,9 @@ def report(study: Study, out: Path, console: Console) -> None:
 
     folder = out / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / "results.md", text + "\n")
     content = {"data": study.title, "machine": describe_machine(), "results": results}
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(content, indent=2) + "\n")
     plot_valid_loss(runs, folder / "valid_loss.png")
     plot_expert_load(runs, folder / "expert_load.png")
     if loads:
@@ -73,22 +75,34 @@ def report(study: Study, out: Path, console: Console) -> None:
     console.print(f"[green]✓[/] {', '.join(sorted(path.name for path in folder.iterdir()))} are in {folder}")
 
 
-def language_loads(study: Study, folders: Dict[str, Path]) -> Dict[str, "LanguageLoad"]:
-    """By router, which experts each target language uses on the test set; empty if there is one target language."""
-    if study.test is None or study.test.languages is None:
-        return {}
-    from fairseq_sparsemixer.tools.language_load import language_load  # loads fairseq
+class Model(NamedTuple):
+    """parameters: in total, and those that a token uses. load: which experts each target language uses on the test set.
 
-    routed = [router for router in folders if study.routers[router]["router"] != DENSE]
-    return {router: language_load(str(folders[router] / BEST)) for router in routed}
+    load is None for a dense model, and if there is one target language.
+    """
+
+    parameters: Tuple[int, int]
+    load: Optional["LanguageLoad"]
 
 
-def figures(run: Run, folder: Path, loads: Dict[str, "LanguageLoad"]) -> Dict[str, Any]:
+def read_model(study: Study, router: str, checkpoint: Path) -> Model:
+    """What the report says of a trained model, which is loaded once."""
+    from fairseq_sparsemixer.plugin.models import parameter_counts
+    from fairseq_sparsemixer.tools.language_load import load_of_model
+    from fairseq_sparsemixer.tools.sentences import load_model  # loads fairseq, which takes seconds
+
+    model, _, task = load_model(str(checkpoint), None)
+    one_language = study.test is None or study.test.languages is None
+    routed = study.routers[router]["router"] != DENSE and not one_language
+    return Model(parameter_counts(model), load_of_model(model, task, str(checkpoint)) if routed else None)
+
+
+def figures(run: Run, folder: Path, model: Model) -> Dict[str, Any]:
     """What fairseq logged of a run, its parameters, its score, and how much its experts specialise by language."""
     test = json.loads((folder / RESULT).read_text(encoding="utf-8"))["test"]
-    total, active = _count_parameters(folder / BEST)
+    total, active = model.parameters
     sizes = {"parameters": total, "active_parameters": active}
-    bits = fmean(loads[run.name].information()) if run.name in loads else None
+    bits = None if model.load is None else fmean(model.load.information())
     return {
         "router": run.name,
         **run.figures(),
@@ -97,12 +111,3 @@ def figures(run: Run, folder: Path, loads: Dict[str, "LanguageLoad"]) -> Dict[st
         "signature": test["signature"],
         "language_bits": bits,
     }
-
-
-def _count_parameters(checkpoint: Path) -> Tuple[int, int]:
-    from fairseq import checkpoint_utils  # seconds to load, and not needed where everything was done before
-
-    from fairseq_sparsemixer.plugin.models import parameter_counts
-
-    (model,), _ = checkpoint_utils.load_model_ensemble([str(checkpoint)])
-    return parameter_counts(model)

@@ -33,6 +33,16 @@ def test_the_command_prints_table_and_conclusions_and_writes_both_files(quick, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.png"]
 
 
+def test_a_plot_that_fails_leaves_no_figures(quick, tmp_path, monkeypatch):
+    def fail(study):
+        raise MemoryError
+
+    monkeypatch.setattr("fairseq_sparsemixer.tools.fidelity.plots.draw_study", fail)
+    with pytest.raises(MemoryError):
+        main([*SMALL, "--draws", "10", "--json", str(tmp_path / "f.json"), "--png", str(tmp_path / "f.png")])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_same_seed_gives_the_same_figures_except_times(tmp_path, capsys):
     for name in ("a.json", "b.json"):
         main([*SMALL, "--draws", "100", "--seed", "7", "--json", str(tmp_path / name)])

@@ -1,12 +1,12 @@
 """Plots of a fidelity study."""
 
-from pathlib import Path
 from typing import Any, Dict, List
 
-from fairseq_sparsemixer.errors import ConfigurationError
+from matplotlib.figure import Figure
+
 from fairseq_sparsemixer.tools.fidelity.study import FidelityStudy
 from fairseq_sparsemixer.tools.plotting import COLOURS as PALETTE
-from fairseq_sparsemixer.tools.plotting import new_figure, save, styled
+from fairseq_sparsemixer.tools.plotting import new_figure, styled
 
 COLOURS = {
     "switch-argmax": "#999999",
@@ -27,20 +27,14 @@ FLOOR = 1e-16  # smaller errors, which are float64 rounding, are drawn here
 
 
 @styled
-def plot_study(study: FidelityStudy, path: str) -> None:
-    """Write a PNG: bias against the number of draws (or per method, if enumerated), variance, and orders of convergence.
-
-    Raises ConfigurationError if it cannot be written.
-    """
+def draw_study(study: FidelityStudy) -> Figure:
+    """Bias against the number of draws (or per method, if enumerated), variance, and orders of convergence."""
     panels = [_plot_bias if study.draws is None else _plot_history, _plot_variance] + ([_plot_orders] if study.orders else [])
     figure = new_figure(4.8 * len(panels), 4.6)
     for panel, axis in zip(panels, figure.subplots(1, len(panels))):
         panel(study, axis)
     figure.suptitle(f"{study.problem.description}  (* arg-max rule off)", fontsize=10)
-    try:
-        save(figure, Path(path))
-    except OSError as error:
-        raise ConfigurationError(f"--png {path} cannot be written ({error.strerror}); give another path") from None
+    return figure
 
 
 def _style(method: Any) -> Dict[str, Any]:

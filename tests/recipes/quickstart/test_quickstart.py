@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from fairseq import checkpoint_utils
 
 from fairseq_sparsemixer import cli
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -43,10 +44,12 @@ def test_every_test_sentence_is_translated(quickstart):
 
 
 @pytest.mark.slow
-def test_a_second_run_does_nothing_again(quickstart, capsys):
+def test_a_second_run_does_nothing_again_and_reads_each_model_once(quickstart, capsys, monkeypatch):
     checkpoint = quickstart / RUN / "checkpoints" / "checkpoint_last.pt"
-    before = checkpoint.stat().st_mtime_ns
+    before, read, paths = checkpoint.stat().st_mtime_ns, checkpoint_utils.load_checkpoint_to_cpu, []
+    monkeypatch.setattr(checkpoint_utils, "load_checkpoint_to_cpu", lambda *a, **k: paths.append(a[0]) or read(*a, **k))
     main(["--out", str(quickstart), *SMALL])
+    assert len(paths) == 1
     assert checkpoint.stat().st_mtime_ns == before
     assert capsys.readouterr().out.count("done before") == 2  # the data, and the run with its translation
 
@@ -81,6 +84,12 @@ def study_of(tmp_path):
         return write_study(options, text_of(options), tmp_path / "study.yaml")
 
     return make
+
+
+@pytest.mark.parametrize("flags", [["--targets", "de"], ["--pairs", "24000"]])
+def test_flags_of_the_cldr_corpus_are_refused_for_multi30k(flags):
+    with pytest.raises(ConfigurationError, match="is for the CLDR corpus, and --raw-dir gives Multi30k; leave it out"):
+        parse_options(["--raw-dir", "raw", *flags])
 
 
 def test_the_study_has_the_routers_budget_and_seed_that_were_asked_for(study_of, tmp_path):
