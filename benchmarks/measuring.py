@@ -147,7 +147,8 @@ def hardware() -> Dict[str, Any]:
     facts = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         return {**facts, "device": torch.cuda.get_device_name()}
-    return {**facts, "device": f"CPU, {torch.get_num_threads()} threads of {processor()}", "memory_gb": _memory_gb()}
+    cpu = f"{torch.get_num_threads()} threads of {processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {**facts, "device": f"CPU, {cpu}", "memory_gb": _memory_gb()}
 
 
 def _memory_gb() -> Optional[float]:
