@@ -7,7 +7,8 @@ differentiable; functions.py is. Tensors are contiguous, apart from stacked matr
 import functools
 import importlib
 import os
-from typing import Any, Callable, Optional, Tuple
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ def implementation(name: str, tensor: Tensor) -> Callable[..., Any]:
     return of_reference
 
 
+def on_device_of(tensor: Tensor) -> ContextManager[Any]:
+    """A context in which the tensor's GPU is the thread's current device, where Triton launches; a new thread's is GPU 0."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
 def _op(fake: Callable[..., Any], *mutated: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a signature a custom op whose results on fake tensors are those of `fake`."""
 
@@ -42,7 +50,9 @@ def _op(fake: Callable[..., Any], *mutated: str) -> Callable[[Callable[..., Any]
 
         @functools.wraps(signature)
         def run(*arguments: Any) -> Any:
-            return implementation(name, next(filter(torch.is_tensor, arguments)))(*arguments)
+            tensor: Tensor = next(filter(torch.is_tensor, arguments))
+            with on_device_of(tensor):
+                return implementation(name, tensor)(*arguments)
 
         op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutated)
         op.register_fake(fake)

@@ -1,11 +1,13 @@
 """When the layer uses the fused kernels."""
 
+import contextlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fairseq_sparsemixer.moe.kernels import choice, self_check
+from fairseq_sparsemixer.moe.kernels import choice, ops, self_check
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -92,3 +94,29 @@ def test_a_difference_is_noticed(monkeypatch):
     assert self_check.agrees(name, arguments)
     monkeypatch.setattr(self_check.ops, name, lambda *given: self_check.reference.tile_sums(*given) * 1.001)
     assert not self_check.agrees(name, arguments)
+
+
+@pytest.mark.parametrize("current, left", [(0, True), (1, False)])
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(current, left, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(device))
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), get_device=lambda: 1)
+    with ops.on_device_of(tensor) as entered:
+        assert entered == (tensor.device if left else None)
+
+
+def test_every_op_runs_with_its_gpu_as_the_current_device(monkeypatch):
+    events, run = [], ops.implementation
+
+    @contextlib.contextmanager
+    def recorded(tensor):
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    monkeypatch.setattr(ops, "on_device_of", recorded)
+    monkeypatch.setattr(ops, "implementation", lambda name, tensor: events.append(name) or run(name, tensor))
+    for name, arguments in self_check.examples(CPU, torch.float32):
+        events.clear()
+        getattr(ops, name)(*arguments)
+        assert events == ["enter", name, "leave"]
