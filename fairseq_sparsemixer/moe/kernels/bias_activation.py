@@ -16,9 +16,10 @@ TILE, COLUMNS = 32, 128
 @triton.jit
 def _kernel(product, bias, ends, keep, out, N, H, E, factor, KIND: tl.constexpr, GATED: tl.constexpr, DROPS: tl.constexpr,
             TILE: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    expert, begin, stop, end = tile_of(ends, tl.program_id(1), N, E, TILE, GROUPS)
+    across = tl.cdiv(H, C)
+    expert, begin, stop, end = tile_of(ends, tl.program_id(0) // across, N, E, TILE, GROUPS)
     row = begin + tl.arange(0, TILE)
-    column = tl.program_id(0) * C + tl.arange(0, C)
+    column = (tl.program_id(0) % across) * C + tl.arange(0, C)
     inside = (row < stop)[:, None] & (column < H)[None, :]
     live = (row < end)[:, None] & (column < H)[None, :]
     width = 2 * H if GATED else H
@@ -43,7 +44,7 @@ def run(product: Tensor, bias: Tensor, ends: Tensor, activation: str, keep: Opti
     hidden = width // 2 if activation in GATED else width
     out = product.new_empty(rows, hidden)
     if out.numel():
-        grid = (triton.cdiv(hidden, COLUMNS), num_tiles(rows, experts, TILE))
+        grid = (triton.cdiv(hidden, COLUMNS) * num_tiles(rows, experts, TILE),)  # other axes have at most 65,535 programs
         options = kind_of(activation), activation in GATED, keep is not None, TILE, COLUMNS, padded_groups(experts)
         _kernel[grid](product, bias, ends, product if keep is None else keep, out, rows, hidden, experts, factor, *options)
     return out

@@ -18,9 +18,10 @@ STEP, COLUMNS = 16, 128
 def _kernel(grad, kept, bias, ends, keep, grad_inner, hidden, sums, N, H, E, factor, KIND: tl.constexpr, GATED: tl.constexpr,
             DROPS: tl.constexpr, RECOMPUTES: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr,
             GROUPS: tl.constexpr):  # fmt: skip
-    tile = tl.program_id(1)
+    across = tl.cdiv(H, C)
+    tile = tl.program_id(0) // across
     expert, begin, stop, end = tile_of(ends, tile, N, E, TILE, GROUPS)
-    column = tl.program_id(0) * C + tl.arange(0, C)
+    column = (tl.program_id(0) % across) * C + tl.arange(0, C)
     width = 2 * H if GATED else H
     mask = column < H
     own = expert.to(tl.int64) * width + column
@@ -78,6 +79,6 @@ def run(
     options = kind_of(activation), activation in GATED, factor != 1, recomputes, BIAS_TILE, STEP, COLUMNS, padded_groups(experts)
     given = grad if keep is None else keep
     sizes = rows, hidden_dim, experts, factor
-    grid = (triton.cdiv(hidden_dim, COLUMNS), tiles)
+    grid = (triton.cdiv(hidden_dim, COLUMNS) * tiles,)
     _kernel[grid](grad, kept, bias, ends, given, grad_inner, hidden, sums, *sizes, *options)
     return grad_inner, hidden, sums

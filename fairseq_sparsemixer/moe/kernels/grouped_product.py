@@ -18,9 +18,10 @@ STAGES, WARPS = 3, 8  # 96 KiB of shared memory: also fits compute capability 8.
 @triton.jit
 def _kernel(rows, matrices, ends, out, N, A, B, E, stride_e, stride_a, stride_b, TILE: tl.constexpr, C: tl.constexpr,
             STEP: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
-    expert, begin, stop, end = tile_of(ends, tl.program_id(1), N, E, TILE, GROUPS)
+    across = tl.cdiv(B, C)
+    expert, begin, stop, end = tile_of(ends, tl.program_id(0) // across, N, E, TILE, GROUPS)
     row = begin + tl.arange(0, TILE)
-    column = tl.program_id(0) * C + tl.arange(0, C)
+    column = (tl.program_id(0) % across) * C + tl.arange(0, C)
     there, inside = row < end, column < B
     source = rows + row[:, None].to(tl.int64) * A
     matrix = matrices + expert.to(tl.int64) * stride_e + column[None, :].to(tl.int64) * stride_b
@@ -40,7 +41,7 @@ def run(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     total, inner, columns, experts = rows.size(0), rows.size(1), matrices.size(2), ends.size(0)
     out = rows.new_empty(total, columns)
     step = BYTES // rows.element_size()
-    grid = (triton.cdiv(columns, COLUMNS), num_tiles(total, experts, TILE))
+    grid = (triton.cdiv(columns, COLUMNS) * num_tiles(total, experts, TILE),)
     _kernel[grid](
         rows, matrices, ends, out, total, inner, columns, experts, *matrices.stride(), TILE, COLUMNS, step,
         padded_groups(experts), num_stages=STAGES, num_warps=WARPS,

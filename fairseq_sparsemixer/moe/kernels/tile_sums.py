@@ -13,9 +13,10 @@ STEP, COLUMNS = 32, 128
 
 @triton.jit
 def _kernel(rows, ends, sums, N, M, E, TILE: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr):
-    tile = tl.program_id(1)
+    across = tl.cdiv(M, C)
+    tile = tl.program_id(0) // across
     _, begin, _, end = tile_of(ends, tile, N, E, TILE, GROUPS)
-    column = tl.program_id(0) * C + tl.arange(0, C)
+    column = (tl.program_id(0) % across) * C + tl.arange(0, C)
     total = tl.zeros([C], tl.float32)
     for first in range(begin, end, STEP):
         row = first + tl.arange(0, STEP)
@@ -29,6 +30,6 @@ def run(rows: Tensor, ends: Tensor) -> Tensor:
     total, width, experts = rows.size(0), rows.size(1), ends.size(0)
     tiles = num_tiles(total, experts, BIAS_TILE)
     sums = rows.new_empty(tiles, width, dtype=torch.float32)
-    grid = (triton.cdiv(width, COLUMNS), tiles)
+    grid = (triton.cdiv(width, COLUMNS) * tiles,)
     _kernel[grid](rows, ends, sums, total, width, experts, BIAS_TILE, STEP, COLUMNS, padded_groups(experts))
     return sums
