@@ -105,11 +105,12 @@ class Experts(nn.Module):
     def _feed_forward(self, rows: Tensor, counts: Union[Sequence[int], Tensor]) -> Tensor:
         weights, dropout = self.weights(rows), self.current_dropout
         rows = rows.to(weights.weight_in.dtype)
-        if torch.is_tensor(counts):
+        if torch.is_tensor(counts) and rows.size(0):  # torch's grouped product is not made for no rows (pytorch#192497)
             if self.activation_name and self.is_fused(rows):
                 ends = counts.cumsum(0, dtype=torch.int32)
                 return functions.feed_forward(rows, *weights, ends, self.activation_name, dropout)
             return feed_forward_grouped(rows, weights, counts, self.activation, dropout)
+        counts = [0] * counts.numel() if torch.is_tensor(counts) else counts
         return feed_forward_by_expert(rows, weights, counts, self.activation, dropout, self.gradient_memory)
 
     def takes_device_counts(self, rows: Tensor) -> bool:

@@ -17,7 +17,7 @@ from fairseq_sparsemixer.moe.experts import ACTIVATIONS, GATED_ACTIVATIONS, Expe
 from fairseq_sparsemixer.moe.feed_forward import Weights, feed_forward_by_expert, groups_of
 from fairseq_sparsemixer.moe.gates import GATES
 from fairseq_sparsemixer.moe.grouped import feed_forward_grouped
-from fairseq_sparsemixer.moe.kernels import choice
+from fairseq_sparsemixer.moe.kernels import choice, functions
 from fairseq_sparsemixer.moe.kernels.choice import can_group, leaves_garbage
 
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
@@ -290,3 +290,28 @@ def test_every_width_of_the_experts_decides_whether_counts_stay_on_the_device(ac
 def test_blackwell_leaves_the_gradients_of_idle_experts_uninitialised(device, capability, leaves, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert leaves_garbage(torch.device(device)) is leaves
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_rows_reach_no_grouped_product_of_torch(fused, monkeypatch):
+    product, counts = F.grouped_mm, []
+
+    def counted(one, other, **options):
+        counts.append(min(one.shape))
+        return product(one, other, **options)
+
+    monkeypatch.setattr(choice, "can_group", lambda *sizes: True)
+    monkeypatch.setattr(F, "grouped_mm", counted)
+    experts = Experts(3, 8, 16).bfloat16()
+    for rows in (torch.randn(2, 8), torch.randn(0, 8)):
+        counts.clear()
+        rows, received = rows.bfloat16().requires_grad_(), torch.tensor([len(rows), 0, 0])
+        with choice.forced(fused):
+            experts(rows, received).sum().backward()
+            functions.feed_forward(
+                rows, *experts.weights(rows)[:3], None, received.cumsum(0, dtype=torch.int32), "relu"
+            ).sum().backward()
+        assert rows.grad.shape == rows.shape and bool(counts) == bool(len(rows)) and 0 not in counts
+        assert bool(experts.weight_in.grad.any()) == bool(len(rows))
+        experts.zero_grad()

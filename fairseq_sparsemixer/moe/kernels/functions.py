@@ -153,14 +153,14 @@ def feed_forward(
 
 
 def _product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    if choice.can_group(rows.device, rows.dtype, *matrices.shape[1:]):
+    if rows.size(0) and choice.can_group(rows.device, rows.dtype, *matrices.shape[1:]):
         return F.grouped_mm(rows, matrices, offs=ends)
     product: Tensor = ops.grouped_product(rows, matrices, ends)
     return product
 
 
 def _weight_gradient(inputs: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    if not choice.can_group(inputs.device, inputs.dtype, inputs.size(1), grad.size(1)):
+    if not (inputs.size(0) and choice.can_group(inputs.device, inputs.dtype, inputs.size(1), grad.size(1))):
         of_triton: Tensor = ops.grouped_weight_gradient(inputs, grad, ends)
         return of_triton
     gradient = F.grouped_mm(inputs.t(), grad, offs=ends)
