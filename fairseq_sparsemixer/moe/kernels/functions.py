@@ -218,6 +218,7 @@ class _Route(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, noise: Optional[Tensor], bias: Optional[Tensor], padding_mask: Optional[Tensor],
                 options: RouterOptions) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         logits = logits.contiguous()
+        noise, bias, padding_mask = (None if given is None else given.contiguous() for given in (noise, bias, padding_mask))
         index, weight, probabilities, sums = ops.route(logits, noise, bias, padding_mask, *options[:-1])
         balance, router_z, slopes = ops.route_losses(sums, options.k)
         ctx.save_for_backward(logits, noise, padding_mask, index, slopes)

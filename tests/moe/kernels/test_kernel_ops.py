@@ -296,6 +296,20 @@ def test_switch_routing_agrees_with_its_own_function_in_float64(tokens, experts,
     compare_routing(reference, RouterOptions("switch", 1), logits, jitter, bias, padding)
 
 
+@pytest.mark.parametrize("router", ["switch", "sparsemixer"])
+def test_masks_and_numbers_between_others_in_memory_are_read_right(router):
+    logits, padding, bias = torch.randn(9, 4), torch.rand(9, 3) < 0.5, torch.randn(4, 2)
+    uniform = torch.rand(9, 4) if router == "switch" else torch.rand(9, 1, 5)
+    noise = torch.stack([uniform, torch.full_like(uniform, 0.5)], -1)[..., 0]
+    found, options = [], RouterOptions(router, 1, 0.5, node=1)
+    for given in ((noise, bias[:, 0], padding[:, 0]), (uniform, bias[:, 0].clone(), padding[:, 0].clone())):
+        leaf = logits.clone().requires_grad_()
+        routed = functions.route(leaf, *given, options)
+        (routed[1].sum() + routed[3] + routed[4]).backward()
+        found.append([*routed, leaf.grad])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
 def test_a_batch_of_padding_alone_has_no_losses_and_no_gradient():
     logits = torch.randn(4, 3, requires_grad=True)
     found = fused_routing(logits, torch.ones(4, dtype=torch.bool), None, None, RouterOptions("switch", 1))
