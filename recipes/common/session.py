@@ -15,6 +15,7 @@ from rich.console import Console
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.moe.gates import DENSE, GATES
+from fairseq_sparsemixer.plugin.models.router_options import named_options
 from fairseq_sparsemixer.tools.programs import INTERRUPTED, interrupted_by_sigterm
 from recipes.common.progress import Meter, format_command, run_program
 from recipes.common.steps import fingerprint, finished, run_step, state_of
@@ -47,9 +48,11 @@ class Session:
 
     @property
     def run(self) -> Path:
-        """The folder of a training run: one per router, number of experts and seed."""
-        router, experts = self.options.router, "" if self.options.router == DENSE else f"-e{self.options.num_experts}"
-        return self.out / f"{router}{experts}-seed{self.options.seed}"
+        """The folder of a training run: one per router with its options, number of experts and seed."""
+        options = self.options
+        chosen = "".join(f"-{name}_{value}" for name, value in named_options(options.router, options.router_option).items())
+        experts = "" if options.router == DENSE else f"-e{options.num_experts}"
+        return self.out / f"{options.router}{chosen}{experts}-seed{options.seed}"
 
     @property
     def small(self) -> bool:
@@ -122,6 +125,9 @@ def main(recipe: Recipe, arguments: Optional[Sequence[str]] = None) -> None:
     check_numbers(options, LEAST)
     if options.router != DENSE and options.router not in GATES:
         raise ConfigurationError(f"--router {options.router} is unknown; choose from {', '.join([DENSE, *sorted(GATES)])}")
+    if options.router == DENSE and options.router_option:
+        raise ConfigurationError(f"--router-option {options.router_option} does not work with --router {DENSE}; leave it out")
+    named_options(options.router, options.router_option)  # refuses what the router does not take
     session = Session(recipe.name, options)
     keep_apart(options.raw_dir, session.out)
     with file_errors_said(session.out):
@@ -188,6 +194,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes for preparing text")
     group = parser.add_argument_group("train and evaluate")
     group.add_argument("--router", default="sparsemixer", metavar="R", help="router, see docs/routers.md (default: %(default)s)")
+    group.add_argument("--router-option", metavar="NAME=VALUE[,...]", help="the router's options, as for fairseq-train")
     group.add_argument("--num-experts", type=int, default=4, metavar="E", help="experts per MoE layer (default: %(default)s)")
     group.add_argument("--seed", type=int, default=1, metavar="N", help="training seed (default: %(default)s)")
     group.add_argument("--updates", type=int, metavar="N", help="training updates (default: the recipe's)")

@@ -46,6 +46,8 @@ def train(
     block = settings.get("task.tokens_per_sample") or content.get("task", {}).get("tokens_per_sample")
     settings["optimization.max_update"] = updates
     settings.update({"common.seed": options.seed, "model.router": options.router, "model.num_experts": options.num_experts})
+    if options.router_option:
+        settings["+model.router_option"] = options.router_option
     # defines the run; the number of devices is left out, because it may change when resuming
     identity = {
         "config": config.read_text(encoding="utf-8"),

@@ -104,6 +104,21 @@ def test_a_run_with_other_settings_is_not_overwritten(run, tmp_path):
     assert checkpoint.exists()
 
 
+def test_a_routers_options_reach_training_and_name_the_run(run, capsys):
+    run("--dry-run", "--router-option", "sampled=false,scaled=false")
+    said = capsys.readouterr().out
+    assert "+model.router_option" in said and "sampled=false,scaled=false" in said
+    assert "sparsemixer-sampled_False-scaled_False-e4-seed1" in said
+
+
+@pytest.mark.parametrize(
+    "router, option", [("sparsemixer", "temperature=2"), ("sparsemixer", "a/b=c"), ("switch", "x"), ("dense", "x=1")]
+)
+def test_options_that_a_router_does_not_take_are_refused(run, router, option):
+    with pytest.raises(ConfigurationError, match=f"--router-option {option} (does not work with --router {router}|must be NAME)"):
+        run("--router", router, "--router-option", option)
+
+
 def test_an_unknown_router_is_refused_with_the_list_of_routers(run):
     with pytest.raises(ConfigurationError, match="--router swich is unknown; choose from .*switch"):
         run("--router", "swich")

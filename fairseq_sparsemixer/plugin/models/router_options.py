@@ -1,6 +1,6 @@
 """Maps flags to a router's options."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import gate_class, gate_options, routers_with
@@ -26,7 +26,7 @@ def router_options(cfg: Any) -> Dict[str, Any]:
                 chosen[option] = value
         elif value != field.default and not (option == "top_k" and value == gate_class(cfg.router).top_k):
             raise ConfigurationError(_refusal(option, value, cfg.router))
-    return {**chosen, **_further_options(cfg)}
+    return {**chosen, **named_options(cfg.router, getattr(cfg, "router_option", None))}
 
 
 def _refusal(option: str, value: Any, router: str) -> str:
@@ -37,20 +37,19 @@ def _refusal(option: str, value: Any, router: str) -> str:
     return f"{FLAGS[option]} {value} does not work with --router {router}, {why}; routers that take it: {others}"
 
 
-def _further_options(cfg: Any) -> Dict[str, Any]:
+def named_options(router: str, text: Optional[str]) -> Dict[str, Any]:
     """Names and values given by --router-option. Raises ConfigurationError for options that the router does not take."""
     given: Dict[str, Any] = {}
-    text = getattr(cfg, "router_option", None)
     for pair in text.split(",") if text else []:
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not (name and equals and value):
             raise ConfigurationError(f"--router-option {text} must be NAME=VALUE, or several of them separated by commas")
         if name in FIELDS:
             raise ConfigurationError(f"--router-option {name}={value} has its own flag; give {FLAGS[name]} {value}")
-        own = [option for option in gate_options(cfg.router) if option not in FIELDS]
+        own = [option for option in gate_options(router) if option not in FIELDS]
         if name not in own:
             takes = f"it takes {', '.join(own)}" if own else "it takes none besides its flags"
-            raise ConfigurationError(f"--router-option {name}={value} does not work with --router {cfg.router}; {takes}")
+            raise ConfigurationError(f"--router-option {name}={value} does not work with --router {router}; {takes}")
         if name in given:
             raise ConfigurationError(f"--router-option {text} gives {name} twice; give it once")
         given[name] = _value(value)
