@@ -1,4 +1,4 @@
-"""Memory of `fairseq-sparsemixer reshard`: converts a random checkpoint in processes that record their own memory.
+"""Memory of `fairseq-sparsemixer reshard` and `prune`: converts a random checkpoint in processes that record their own memory.
 
 Prints the size of the checkpoint and, per conversion, the peaks of the memory that the process owns (RssAnon) and of the file
 pages it maps (RssFile; the system may drop these from memory at any time). Linux only.
@@ -13,18 +13,30 @@ import multiprocessing
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import Dict
+from typing import Any, Callable, Dict
 
 import torch
 
 from fairseq_sparsemixer.files import write_whole
-from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
+from fairseq_sparsemixer.plugin.checkpoints.pruning import prune
+from fairseq_sparsemixer.plugin.checkpoints.resharding import read_any, reshard
+
+
+def prune_half(source: str, target: str) -> None:
+    """Remove the first half of each layer's experts."""
+    state = read_any(source)[0][0]
+    layers = [f"encoder.layers.{index}" for index in range(state["args"].encoder_layers)]
+    prune(source, target, {layer: list(range(state["args"].num_experts)) for layer in layers}, keep=0.5)
+
 
 STEPS = (
-    ("portable -> 4 files", "whole", "four", 4),
-    ("4 files -> 2 files", "four", "two", 2),
-    ("2 files -> portable", "two", "back", 1),
+    ("portable -> 4 files", "whole", "four", partial(reshard, size=4)),
+    ("4 files -> 2 files", "four", "two", partial(reshard, size=2)),
+    ("2 files -> portable", "two", "back", partial(reshard, size=1)),
+    ("portable, half pruned", "whole", "half", prune_half),
+    ("4 files, half pruned", "four", "quarter", prune_half),
 )
 
 
@@ -32,12 +44,15 @@ def make_checkpoint(path: Path, layers: int, experts: int, model_dim: int) -> No
     """Write a checkpoint with layers of experts model_dim -> 4 model_dim and Adam's two moments of each."""
     model, moments = {}, {}
     for index in range(layers):
-        model[f"layers.{index}.experts.weight_in"] = torch.randn(experts, model_dim, 4 * model_dim)
+        layer = f"encoder.layers.{index}.fc1.moe"
+        model[f"{layer}.experts.weight_in"] = torch.randn(experts, model_dim, 4 * model_dim)
+        model[f"{layer}.gate.projection.weight"] = torch.randn(experts, model_dim)
         moments[index] = {"exp_avg": torch.randn(experts, model_dim, 4 * model_dim)}
         moments[index]["exp_avg_sq"] = moments[index]["exp_avg"].square()
     torch.save(
         {
             "model": model,
+            "args": argparse.Namespace(arch="transformer_moe", router="switch", num_experts=experts, encoder_layers=layers),
             "last_optimizer_state": {"state": moments, "param_groups": []},
             "expert_parallel": {"size": 1, "index": 0, "save": None, "optimizer": list(moments)},
         },
@@ -51,7 +66,7 @@ def resident() -> Dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
-def convert(source: Path, target: Path, size: int, pipe) -> None:
+def convert(source: Path, target: Path, action: Callable[..., Any], pipe) -> None:
     """Convert, and send the duration and the peaks beyond what the process held before."""
     before, peak, done = resident(), resident(), threading.Event()
 
@@ -64,7 +79,7 @@ def convert(source: Path, target: Path, size: int, pipe) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    reshard(str(source), str(target), size)
+    action(str(source), str(target))
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
@@ -90,9 +105,9 @@ def main() -> None:
         size = (folder / "whole.pt").stat().st_size
         tensor = options.num_experts * 4 * options.model_dim**2 * 4
         print(f"checkpoint {size / 2**20:,.0f} MiB, largest tensor {tensor / 2**20:,.0f} MiB")
-        for title, source, target, files in STEPS:
+        for title, source, target, action in STEPS:
             ours, theirs = multiprocessing.Pipe()
-            arguments = (folder / f"{source}.pt", folder / f"{target}.pt", files, theirs)
+            arguments = (folder / f"{source}.pt", folder / f"{target}.pt", action, theirs)
             process = multiprocessing.Process(target=convert, args=arguments)
             process.start()
             figures = ours.recv()

@@ -2,7 +2,8 @@
 
 The load is that of a --moe-load-file of the model's training; --by language needs one with --moe-load-languages. IN may be
 sharded, named as if it were one file; OUT is one file for any number of ranks, unless --expert-parallel-size is given. The
-optimizer state is left out: it belongs to the larger model. With --data, both models translate, and the BLEU is shown.
+optimizer state is left out: it belongs to the larger model. With --data, both models translate, and the BLEU is shown; a
+sharded IN is copied to a temporary file beside OUT for that.
 
 examples:
   fairseq-sparsemixer prune run/checkpoint_best.pt small.pt --load run/load.jsonl --keep 0.5
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uneven", action="store_true", help=uneven)
     files = "files of OUT, one for each rank that shares the experts (default: %(default)s)"
     parser.add_argument("--expert-parallel-size", type=int, default=1, metavar="G", help=files)
-    parser.add_argument("--data", metavar="DIR", help="binarised data: show the BLEU of IN (one file) and OUT on it")
+    parser.add_argument("--data", metavar="DIR", help="binarised data: show the BLEU of IN and OUT on it")
     flags = f"with --data: further flags of fairseq-generate (default: '{GENERATE_FLAGS}')"
     parser.add_argument("--generate-flags", metavar="FLAGS", help=flags)
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write OUT; print what is left, and the flags to train it with."""
     from fairseq_sparsemixer.plugin.checkpoints.pruning import parse_keep, prune
-    from fairseq_sparsemixer.tools.pruning import bleu_of, expert_scores
+    from fairseq_sparsemixer.tools.pruning import as_one_file, bleu_of, expert_scores
 
     if options.by != "language":
         refuse_unused(options, "languages", "is only for --by language")
@@ -70,9 +71,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"to fine-tune it (--finetune-from-model): {done.flags}")
     bleu = None
     if options.data:
-        bleu = {
-            name: bleu_of(path, options.data, flags) for name, path in (("before", options.source), ("after", options.target))
-        }
+        with as_one_file(options.source, options.target) as source:
+            bleu = {"before": bleu_of(source, options.data, flags), "after": bleu_of(options.target, options.data, flags)}
         print(f"BLEU {bleu['before']:.2f} -> {bleu['after']:.2f}")
     if options.json:
         write_json(options.json, {**vars(done), "bleu": bleu})

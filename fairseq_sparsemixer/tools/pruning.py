@@ -1,10 +1,12 @@
 """What `prune` needs beside the checkpoint: the experts' scores from load files, and the BLEU of a checkpoint."""
 
+import os
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import WRAPPERS
@@ -38,6 +40,20 @@ def _largest_shares(path: Path, load: ExpertLoad, languages: Optional[Sequence[s
         raise ConfigurationError(f"--languages {unknown[0]} is not in {path}; it has {', '.join(table.languages)}")
     chosen = [index for index, name in enumerate(table.languages) if languages is None or name in languages]
     return [[max(column) for column in zip(*(rows[index] for index in chosen))] for rows in table.shares()]
+
+
+@contextmanager
+def as_one_file(checkpoint: str, target: str) -> Iterator[str]:
+    """The path of a checkpoint that fairseq-generate can read: a sharded one is copied to a temporary file beside `target`."""
+    from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard  # loads torch
+
+    if os.path.exists(checkpoint):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(target)), prefix=".prune-") as folder:
+        whole = os.path.join(folder, "whole.pt")
+        reshard(checkpoint, whole, 1, with_optimizer=False)
+        yield whole
 
 
 def bleu_of(checkpoint: str, data: str, flags: Sequence[str]) -> float:

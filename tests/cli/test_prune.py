@@ -12,6 +12,8 @@ from fairseq_sparsemixer.moe.layer import moe_layers, named_moe_layers
 from fairseq_sparsemixer.names import FIRST_WEIGHT
 from fairseq_sparsemixer.plugin.checkpoints.layout import shard_path
 from fairseq_sparsemixer.plugin.checkpoints.pruning import choose_experts, parse_keep
+from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
+from fairseq_sparsemixer.tools.pruning import as_one_file
 from fairseq_sparsemixer.tools.sentences import load_model, make_sample
 
 LAYERS = ["encoder.layers.0", "decoder.layers.0"]
@@ -120,14 +122,17 @@ def test_files_that_cannot_share_the_experts_are_refused(checkpoint, tmp_path, l
 
 
 @pytest.mark.slow
-def test_the_bleu_before_and_after_is_sacrebleus_of_both_models(
+def test_the_bleu_before_and_after_of_a_sharded_checkpoint_is_sacrebleus_of_both_models(
     checkpoint, run_fairseq, translation_data, tmp_path, load_file, capsys
 ):
     subset = ["--gen-subset", "valid", "--beam", "1", "--required-batch-size-multiple", "1"]
     source = checkpoint("switch", "--max-epoch", 30)
+    sharded = str(tmp_path / "two.pt")
+    reshard(source, sharded, 2)
     target = prune(
-        source, tmp_path, load_file, "--keep", "1", "--data", str(translation_data), "--generate-flags", " ".join(subset)
+        sharded, tmp_path, load_file, "--keep", "1", "--data", str(translation_data), "--generate-flags", " ".join(subset)
     )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pruned.pt"]
     found = json.loads((tmp_path / "f.json").read_text())["bleu"]
     assert f"BLEU {found['before']:.2f} -> {found['after']:.2f}" in capsys.readouterr().out
     for path, value in ((source, found["before"]), (target, found["after"])):
@@ -138,6 +143,12 @@ def test_the_bleu_before_and_after_is_sacrebleus_of_both_models(
         hypotheses, references = ([side[number] for number in numbers] for side in sides)
         assert len(numbers) == 8 and value == pytest.approx(BLEU().corpus_score(hypotheses, [references]).score)
     assert found["before"] != found["after"]
+
+
+def test_one_file_is_tested_where_it_is(tmp_path):
+    (tmp_path / "m.pt").write_bytes(b"")
+    with as_one_file(str(tmp_path / "m.pt"), str(tmp_path / "out.pt")) as path:
+        assert path == str(tmp_path / "m.pt")
 
 
 def test_the_bleu_of_several_files_is_refused(tmp_path, load_file):

@@ -48,11 +48,11 @@ class Resharded:
     optimizer_state: bool
 
 
-def reshard(source: str, target: str, size: int) -> Resharded:
+def reshard(source: str, target: str, size: int, with_optimizer: bool = True) -> Resharded:
     """Write the checkpoint `source` as `target`, its experts in `size` files; 1: one portable file.
 
     A sharded checkpoint is named as if it were one file: `checkpoint_last.pt` for checkpoint_last-rank-0.pt etc. All
-    tensors, including the optimizer's state, are kept bit for bit. Raises ConfigurationError for unusable files.
+    tensors are kept bit for bit, the optimizer's state included if wanted. Raises ConfigurationError for unusable files.
     """
     refuse_special_target(target)
     states, read = read_any(source)
@@ -60,6 +60,8 @@ def reshard(source: str, target: str, size: int) -> Resharded:
         num_experts = _count_experts(source, states)
     if size < 1 or num_experts % size:
         raise ConfigurationError(f"--expert-parallel-size {size} does not divide the {num_experts} experts of {source}")
+    if not with_optimizer:
+        states = [{**state, "last_optimizer_state": None} for state in states]
     optimizer = layout_of(states[0])["optimizer"]
     if states[0].get("last_optimizer_state") and optimizer is None:
         raise ConfigurationError(
