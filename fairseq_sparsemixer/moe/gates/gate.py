@@ -112,7 +112,8 @@ class Gate(nn.Module):
 
     def forward(self, tokens: Tensor, padding_mask: Optional[Tensor] = None, token_ids: Optional[Tensor] = None) -> Routing:
         """tokens [S, M], padding_mask [S] (True = padding), token_ids [S] if the model knows them -> Routing."""
-        if tokens.dtype != torch.float64 and choice.fused(tokens.device, tokens.dtype):
+        plain = type(self).logits is Gate.logits  # a subclass may compute them in another way
+        if plain and tokens.dtype != torch.float64 and choice.fused(tokens.device, tokens.dtype):
             logits, passed = functions.project(tokens, self.projection.weight)
             bias = self.projection.bias
             routing = self.route(logits if bias is None else logits + bias.to(logits.dtype), padding_mask)

@@ -13,7 +13,9 @@ from fairseq_sparsemixer.moe.experts import KNOWN, Experts
 from fairseq_sparsemixer.moe.gates import GATES, sparsemixer, sparsemixer_v2
 from fairseq_sparsemixer.moe.gates.sparsemixer import SamplingNoise, SparseMixerGate
 from fairseq_sparsemixer.moe.gates.sparsemixer_v2 import SparseMixerV2Gate
+from fairseq_sparsemixer.moe.gates.switch import SwitchGate
 from fairseq_sparsemixer.moe.kernels import choice, functions
+from fairseq_sparsemixer.moe.layer import MoELayer
 
 TOKENS, M, H, E = 20, 16, 24, 4
 FUSED_ROUTERS = {"switch", "sparsemixer", "sparsemixer_v2"}
@@ -142,6 +144,19 @@ def test_the_fused_path_compiles_without_a_graph_break(router, training, same_no
         return torch.compile(own, backend="aot_eager", fullgraph=True)(*inputs)
 
     torch.testing.assert_close(step(layer, x, None, True, compiled), step(layer, x, None, True))
+
+
+class ColdGate(SwitchGate):
+    """A gate of a user's own, with other logits."""
+
+    def logits(self, tokens):
+        return super().logits(tokens) * 5
+
+
+def test_logits_of_a_gates_own_are_used_on_both_paths():
+    layer = MoELayer(ColdGate(M, E, jitter_eps=0.0), Experts(E, M, H))
+    x = torch.randn(TOKENS, M)
+    torch.testing.assert_close(*(step(layer, x, None, fused) for fused in (True, False)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
