@@ -25,6 +25,7 @@ from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import gathering, shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, combine_experts, layout_of, own_rows, suffix
+from fairseq_sparsemixer.plugin.checkpoints.merging import refuse_other_scale
 from fairseq_sparsemixer.plugin.checkpoints.moments import refuse_misfits
 from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
@@ -176,8 +177,12 @@ class CheckpointingTrainer(Trainer):
         """The part that this rank needs of a checkpoint read by fairseq."""
         if with_optimizer:
             refuse_other_optimizer_state(state, filename, self.get_model(), getattr(self.cfg.model, "freeze", None))
-        if not self.has_experts:
-            return state
+        refuse_other_scale(state, filename, self.cfg.model)
+        if self.has_experts:
+            state = self._own_experts(state, filename)
+        return start_average(state) if self.cfg.ema.store_ema else state
+
+    def _own_experts(self, state: Dict[str, Any], filename: str) -> Dict[str, Any]:
         layout, size = layout_of(state), 1 if self.expert_group is None else self.expert_group.size
         if layout["size"] > 1:
             shards.require_size(filename, layout["size"], size)
@@ -235,6 +240,15 @@ def _first_words(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[1] if len(lines) > 1 and lines[0].startswith("Error") else (lines or [""])[0]
     return f"{text}" if isinstance(error, (RuntimeError, AssertionError)) else f"{type(error).__name__}: {text}"
+
+
+def start_average(state: Dict[str, Any]) -> Dict[str, Any]:
+    """A checkpoint without an EMA with that of its model, at its first update.
+
+    fairseq means to do the same, but looks for the model after it has deleted it.
+    """
+    extra = state.get("extra_state") or {}
+    return state if "ema" in extra else {**state, "extra_state": {**extra, "ema": state["model"]}}
 
 
 def resume_between_same_batches(state: Dict[str, Any], world_size: int) -> None:

@@ -64,6 +64,20 @@ def refuse_adapters(state: Dict[str, Any]) -> None:
         )
 
 
+def refuse_other_scale(state: Dict[str, Any], filename: str, cfg: Any) -> None:
+    """Raise ConfigurationError if a run would multiply a checkpoint's adapters by another factor, and so compute otherwise."""
+    theirs, rank = model_settings(state), getattr(cfg, "expert_lora_rank", None)
+    if rank is None or theirs.get("expert_lora_rank") != rank:  # loading.py says what fits
+        return
+    alphas = theirs.get("expert_lora_alpha"), cfg.expert_lora_alpha
+    found, own = (float(rank) if alpha is None else float(alpha) for alpha in alphas)
+    if found != own:
+        raise ConfigurationError(
+            f"{filename} has adapters for --expert-lora-alpha {found:g}, but this run has {own:g}; give --expert-lora-alpha"
+            f" {found:g}, or merge them into the experts: fairseq-sparsemixer convert --merge-lora IN OUT"
+        )
+
+
 def _merge(weights: Dict[str, Tensor], scale: float) -> Dict[str, Tensor]:
     result = copy.copy(weights)  # with torch's metadata
     for name in [name for name in weights if ADAPTERS in name]:

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import runs
+import torch
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.plugin.checkpoints import read_checkpoint
 from fairseq_sparsemixer.plugin.checkpointing_trainer import resume_between_same_batches
 from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_writing_in_place
 
@@ -56,3 +58,18 @@ def test_a_refused_run_removes_nothing_and_another_layout_keeps_staged_files(cor
     (run / "checkpoint_last-rank-0.pt").rename(run / "checkpoint_last.pt")
     assert len(runs.train(corpus, run, updates=2)) == 1
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint_last-rank-1.pt.staged", "checkpoint_last.pt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precise", [[], ["--ema-fp32"]])
+def test_an_average_starts_as_the_weights_of_a_checkpoint_without_one(precise, corpus, tmp_path):
+    plain = tmp_path / "plain" / "checkpoint_last.pt"
+    runs.train(corpus, plain.parent, updates=1)
+    flags = ["--finetune-from-model", plain, "--store-ema", "--ema-decay", "0.75", *precise]
+    runs.train(corpus, tmp_path / "averaged", *flags, updates=1)
+    before, after = (read_checkpoint(str(path)) for path in (plain, tmp_path / "averaged" / "checkpoint_last.pt"))
+    averaged = after["extra_state"]["ema"]
+    for name, start in before["model"].items():
+        if name.endswith("weight_in") or name.endswith("fc2.weight"):
+            assert not torch.equal(start, after["model"][name])
+            torch.testing.assert_close(averaged[name], 0.75 * start + 0.25 * after["model"][name])

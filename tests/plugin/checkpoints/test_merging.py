@@ -129,6 +129,8 @@ def test_adapters_are_trained_from_a_plain_checkpoint_and_merged_to_the_same_fun
         ([*flags, "--restore-file", plain], "was trained without --expert-lora-rank, so its optimizer state"),
         (["--finetune-from-model", lora], "has adapters of rank 2, but this run has no --expert-lora-rank"),
         (["--expert-lora-rank", "3", "--finetune-from-model", lora], "rank 2, but this run has --expert-lora-rank 3"),
+        ([*flags[:2], "--finetune-from-model", lora], "adapters for --expert-lora-alpha 4, but this run has 2; give"),
+        ([*flags[:2], "--expert-lora-alpha", "1", "--restore-file", lora, *anew[2:]], "alpha 4, but this run has 1; give"),
         (["--expert-lora-alpha", "3"], "--expert-lora-alpha 3.0 scales adapters, which need --expert-lora-rank"),
         (["--expert-lora-rank", "0"], "--expert-lora-rank 0 must be at least 1"),
         (["--checkpoint-experts", "--checkpoint-activations"], "--checkpoint-experts does nothing under --checkpoint-act"),
