@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> None:
     size = sum(os.path.getsize(options.target / name) for name in files)
     values = sum(lazy.values for lazy in result.tensors.values())
     print(f"{result.model}, {values:,} values, {len(files)} file(s) of {size / 2**20:,.1f} MiB: {options.target}")
+    if result.model.startswith("FSMT"):
+        print("note: generate() of FSMT in transformers 4.57 is wrong; docs/checkpoints.md has the lines that mend it")
     if options.json:
         write_json(options.json, {"model": result.model, "values": values, "files": files, "bytes": size})
 

@@ -19,6 +19,11 @@ OUTSIDE = {  # flags whose computation no target has, whatever its weights
     "character_embeddings": "whose inputs are words",
     "char_inputs": "whose inputs are words",
     "base_layers": "which has no BASE layers",
+    "quant_noise_scalar": "whose weights are not quantised",
+    "scale_fc": "which does not normalise inside a layer",
+    "scale_attn": "which does not normalise inside a layer",
+    "scale_heads": "whose heads have no factors",
+    "scale_resids": "whose residual connections have no factors",
 }
 OF_A_STACK = {
     "learned_pos": "whose positions are sinusoidal",
@@ -59,10 +64,17 @@ def refuse_outside(cfg: Any, args: Any, stacks: Iterable[str], model: str) -> No
             value = stack_option(cfg, stack, name) or getattr(args, f"{stack}_{name}", None)
             if value:
                 raise refuse(f"{stack}_{name}", value, model, why)
+    for name in ("input_dim", "output_dim"):
+        value = getattr(cfg.decoder, name)
+        if isinstance(value, int) and value != cfg.decoder.embed_dim:  # not given: a reference to embed_dim
+            raise refuse(f"decoder_{name}", value, model, f"whose embeddings are as wide as its layers, {cfg.decoder.embed_dim}")
 
 
 def require_normalisation(cfg: Any, stacks: Iterable[str], before: bool, model: str) -> None:
-    """Raise ConfigurationError unless the layers of all stacks normalise before their parts, or after them."""
+    """Raise ConfigurationError unless the layers of all stacks normalise before their parts, or after them.
+
+    Before them, a stack also normalises its output.
+    """
     for stack in stacks:
         if bool(getattr(cfg, stack).normalize_before) != before:
             where = "before" if before else "after"
@@ -70,6 +82,8 @@ def require_normalisation(cfg: Any, stacks: Iterable[str], before: bool, model: 
                 f"the model was trained {'without' if before else 'with'} --{stack}-normalize-before, but {model} of transformers"
                 f" normalises {where} each part of a layer"
             )
+    if before and cfg.no_decoder_final_norm:
+        raise refuse("no_decoder_final_norm", True, model, "whose decoder normalises its output")
 
 
 def common_config(cfg: Any, model: str) -> Dict[str, Any]:

@@ -24,6 +24,7 @@ OUTSIDE = {
     "encoder_normalize_before": "which normalises after each part of a layer",
     "untie_weights_roberta": "whose output is tied to its embeddings",
     "encoder_layers_to_keep": "which keeps every layer",
+    "quant_noise_scalar": "whose weights are not quantised",
 }
 
 

@@ -49,6 +49,12 @@ def test_a_dense_language_model_gives_the_same_logits(flags, transformers, check
 REFUSALS = {
     "experts": ({"router": "switch"}, "--router switch does not fit XGLM of transformers, whose layers have no experts"),
     "positions": ({"decoder_learned_pos": True}, "--decoder-learned-pos does not fit XGLM"),
+    "no last norm": ({"no_decoder_final_norm": True}, "--no-decoder-final-norm does not fit XGLM"),
+    "wide inputs": ({"decoder_input_dim": 24}, "--decoder-input-dim 24 does not fit XGLM"),
+    "scaled heads": ({"scale_heads": True}, "--scale-heads does not fit XGLM of transformers, whose heads have no factors"),
+    "scaled attention": ({"scale_attn": True}, "--scale-attn does not fit XGLM"),
+    "scaled residuals": ({"scale_resids": True}, "--scale-resids does not fit XGLM"),
+    "scaled layers": ({"scale_fc": True}, "--scale-fc does not fit XGLM"),
     "softmax": ({"adaptive_softmax_cutoff": "8,16"}, "--adaptive-softmax-cutoff .* does not fit XGLM"),
 }
 

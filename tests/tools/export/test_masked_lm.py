@@ -41,6 +41,7 @@ REFUSALS = {
     "experts": ({"router": "switch"}, "--router switch does not fit Roberta of transformers, whose layers have no experts"),
     "norm": ({"encoder_normalize_before": True}, "--encoder-normalize-before does not fit Roberta"),
     "output": ({"untie_weights_roberta": True}, "--untie-weights-roberta does not fit Roberta"),
+    "quantised": ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1 does not fit Roberta"),
     "head": ({"head": True}, "the checkpoint .* has a classification head"),
 }
 

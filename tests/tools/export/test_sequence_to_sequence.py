@@ -118,7 +118,11 @@ REFUSALS = {  # flags of the model -> the sentence
     "positions": (dict(router="dense", encoder_learned_pos=True), r"--encoder-learned-pos does not fit M2M100"),
     "no positions": (dict(router="dense", no_token_positional_embeddings=True), r"--no-token-positional-embeddings does not fit"),
     "norm of embeddings": (dict(router="dense", layernorm_embedding=True), r"--layernorm-embedding does not fit M2M100"),
-    "no last norm": (dict(router="dense", no_decoder_final_norm=True), r"has no decoder.layer_norm.weight"),
+    "no last norm": (dict(router="dense", no_decoder_final_norm=True), r"--no-decoder-final-norm does not fit M2M100"),
+    "no last norm, experts": (dict(no_decoder_final_norm=True), r"--no-decoder-final-norm does not fit NllbMoe"),
+    "wide inputs": (dict(router="dense", decoder_input_dim=24), r"--decoder-input-dim 24 does not fit M2M100"),
+    "wide outputs": (dict(router="dense", decoder_output_dim=24), r"--decoder-output-dim 24 does not fit M2M100"),
+    "quantised": (dict(router="dense", quant_noise_scalar=0.1), r"--quant-noise-scalar 0.1 does not fit M2M100"),
     "square": (dict(router="dense", activation_fn="relu_squared"), r"--activation-fn relu_squared does not fit M2M100"),
 }
 
