@@ -62,12 +62,15 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"--load {options.load} is not a file; give the --moe-load-file of {options.source}'s training")
     require_json(options.json, [options.source, options.target, str(options.load)])
     keep = parse_keep(options.keep)
-    scores = expert_scores(options.load, options.by, options.languages)
+    notes: List[str] = []
+    scores = expert_scores(options.load, options.by, options.languages, notes)
     flags = _split(GENERATE_FLAGS if options.generate_flags is None else options.generate_flags)
     done = prune(options.source, options.target, scores, keep, options.uneven, options.expert_parallel_size)
     for layer, experts in done.kept.items():
         print(f"{layer}: {len(experts)} of {done.before[layer]} experts: {' '.join(map(str, experts))}")
     print(f"optimizer state left out: it belongs to the larger model; written: {', '.join(done.target)}")
+    for note in notes:
+        print(f"note: {note}")
     print(f"to fine-tune it (--finetune-from-model): {done.flags}")
     bleu = None
     if options.data:
@@ -75,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
             bleu = {"before": bleu_of(source, options.data, flags), "after": bleu_of(options.target, options.data, flags)}
         print(f"BLEU {bleu['before']:.2f} -> {bleu['after']:.2f}")
     if options.json:
-        write_json(options.json, {**vars(done), "bleu": bleu})
+        write_json(options.json, {**vars(done), "notes": notes, "bleu": bleu})
 
 
 def _split(flags: str) -> List[str]:

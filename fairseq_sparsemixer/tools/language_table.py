@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import List
 
+UNTAGGED = "no language"  # the name of the row of sentences without a language token
+
 
 @dataclass(frozen=True)
 class LanguageLoad:

@@ -12,33 +12,42 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.names import WRAPPERS
 from fairseq_sparsemixer.tools import programs
 from fairseq_sparsemixer.tools.generation import read_hypothesis
+from fairseq_sparsemixer.tools.language_table import UNTAGGED
 from fairseq_sparsemixer.tools.runs import ExpertLoad, read_load
 from fairseq_sparsemixer.tools.study.commands import USER_DIR
 
 TARGET = re.compile(r"T-(\d+)\t(.*)")  # of fairseq-generate: number, reference
 
 
-def expert_scores(path: Path, by: str, languages: Optional[Sequence[str]] = None) -> Dict[str, List[float]]:
+def expert_scores(
+    path: Path, by: str, languages: Optional[Sequence[str]] = None, notes: Optional[List[str]] = None
+) -> Dict[str, List[float]]:
     """[E] by layer, from a --moe-load-file: each expert's share of the tokens, or its largest share of a language's tokens.
 
-    by: load or language. languages: only these; None for all. Raises ConfigurationError for a file without them.
+    by: load or language. languages: only these; None for all. Sentences without a language token are of no language; notes
+    gets a sentence about them. Raises ConfigurationError for a file without languages.
     """
     load = read_load(path)
     if load is None:
         raise ConfigurationError(f"{path} has no line of a load file; train longer, or with a smaller --moe-load-interval")
-    rows = load.total() if by == "load" else _largest_shares(path, load, languages)
+    rows = load.total() if by == "load" else _largest_shares(path, load, languages, [] if notes is None else notes)
     # older versions wrote wrapped names on several ranks
     return {WRAPPERS.sub("", layer): row for layer, row in zip(load.layers, rows)}
 
 
-def _largest_shares(path: Path, load: ExpertLoad, languages: Optional[Sequence[str]]) -> List[List[float]]:
+def _largest_shares(path: Path, load: ExpertLoad, languages: Optional[Sequence[str]], notes: List[str]) -> List[List[float]]:
     table = load.languages
-    if table is None:
+    named = [] if table is None else [name for name in table.languages if name != UNTAGGED]
+    if table is None or not named:
         raise ConfigurationError(f"{path} has no languages; train with --moe-load-languages, or use --by load")
-    unknown = sorted(set(languages or ()) - set(table.languages))
+    unknown = sorted(set(languages or ()) - set(named))
     if unknown:
-        raise ConfigurationError(f"--languages {unknown[0]} is not in {path}; it has {', '.join(table.languages)}")
-    chosen = [index for index, name in enumerate(table.languages) if languages is None or name in languages]
+        raise ConfigurationError(f"--languages {unknown[0]} is not in {path}; it has {', '.join(named)}")
+    chosen = [index for index, name in enumerate(table.languages) if name in (languages or named)]
+    if UNTAGGED in table.languages:
+        row = table.languages.index(UNTAGGED)
+        share = sum(sum(rows[row]) for rows in table.counts) / max(sum(sum(map(sum, rows)) for rows in table.counts), 1)
+        notes.append(f"{100 * share:.1f} % of the tokens in {path} are of sentences without a language token, and do not count")
     return [[max(column) for column in zip(*(rows[index] for index in chosen))] for rows in table.shares()]
 
 

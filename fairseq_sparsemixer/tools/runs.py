@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.tools.language_table import LanguageLoad
+from fairseq_sparsemixer.tools.language_table import UNTAGGED, LanguageLoad
 
 TRAIN_LOG = "train.log"
 LOAD_LOG = "load.jsonl"
@@ -148,7 +148,7 @@ def _sum_by_language(layers: List[str], shape: List[int], lines: List[Dict[str, 
         for row, name in enumerate(names):
             for layer, added in enumerate(line.get(name, ())):
                 counts[layer][row] = [before + more for before, more in zip(counts[layer][row], added)]
-    return LanguageLoad(layers, [name or "no language" for name in names], counts)
+    return LanguageLoad(layers, [name or UNTAGGED for name in names], counts)
 
 
 def _span(counts: List[int]) -> str:

@@ -13,7 +13,7 @@ from fairseq_sparsemixer.names import FIRST_WEIGHT
 from fairseq_sparsemixer.plugin.checkpoints.layout import shard_path
 from fairseq_sparsemixer.plugin.checkpoints.pruning import choose_experts, parse_keep
 from fairseq_sparsemixer.plugin.checkpoints.resharding import reshard
-from fairseq_sparsemixer.tools.pruning import as_one_file
+from fairseq_sparsemixer.tools.pruning import as_one_file, expert_scores
 from fairseq_sparsemixer.tools.sentences import load_model, make_sample
 
 LAYERS = ["encoder.layers.0", "decoder.layers.0"]
@@ -166,14 +166,28 @@ def test_experts_are_chosen_by_score():
 
 
 def test_languages_are_scored_by_their_largest_share(load_file):
-    from fairseq_sparsemixer.tools.pruning import expert_scores
-
     found = expert_scores(load_file, "language")
     assert found["encoder.layers.0"] == [5 / 6, 1 / 11, 9 / 11, 1 / 6]
     assert expert_scores(load_file, "language", ["de"])["decoder.layers.0"] == [0, 1, 0, 0]
     assert expert_scores(load_file, "load")["encoder.layers.0"] == [5 / 17, 1 / 17, 9 / 17, 2 / 17]
     with pytest.raises(ConfigurationError, match="--languages tr is not in .*; it has de, fr"):
         expert_scores(load_file, "language", ["tr"])
+
+
+def test_sentences_without_a_language_are_of_no_language(load_file, tmp_path):
+    line, notes = json.loads(load_file.read_text()), []
+    line["languages"].append("")
+    for layer, own in zip(line["language_load"], ([0, 0, 0, 3], [0, 0, 0, 10])):
+        layer.append(own)
+    (tmp_path / "untagged.jsonl").write_text(json.dumps(line) + "\n")
+    assert expert_scores(tmp_path / "untagged.jsonl", "language", notes=notes) == expert_scores(load_file, "language")
+    assert len(notes) == 1 and notes[0].startswith("28.3 % of the tokens in ")  # 13 of 46
+    with pytest.raises(ConfigurationError, match="--languages no language is not in .*; it has de, fr"):
+        expert_scores(tmp_path / "untagged.jsonl", "language", ["no language"])
+    line.update(languages=[""], language_load=[[[1, 2, 3, 4]], [[1, 2, 3, 4]]])
+    (tmp_path / "untagged.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigurationError, match="has no languages; train with --moe-load-languages, or use --by load"):
+        expert_scores(tmp_path / "untagged.jsonl", "language")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "2.5", "1.5", "x", "nan", "inf", "0.0"])
