@@ -264,6 +264,13 @@ class MoEOptions:
             " (default: greatest common divisor of ranks and experts; 1: all experts on every rank)"
         },
     )
+    shard_expert_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "shard the optimizer state of experts over the ranks with replicas of them: each updates a slice and sends it"
+            " to the others (ZeRO-1); no effect if each expert is on one rank only"
+        },
+    )
     moe_overlap: int = field(
         default=1,
         metadata={

@@ -42,21 +42,21 @@ def wait_for(started: Iterable[Any]) -> None:
             work.wait()
 
 
-def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], expert_group: ExpertGroup) -> Tensor:
+def add_expert_norm(norm: Tensor, parameters: Iterable[nn.Parameter], ranks: Any) -> Tensor:
     """The 2-norm of all gradients, equal on all ranks, given the norm of the replicated parameters' gradients.
 
-    `parameters` are this rank's, including its experts; each expert of the group counts once.
+    `parameters` are this rank's, including its experts; `ranks` the process group that has each expert's gradient once.
     """
     grads = [parameter.grad for parameter in _experts(parameters) if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
     own = torch.linalg.vector_norm(torch.stack(norms)) if norms else norm.new_zeros(())
-    return torch.hypot(norm, norm_over_group(own, expert_group).to(norm.device))
+    return torch.hypot(norm, norm_over(own, ranks).to(norm.device))
 
 
-def norm_over_group(norm: Tensor, expert_group: ExpertGroup) -> Tensor:
-    """The 2-norm of the gradients of all experts, given that of this rank's."""
+def norm_over(norm: Tensor, ranks: Any) -> Tensor:
+    """The 2-norm of the gradients of all experts, given that of this rank's; ranks: see add_expert_norm."""
     square = norm.square()
-    dist.all_reduce(square, group=expert_group.group)
+    dist.all_reduce(square, group=ranks)
     return torch.sqrt(square)
 
 

@@ -163,7 +163,7 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
 
         Marks the remaining parameters as `expert`, so that fairseq and fairscale exclude them from gradient reduction.
         """
-        self.expert_group = expert_group
+        self.expert_group = expert_group if expert_group.size > 1 else None  # alone, a rank exchanges nothing
         self.experts.shard(expert_group.index * self.num_local_experts, self.num_local_experts)
         for parameter in self.experts.parameters():
             parameter.expert = True  # type: ignore[attr-defined]  # fairscale's mark

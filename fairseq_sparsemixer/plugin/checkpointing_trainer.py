@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from fairseq.trainer import Trainer
 from fairseq.utils import apply_to_sample
 from omegaconf import open_dict
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.moe.replica_slices import ReplicaSlices
 from fairseq_sparsemixer.names import EXPERTS
 from fairseq_sparsemixer.plugin.checkpoints import gathering, shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
@@ -30,14 +30,14 @@ from fairseq_sparsemixer.plugin.checkpoints.moments import refuse_misfits
 from fairseq_sparsemixer.plugin.checkpoints.reading import changed_by, refuse_special_file
 from fairseq_sparsemixer.plugin.checkpoints.writing import STAGED, remove_unfinished
 from fairseq_sparsemixer.plugin.freezing import refuse_other_optimizer_state
+from fairseq_sparsemixer.plugin.slicing_trainer import SlicingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(SlicingTrainer):
     """fairseq's Trainer, with checkpoints that hold the experts of all ranks or, if sharded, record which ones they hold."""
 
-    expert_group: Optional[ExpertGroup] = None  # None: every rank holds all experts
     has_experts = False
     sharded = False
     in_train_step = False  # other ranks may be elsewhere then, so a collective would hang
@@ -56,19 +56,22 @@ class CheckpointingTrainer(Trainer):
         super().consolidate_optimizer()
         if self.expert_group is None or self.in_train_step:
             self._save = None
-        elif self.sharded:
-            self._save = shards.agree_on_number(self.expert_group, secrets.randbits(62), self.device)
-        else:
-            with_optimizer = not self.cfg.checkpoint.no_save_optimizer_state
-            self._gathered = gathering.gather_experts(
-                list(self._expert_weights().values()), self.optimizer.optimizer if with_optimizer else None, self.expert_group
-            )
+            return
+        optimizer = None if self.cfg.checkpoint.no_save_optimizer_state else self.optimizer.optimizer
+        if not self.sharded:
+            weights = list(self._expert_weights().values())
+            self._gathered = gathering.gather_experts(weights, optimizer, self.expert_group, self.slices)
+            return
+        self._save = shards.agree_on_number(self.expert_group, secrets.randbits(62), self.device)
+        if optimizer is not None and self.slices is not None:
+            self._gathered = gathering.complete_state(optimizer, self.expert_group, self.slices)
 
     def state_dict(self) -> Dict[str, Any]:
         """See Trainer; includes the experts of all ranks if they were gathered."""
         state = super().state_dict()
         if self._gathered is not None:
-            gathering.fill_in(state, list(self._expert_weights()), self._gathered)
+            names = [] if self.sharded else list(self._expert_weights())
+            gathering.fill_in(state, names, self._gathered)
             self._gathered = None
         if self.has_experts:
             place = {"size": self._ranks.size, "index": self._ranks.index} if self.sharded else {"size": 1, "index": 0}
@@ -76,10 +79,10 @@ class CheckpointingTrainer(Trainer):
         return state
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> Optional[str]:
-        """See Trainer. Writes no crash.pt if experts are sharded, because a rank has only its own."""
-        if self.expert_group is None or self.in_train_step and self.sharded:
+        """See Trainer. Writes no crash.pt if a rank has only a part of the experts, or of their optimizer state."""
+        if self.expert_group is None or self.in_train_step and self.sharded and not self.by_slices:
             return super().save_checkpoint(filename, extra_state)
-        if self.sharded:
+        if self.sharded and not self.in_train_step:
             # no rank replaces its old file before all have written their new one: see shards
             os.makedirs(self.cfg.checkpoint.save_dir, exist_ok=True)
             written = super().save_checkpoint(filename + STAGED, extra_state)
@@ -88,7 +91,8 @@ class CheckpointingTrainer(Trainer):
             return written and os.path.abspath(filename)
         if self._gathered is None:
             if self.should_save_checkpoint_on_current_rank:
-                logger.warning("%s is not written: experts are sharded over ranks, and this rank holds only its own", filename)
+                shared = "optimizer states of experts" if self.by_slices else "experts"
+                logger.warning("%s is not written: %s are sharded over ranks, and this rank holds only its own", filename, shared)
             return None
         return super().save_checkpoint(filename, extra_state)
 
@@ -110,7 +114,8 @@ class CheckpointingTrainer(Trainer):
         with self._one_sentence_for(filename), changed_by(change):
             extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
             if self._optimizer is not None:
-                refuse_misfits(filename, self._optimizer, self._trained())
+                with self.narrowed():
+                    refuse_misfits(filename, self._optimizer, self._trained())
         if self.is_data_parallel_master:  # only after the run has loaded its checkpoint
             remove_unfinished(self.cfg.checkpoint.save_dir, staged=self.sharded and not self.cfg.checkpoint.no_save)
         return extra_state
@@ -189,6 +194,9 @@ class CheckpointingTrainer(Trainer):
         model = state["model"]  # loads whole or in part: see Experts
         if self.expert_group is not None and layout["size"] == 1:
             state = combine_experts([state], own_rows(size, self.expert_group.index), self._expert_indices())
+        if with_optimizer and self.by_slices:
+            shapes = {index: parameter.shape for index, (name, parameter) in enumerate(self._trained()) if EXPERTS in name}
+            state = gathering.keep_slices(state, shapes, ReplicaSlices([], self._ranks))
         kept = {key: apply_to_sample(torch.clone, value) for key, value in state.items() if key not in ("model", "cfg", "args")}
         state = {**state, **kept, "model": model}  # what is kept must not depend on the mapped file
         resume_between_same_batches(state, self.data_parallel_world_size)

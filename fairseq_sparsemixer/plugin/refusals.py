@@ -9,6 +9,7 @@ from torch import distributed as dist
 from fairseq_sparsemixer.errors import ConfigurationError
 
 KEEP_ALL = "use --expert-parallel-size 1, which keeps all experts on every rank"  # remedies
+ELEMENTWISE = "adam", "adamax", "adagrad", "adadelta", "nag", "sgd"  # fairseq's optimizers that update each number by itself
 OWN_TOKENS = "use --balance-scope local, with --expert-parallel-size 1"
 
 
@@ -57,6 +58,32 @@ def refuse_unshareable_state(cfg: Any, remedy: str) -> None:
         )
     if getattr(cfg.optimizer, "fp16_adam_stats", False):
         raise ConfigurationError(f"--fp16-adam-stats scales state per rank, so it cannot be gathered; leave it out, or {remedy}")
+
+
+def refuse_unsliceable(cfg: Any) -> None:
+    """Raise ConfigurationError for options with which replicas of an expert cannot each update a slice of it."""
+    distributed, optimizer = cfg.distributed_training, getattr(cfg.optimizer, "_name", None)
+    remedy = "or leave out --shard-expert-optimizer"
+    if distributed.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
+        raise ConfigurationError(
+            f"--ddp-backend {distributed.ddp_backend} does not keep the same experts on replicas, which"
+            f" --shard-expert-optimizer needs; use legacy_ddp or pytorch_ddp, {remedy}"
+        )
+    if distributed.zero_sharding != "none":
+        raise ConfigurationError(
+            f"--zero-sharding {distributed.zero_sharding} already shards the optimizer state of all parameters; leave it out,"
+            f" {remedy}"
+        )
+    if cfg.optimization.use_bmuf or cfg.common.tpu:
+        flag = "--use-bmuf" if cfg.optimization.use_bmuf else "--tpu"
+        raise ConfigurationError(f"{flag} averages over ranks what --shard-expert-optimizer shards; leave it out, {remedy}")
+    if optimizer not in ELEMENTWISE:
+        raise ConfigurationError(
+            f"--optimizer {optimizer} is not known to update each number by itself, so it cannot update slices of experts; use"
+            f" {', '.join(ELEMENTWISE[:-1])} or {ELEMENTWISE[-1]}, {remedy}"
+        )
+    if getattr(cfg.optimizer, "fp16_adam_stats", False):
+        raise ConfigurationError(f"--fp16-adam-stats scales state by whole tensors, not by slices; leave it out, {remedy}")
 
 
 def refuse_writing_in_place(cfg: Any) -> None:

@@ -41,6 +41,7 @@ from fairseq_sparsemixer.plugin.refusals import (
     refuse_incompatible,
     refuse_missing_tpu,
     refuse_training_apart,
+    refuse_unsliceable,
     refuse_writing_in_place,
 )
 from fairseq_sparsemixer.plugin.traces.training import follow_training
@@ -52,7 +53,7 @@ SEEDS_A_RANK = 1_000_003  # more than the updates of a run; torch on a CPU uses 
 
 
 class MoETrainer(CheckpointingTrainer):
-    """fairseq's Trainer for models with experts. `expert_group` is None if every rank holds all experts."""
+    """fairseq's Trainer for models with experts."""
 
     batch_numbers: Iterator[int] = repeat(0)  # of the next batches in the update
     batches = 1  # in the update
@@ -71,20 +72,26 @@ class MoETrainer(CheckpointingTrainer):
                 set_timeout(timeout)
                 self.expert_group = share_out_experts(cfg, task, model, timeout)
                 self.update = set_balance_scope(cfg, task, model, timeout)
-            self.ranks_wait = spans_ranks(model) or self.expert_group is not None
+            self.by_slices = self.expert_group is not None and slices_replicas(cfg, self.expert_group.num_replicas)
+            self.ranks_wait = spans_ranks(model) or self.exchanges_tokens
             keep_one_state_a_parameter(cfg)
             refuse_writing_in_place(cfg)
             warn_of_plain_criterion(criterion, cfg.criterion._name)
-            if self.expert_group is None:
+            if not self.exchanges_tokens:
                 warn_of_no_exchange(cfg)
         freeze(cfg, model)
         self.follower = follow_training(cfg, model, criterion, self.get_num_updates)
-        self.sharded = self.expert_group is not None and getattr(cfg.model, "sharded_checkpoints", False)
+        self.sharded = self.exchanges_tokens and getattr(cfg.model, "sharded_checkpoints", False)
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
             super().__init__(cfg, task, model, criterion, quantizer)
         if self.expert_group is not None and can_reduce_early(cfg, task, self.expert_group):
             self.early = EarlyReduction(model, self.expert_group)
+
+    @property
+    def exchanges_tokens(self) -> bool:
+        """Whether this rank holds only some of the experts."""
+        return self.expert_group is not None and self.expert_group.size > 1
 
     def get_train_iterator(self, epoch: int, combine: bool = True, load_dataset: bool = True, *args: Any, **kwargs: Any):
         """See Trainer. Where fairseq reuses the batches of epoch 1 in later ones, a resumed run gets the same batches.
@@ -143,13 +150,14 @@ class MoETrainer(CheckpointingTrainer):
         if self.cfg.common.amp:
             gradients.share_overflow(self.get_model(), self.expert_group)
         trained = list(self.optimizer.params)
-        if all(hasattr(parameter, "expert") for parameter in trained):  # by --freeze: fairseq would take their norm for zero
-            with gradients.unmarked(trained):
-                return self.optimizer.clip_grad_norm(
-                    clip_norm, aggregate_norm_fn=partial(gradients.norm_over_group, expert_group=self.expert_group)
-                )
-        join = partial(gradients.add_expert_norm, parameters=trained, expert_group=self.expert_group)
-        return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
+        ranks = None if self.by_slices else self.expert_group.group  # None: all; replicas have other slices, or the same experts
+        with self.narrowed():
+            if all(hasattr(parameter, "expert") for parameter in trained):  # by --freeze: fairseq would take their norm for zero
+                with gradients.unmarked(trained):
+                    norm = partial(gradients.norm_over, ranks=ranks)
+                    return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm)
+            join = partial(gradients.add_expert_norm, parameters=trained, ranks=ranks)
+            return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=join)
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False):
         if not is_dummy:  # fairseq calls this once per batch, and from within for the copy that an idle rank gets
@@ -221,7 +229,7 @@ class MoETrainer(CheckpointingTrainer):
 
 
 def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
-    """Shard the experts of every layer over ranks; None if every rank keeps all experts.
+    """Shard the experts of every layer over ranks; None if every rank keeps all experts, and updates all of them.
 
     Raises ConfigurationError for sizes that do not divide, and for incompatible fairseq options.
     """
@@ -230,16 +238,29 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     with in_flags():
         common = math.gcd(*(layer.gate.num_experts for layer in layers))
         size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, common)
-    if size == 1:
+    by_slices = slices_replicas(cfg, world_size // size)
+    if by_slices:
+        refuse_unsliceable(cfg)
+    elif getattr(cfg.model, "shard_expert_optimizer", False):
+        logger.warning("--shard-expert-optimizer changes nothing: each expert is on one rank only")
+    if size == 1 and not by_slices:
         return None
-    refuse_incompatible(cfg, size)
-    refuse_unequal_forwards(cfg, task, KEEP_ALL)
+    if size > 1:
+        refuse_incompatible(cfg, size)
+        refuse_unequal_forwards(cfg, task, KEEP_ALL)
     timer = CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
     expert_group = form_expert_group(size, timeout, timer, overlap(cfg))
     shard_experts(model, expert_group)
+    if size == 1:
+        return expert_group
     local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
     logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
+
+
+def slices_replicas(cfg: Any, num_replicas: int) -> bool:
+    """Whether each of the replicas of an expert updates a slice of it; False for a model without --shard-expert-optimizer."""
+    return getattr(cfg.model, "shard_expert_optimizer", False) and num_replicas > 1
 
 
 def can_reduce_early(cfg: Any, task: Any, expert_group: ExpertGroup) -> bool:

@@ -170,7 +170,7 @@ def train_on_rank(case: Case) -> Dict[str, Any]:
     if ranks is not None:
         shared = [parameter.grad for parameter in model.parameters() if not hasattr(parameter, "expert")]
         norm = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in shared]))
-        result["norm"] = add_expert_norm(norm, list(model.parameters()), ranks).item()
+        result["norm"] = add_expert_norm(norm, list(model.parameters()), ranks.group).item()
     return result
 
 

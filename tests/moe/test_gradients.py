@@ -39,7 +39,7 @@ def norm_of_ones():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     mine = sum(parameter.numel() for parameter in model.parameters() if not hasattr(parameter, "expert"))
-    return add_expert_norm(torch.tensor(float(mine)).sqrt(), list(model.parameters()), ranks).item() ** 2
+    return add_expert_norm(torch.tensor(float(mine)).sqrt(), list(model.parameters()), ranks.group).item() ** 2
 
 
 @pytest.mark.distributed

@@ -9,16 +9,18 @@ import torch
 from fairseq.trainer import Trainer
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_training_apart
-from fairseq_sparsemixer.plugin.trainer import MoETrainer, install
+from fairseq_sparsemixer.moe.layer import build_moe_layer
+from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_training_apart, refuse_unsliceable
+from fairseq_sparsemixer.plugin.trainer import MoETrainer, install, share_out_experts
 
 
-def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, **model):
+def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, tpu=False, optimizer=None, **model):
     return SimpleNamespace(
         distributed_training=SimpleNamespace(ddp_backend=ddp_backend, zero_sharding=zero_sharding),
         optimization=SimpleNamespace(use_bmuf=use_bmuf),
         model=SimpleNamespace(**model),
-        optimizer=SimpleNamespace(_name="adam"),
+        common=SimpleNamespace(tpu=tpu),
+        optimizer=SimpleNamespace(**{"_name": "adam", **(optimizer or {})}),
     )
 
 
@@ -39,6 +41,37 @@ def test_plain_data_parallelism_is_accepted(backend):
 def test_settings_that_assume_identical_ranks_are_refused_with_the_remedy(options, sentence):
     with pytest.raises(ConfigurationError, match=f"{sentence} .*--expert-parallel-size 1"):
         refuse_incompatible(configuration(**options), size=2)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamax", "adagrad", "adadelta", "nag", "sgd"])
+def test_optimizers_that_update_each_number_by_itself_update_slices(name):
+    refuse_unsliceable(configuration(optimizer={"_name": name}))
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(ddp_backend="fully_sharded"), "--ddp-backend fully_sharded does not keep"),
+        (dict(zero_sharding="os"), "--zero-sharding os already shards"),
+        (dict(use_bmuf=True), "--use-bmuf averages"),
+        (dict(tpu=True), "--tpu averages"),
+        (dict(optimizer={"_name": "adafactor"}), "--optimizer adafactor is not known to .* use adam, .* or sgd,"),
+        (dict(optimizer={"_name": "of_a_user"}), "--optimizer of_a_user is not known to"),
+        (dict(optimizer={"fp16_adam_stats": True}), "--fp16-adam-stats scales state by whole tensors"),
+    ],
+)
+def test_settings_that_cannot_update_slices_are_refused_with_the_remedy(options, sentence):
+    with pytest.raises(ConfigurationError, match=f"{sentence}.* or leave out --shard-expert-optimizer$"):
+        refuse_unsliceable(configuration(**options))
+
+
+@pytest.mark.parametrize(
+    "given, warned", [(True, ["--shard-expert-optimizer changes nothing: each expert is on one rank only"]), (False, [])]
+)
+def test_slices_on_one_rank_change_nothing_with_a_warning(given, warned, caplog):
+    cfg = configuration(expert_parallel_size=None, shard_expert_optimizer=given, optimizer={"_name": "adafactor"})
+    assert share_out_experts(cfg, None, build_moe_layer("switch", 4, 6, 2), None) is None
+    assert [record.getMessage() for record in caplog.records] == warned
 
 
 def test_torchrun_ranks_that_fairseq_would_train_separately_are_refused(monkeypatch):
