@@ -9,7 +9,7 @@ import functools
 import importlib
 import sys
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from unittest.mock import patch
 
 import torch
@@ -30,7 +30,7 @@ def _run(command: str, cfg: Any, *arguments: Any, **options: Any) -> Any:
     flags = wanted(cfg)
     if flags is None:
         return _mains[command](cfg, *arguments, **options)
-    following = open_following(flags)
+    following = open_following(flags, shard_of(command, cfg))
     following.subset = "interactive" if command == "interactive" else getattr(getattr(cfg, "dataset", cfg), "gen_subset", "test")
     if following.trace is not None:
         following.trace.start()
@@ -42,6 +42,17 @@ def _run(command: str, cfg: Any, *arguments: Any, **options: Any) -> Any:
         if command == "interactive":
             stack.enter_context(numbered_batches(following))
         return _mains[command](cfg, *arguments, **options)
+
+
+def shard_of(command: str, cfg: Any) -> Tuple[int, int]:
+    """(index, number) of the shard of the data, for commands that take one without a process group."""
+    distributed, dataset = (getattr(cfg, name, cfg) for name in ("distributed_training", "dataset"))  # or a flat Namespace
+    ranks = distributed.distributed_rank, distributed.distributed_world_size
+    if command == "generate":
+        return ranks
+    if command == "eval_lm":
+        return max(ranks[0], dataset.shard_id), max(ranks[1], dataset.num_shards)
+    return 0, 1
 
 
 # Named functions, because fairseq sends a command's main to the ranks that it spawns by its module and name.

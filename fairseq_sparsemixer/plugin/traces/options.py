@@ -4,8 +4,10 @@ They become fields of fairseq's CommonConfig, so they are in --help and in `cfg.
 fairseq-hydra-train composes its configuration before it reads the user-dir: there, write ++common.moe_trace=FILE.
 """
 
+import os
 from dataclasses import fields
-from typing import Any, Dict, NamedTuple, Optional
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from fairseq.dataclass.configs import CommonConfig
 from fairseq.dataclass.initialize import hydra_init
@@ -13,7 +15,7 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.options import TraceOptions
-from fairseq_sparsemixer.plugin.traces.files import TraceWriter
+from fairseq_sparsemixer.plugin.traces.files import TraceWriter, rank_file, rank_files
 from fairseq_sparsemixer.plugin.traces.following import Following
 from fairseq_sparsemixer.plugin.traces.replay import Replay
 from fairseq_sparsemixer.ranges import NOT_NEGATIVE, broken_rule
@@ -52,13 +54,28 @@ def wanted(cfg: Any) -> Optional[Wanted]:
     return Wanted(*values.values())
 
 
-def open_following(flags: Wanted) -> Following:
-    """Open the files. Raises ConfigurationError if one cannot be used."""
+def open_following(flags: Wanted, shard: Tuple[int, int] = (0, 1)) -> Following:
+    """Open the files. Raises ConfigurationError if one cannot be used.
+
+    shard: which of how many processes this is, of those that share the data without a process group.
+    """
     several = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else shard
+    if flags.trace is not None and flags.replay is not None and world_size > 1:
+        _refuse_same_files(flags.trace, flags.replay, world_size)
     replay = None if flags.replay is None else Replay(flags.replay)  # read before the trace replaces it
     trace = None if flags.trace is None else TraceWriter(flags.trace, rank, world_size)
     return Following(trace, replay, own_weights=flags.weights == "model")
+
+
+def _refuse_same_files(trace: str, replay: str, world_size: int) -> None:
+    """Raise ConfigurationError if a rank could replace or remove a file of the replay that another one still reads."""
+    written = [Path(trace), *(rank_file(Path(trace), rank) for rank in range(world_size)), *rank_files(Path(trace)).values()]
+    read = [Path(replay), *rank_files(Path(replay)).values()]
+    if {os.path.realpath(path) for path in written} & {os.path.realpath(path) for path in read}:
+        raise ConfigurationError(
+            f"--moe-trace {trace} would replace files of --moe-replay {replay} that other ranks read; give it another file"
+        )
 
 
 def install() -> None:

@@ -125,6 +125,20 @@ def test_scores_of_references_are_traced_as_validation(command, corpus, models, 
     assert_same(read(tmp_path / "trace.jsonl"), by_hand(models["a"], corpus))
 
 
+def test_shards_of_a_generation_write_a_file_each_which_hold_all(command, tmp_path):
+    flags = ("--beam", "2", "--moe-trace")
+    command("generate", "a", *flags, tmp_path / "whole.jsonl")
+    for rank in (1, 0):
+        command("generate", "a", "--distributed-world-size", "2", "--distributed-rank", rank, *flags, tmp_path / "parts.jsonl")
+    parts = [json.loads(line) for rank in (0, 1) for line in (tmp_path / f"parts-rank-{rank}.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+
+    def places(lines):
+        return sorted((line["layer"], line["sentence"], line["position"], line["word"]) for line in lines)
+
+    assert places(parts) == places(whole) and not (tmp_path / "parts.jsonl").exists()
+
+
 @pytest.mark.parametrize("weights", ["trace", "model"])
 def test_a_model_that_replays_its_own_trace_generates_the_same(command, tmp_path, weights):
     command("generate", "a", *SEARCH, "--moe-trace", tmp_path / "trace.jsonl", "--results-path", tmp_path / "plain")

@@ -125,6 +125,29 @@ def test_a_sentence_of_another_length_is_refused(build_translation_model, transl
         forward(model, translation_batch(5, 4), Following(None, Replay(str(path))))
 
 
+@pytest.mark.parametrize("trace, replay", [("t.jsonl", "t.jsonl"), ("./t.jsonl", "t.jsonl"), ("t.jsonl", "t-rank-1.jsonl")])
+def test_several_ranks_cannot_trace_into_the_file_they_replay(
+    build_translation_model, translation_batch, trace_of, tmp_path, monkeypatch, trace, replay
+):
+    _, path = trace_of(build_translation_model(router="topk").eval(), translation_batch(5, 2))
+    monkeypatch.chdir(tmp_path)
+    content = path.read_text()
+    for name in ("t.jsonl", "t-rank-0.jsonl", "t-rank-1.jsonl"):
+        (tmp_path / name).write_text(content)
+    flags = wanted(Namespace(moe_trace=trace, moe_replay=replay))
+    with pytest.raises(ConfigurationError, match="--moe-trace .* would replace files of --moe-replay .*; give it another file"):
+        open_following(flags, (1, 2))
+    assert (tmp_path / "t-rank-1.jsonl").read_text() == content
+    assert open_following(flags._replace(trace="other.jsonl"), (1, 2)).replay is not None
+
+
+def test_one_process_may_replace_the_trace_it_replays(build_translation_model, translation_batch, trace_of):
+    model, sample = build_translation_model(router="topk").eval(), translation_batch(5, 2)
+    _, path = trace_of(model, sample)
+    following = open_following(wanted(Namespace(moe_trace=str(path), moe_replay=str(path))))
+    assert following.replay is not None and following.replay.covers("valid")
+
+
 def test_a_model_without_experts_is_refused(build_translation_model, translation_batch, tmp_path):
     model = build_translation_model(router="dense")
     with pytest.raises(ConfigurationError, match="--moe-trace is for models with experts, and this one has none"):
