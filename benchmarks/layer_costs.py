@@ -74,11 +74,8 @@ def build(case: Case) -> Contender:
 def numbers_read(case: Case) -> Iterator[int]:
     """The numbers that the layer reads from the device, in order, when every expert gets equally many rows."""
     pairs = case.tokens * case.top_k
-    local = max(case.experts // case.group, 1)
-    if case.group > 1:  # plan_exchange: rows to and from each rank, all rows that arrive
-        yield from [pairs // case.group] * (2 * case.group)
-        yield from [pairs] * (local > 1)
-    yield from [pairs // local] * local
+    if case.group > 1:  # plan_exchange: rows to each expert, rows for each of this rank's experts by rank
+        yield from [pairs // case.experts] * (2 * case.experts)
 
 
 class Saved:

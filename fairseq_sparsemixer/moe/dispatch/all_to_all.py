@@ -1,38 +1,43 @@
 """Dispatch to experts sharded over several ranks. Dropless: a rank may send any number of rows, including none.
 
-G ranks, L = E / G local experts. Rows are sent sorted by expert, so that those for one rank are contiguous. They arrive
-sorted by (sender, local expert) and are reordered by local expert for the computation, unless L = 1.
+G ranks, L = E / G local experts. Rows are sent sorted by expert, so that those for one rank are contiguous. They arrive in
+blocks (sender, local expert). With L = 1 these are in the experts' order, and nothing is copied. Otherwise one copy puts them
+into the order (local expert, sender), and another one the outputs back. Blocks in the order of arrival could be G * L groups of
+rows with repeated weights instead, but each weight would then be read, and its gradient written, G times, for products of
+fewer rows: slower by measurement and by the cost model (benchmarks/NOTES.md).
 
 With N chunks, each takes an equal share of every expert's rows, in the order (chunk, expert). Both sides derive the sizes of
 chunks from the same counts, so they are exchanged once. exchange.py says what runs at the same time.
 """
 
-from typing import Callable, List, NamedTuple, Optional
+from typing import Callable, List, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fairseq_sparsemixer.moe.dispatch.blocks import Sizes, transpose_blocks, transposed
 from fairseq_sparsemixer.moe.dispatch.exchange import Transfer, arrive, come_home, depart, send_home
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
 from fairseq_sparsemixer.moe.dispatch.pairs import sorted_pairs
-from fairseq_sparsemixer.moe.dispatch.sorting import gather
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
 class ExchangePlan(NamedTuple):
-    """Of one chunk. send, receive: rows to and from each rank [G].
+    """Of one chunk. send: rows to each rank [G]. received: the rows that arrive, by (sender, local expert) [G][L].
 
-    order: [N], sorts received rows by local expert; None: already sorted. counts, device_counts: rows of each local expert
-    [L], on the host and on the device.
+    device_counts: rows of each local expert [L], on the device.
     """
 
     send: List[int]
-    receive: List[int]
-    order: Optional[Tensor]
-    counts: List[int]
+    received: Sizes
     device_counts: Tensor
+
+    @property
+    def counts(self) -> List[int]:
+        """Rows of each local expert [L]."""
+        return [sum(column) for column in zip(*self.received)]
 
 
 @torch.no_grad()
@@ -45,25 +50,11 @@ def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> List[ExchangePla
     incoming = torch.empty_like(outgoing)
     with expert_group.measured(counts.device):
         dist.all_to_all_single(incoming, outgoing, group=expert_group.group)
-    on_host = split_counts(torch.stack([outgoing, incoming]).cpu(), expert_group.chunks)  # [N, 2, G, L]
-    return [_plan(sizes[0], sizes[1], arriving) for sizes, arriving in zip(on_host, split_counts(incoming, expert_group.chunks))]
-
-
-def _plan(send: Tensor, receive: Tensor, incoming: Tensor) -> ExchangePlan:
-    """The plan of a chunk. send, receive [G, L] on the host; incoming: receive on the device."""
-    return ExchangePlan(
-        send=send.sum(1).tolist(),
-        receive=receive.sum(1).tolist(),
-        order=None if incoming.size(1) == 1 else _by_local_expert(incoming, int(receive.sum())),
-        counts=receive.sum(0).tolist(),
-        device_counts=incoming.sum(0),
-    )
-
-
-def _by_local_expert(incoming: Tensor, total: int) -> Tensor:
-    """The permutation from (sender, local expert) to (local expert, sender) order; incoming [G, L] sums to `total`."""
-    local_expert = torch.arange(incoming.size(1), device=incoming.device).repeat(incoming.size(0))  # [G * L]
-    return local_expert.repeat_interleave(incoming.flatten(), output_size=total).argsort(stable=True)
+    on_host = split_counts(torch.stack([outgoing, incoming]).cpu(), expert_group.chunks).tolist()  # [N][2][G][L]
+    arriving = split_counts(incoming, expert_group.chunks).sum(1)  # [N, L]
+    return [
+        ExchangePlan([sum(line) for line in sent], received, on_device) for (sent, received), on_device in zip(on_host, arriving)
+    ]
 
 
 def split_counts(counts: Tensor, chunks: int) -> Tensor:
@@ -104,8 +95,9 @@ def dispatch_all_to_all(
     total = sum(sum(plan.send) for plan in plans)
     if len(plans) > 1:
         pairs.reorder(order_by_chunk(pairs.counts, len(plans), total))
-    there = [Transfer(plan.send, plan.receive, expert_group) for plan in plans]
-    back = [Transfer(plan.receive, plan.send, expert_group) for plan in plans]
+    receive = [[sum(line) for line in plan.received] for plan in plans]
+    there = [Transfer(plan.send, rows, expert_group) for plan, rows in zip(plans, receive)]
+    back = [Transfer(rows, plan.send, expert_group) for plan, rows in zip(plans, receive)]
     tickets = depart(pairs.gather(tokens, total), there)
     meanwhile()
     returning = []
@@ -117,16 +109,6 @@ def dispatch_all_to_all(
 
 def _run(experts: ExpertsFunction, arrived: Tensor, plan: ExchangePlan, counts_on_device: bool) -> Tensor:
     """The experts' outputs for the rows [N, M] of a chunk, in their order."""
-    received = plan.device_counts if counts_on_device else plan.counts
-    if plan.order is None:
-        return experts(arrived, received)
-    return _permute(experts(_permute(arrived, plan.order), received), invert(plan.order))
-
-
-def invert(order: Tensor) -> Tensor:
-    """The inverse of a permutation [N]."""
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
-def _permute(rows: Tensor, order: Tensor) -> Tensor:
-    return gather(rows, order, 1)
+    by_expert = transpose_blocks(arrived, plan.received)
+    outputs = experts(by_expert, plan.device_counts if counts_on_device else plan.counts)
+    return transpose_blocks(outputs, transposed(plan.received))

@@ -183,3 +183,20 @@ def test_rows_are_sent_in_the_precision_of_the_computation(fused, monkeypatch):
         with Watch(lambda: next(answers)), autocast(torch.bfloat16):
             layer(x)
     assert [dtype for dtype in sent if dtype.is_floating_point] == [torch.bfloat16] * 2
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("router, experts, launches", [("sparsemixer", 8, 41), ("sparsemixer", 64, 45), ("remoe", 64, 100)])
+def test_sharded_experts_wait_once_and_copy_received_rows_only_with_several_on_a_rank(router, experts, launches, monkeypatch):
+    monkeypatch.setattr(dist, "all_to_all_single", lambda *args, **kwargs: Mock())
+    with FakeTensorMode(), choice.forced(True):
+        layer, x = on_gpu(router, experts=experts), tokens()
+        layer.shard_experts(ExpertGroup(8, 0, None, None, 8, True))
+        watch = Watch(lambda: S // experts)  # to each expert
+        run(layer, x, "bfloat16", watch)
+    print(router, sum(watch.launches.values()), watch.launches.most_common(40), watch.waits)
+    waits = [name for name, repeated in itertools.groupby(watch.waits)]  # a list of numbers is read at once
+    assert waits == ["copy from cuda to cpu"]
+    copies = watch.launches["cat"] - 1  # that of the counts
+    assert copies == (0 if experts == 8 else 4)  # rows in and outputs back, forward and backward
+    assert sum(watch.launches.values()) <= launches
