@@ -9,6 +9,7 @@ from benchmarks.costs import Costs, Kernel
 TABLE = Path(__file__).with_name("devices.csv")
 # Assumed shares of the datasheet figures that good kernels reach.
 OF_FLOPS, OF_MEMORY, OF_LINKS = 0.8, 0.9, 0.8
+MESSAGE = 2e-6  # assumed seconds that a rank spends on each message between nodes, besides its bytes
 
 
 class Device(NamedTuple):
@@ -94,3 +95,27 @@ def exchange_seconds(costs: Costs, group: int, device: Device, domain: int) -> f
     near, far = min(domain, group) - 1, max(group - domain, 0)
     sent = sum(costs.sent) / group  # to each rank
     return max(device.over_nvlink(sent * near), device.over_infiniband(sent * far)) + len(costs.sent) * device.launch
+
+
+class Steps(NamedTuple):
+    """Seconds of a layer's all-to-alls without messages' own time, and the messages between nodes that a rank sends in them."""
+
+    seconds: float
+    messages: int
+
+    @property
+    def total(self) -> float:
+        return self.seconds + self.messages * MESSAGE
+
+
+def in_one_step(costs: Costs, group: int, device: Device, domain: int) -> Steps:
+    """All-to-alls among all ranks: as exchange_seconds, with a message to each rank of another node."""
+    return Steps(exchange_seconds(costs, group, device, domain), len(costs.sent) * (group - domain))
+
+
+def in_two_steps(costs: Costs, group: int, device: Device, domain: int) -> Steps:
+    """All-to-alls inside nodes of `domain` ranks, a copy into the order of nodes, and all-to-alls between nodes, in turn."""
+    nodes, sent = group // domain, sum(costs.sent)
+    inside, between = sent * (domain - 1) / domain, sent * (nodes - 1) / nodes
+    seconds = device.over_nvlink(inside) + device.moving(2 * sent) + device.over_infiniband(between)
+    return Steps(seconds + 3 * len(costs.sent) * device.launch, len(costs.sent) * (nodes - 1))

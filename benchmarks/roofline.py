@@ -21,7 +21,19 @@ from typing import Any, Dict, List, Optional, Sequence, Set
 
 from benchmarks.cluster_plan import CONTEXT, LAYERS, NODE, RANKS, VOCABULARY, make_plan
 from benchmarks.costs import Case, Costs, Kernel
-from benchmarks.devices import OF_FLOPS, OF_LINKS, OF_MEMORY, TABLE, Device, exchange_seconds, layer_times, read_devices
+from benchmarks.devices import (
+    MESSAGE,
+    OF_FLOPS,
+    OF_LINKS,
+    OF_MEMORY,
+    TABLE,
+    Device,
+    exchange_seconds,
+    in_one_step,
+    in_two_steps,
+    layer_times,
+    read_devices,
+)
 from benchmarks.fake_cuda import shim
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.tables import NOTHING, markdown_table
@@ -90,6 +102,23 @@ class Model:
                 lines.append(line)
         return lines
 
+    def steps(self, device: Device) -> Table:
+        """All-to-alls of the largest group over several nodes, in one step and in two (--moe-hierarchical-exchange)."""
+        lines = []
+        experts = max(self.options.experts)
+        groups = [group for group in self.options.groups if group > NODE and group % NODE == 0 and experts % group == 0]
+        for top_k, tokens in itertools.product(self.options.top_k, self.options.tokens) if groups else []:
+            group = max(groups)
+            case = self.case(device, tokens, experts, top_k, group)
+            one, two = (steps(self[case], group, device, NODE) for steps in (in_one_step, in_two_steps))
+            equal = (two.seconds - one.seconds) / max(one.messages - two.messages, 1)
+            lines.append({
+                "k": top_k, "S": tokens, "G": group, "one step ms": round(1e3 * one.total, 2),
+                "two steps ms": round(1e3 * two.total, 2), "ratio": round(two.total / max(one.total, 1e-12), 2),
+                "equal at µs a message": round(1e6 * equal, 2),
+            })  # fmt: skip
+        return lines
+
     def by_device(self) -> Table:
         """Every device of the table with all experts on one GPU, at the goals' S or the largest below it."""
         tokens, lines = min(GOAL_TOKENS, max(self.options.tokens)), []  # launches hide the differences at small S
@@ -140,6 +169,9 @@ class Model:
         for device in chosen:
             tables[f"{device.name}: multiples of dense, without all-to-all"] = self.grid(device)
             tables[f"{device.name}: all-to-all in multiples of dense, E={max(self.options.experts)}"] = self.exchanges(device)
+            steps = self.steps(device)
+            if steps:
+                tables[f"{device.name}: all-to-alls of a layer over nodes of {NODE} GPUs, E={max(self.options.experts)}"] = steps
         tables["Devices, all experts on one GPU"] = self.by_device()
         if GOAL_DEVICE in self.options.device and tuple(self.options.dims) == GOAL_DIMS:
             tables[f"{GOAL_DEVICE}: goals and today's layer, S={GOAL_TOKENS}"] = self.goals(self.devices[GOAL_DEVICE])
@@ -169,6 +201,8 @@ def assumptions(devices: Dict[str, Device]) -> str:
         f"{OF_FLOPS:.0%} of datasheet FLOPs, {OF_MEMORY:.0%} of memory bandwidth and {OF_LINKS:.0%} of links. Experts get",
         "equally many tokens. Host waits cost nothing. Every launch is added in full, although a GPU can hide it behind a long",
         "kernel.",
+        f"All-to-alls over nodes: {1e6 * MESSAGE:g} µs for each message of a rank to another node, an assumption; in two steps,",
+        "first over NVLink inside nodes, then over InfiniBand between them.",
         f"In plans, nothing overlaps: nodes of {NODE} GPUs, vocabulary {VOCABULARY}, context {CONTEXT}, bfloat16, Adam.",
         "",
         "Devices: datasheet figures, except for the launch time, which is an assumption.",

@@ -278,6 +278,13 @@ class MoEOptions:
             " computation of another (1: no overlap); no effect if every rank holds all experts"
         },
     )
+    moe_hierarchical_exchange: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "ranks per node: exchange tokens inside nodes first, then between them, in fewer and larger messages, where a"
+            " group of --expert-parallel-size ranks spans several nodes (default: one exchange among all its ranks)"
+        },
+    )
     balance_scope: str = field(
         default="local",
         metadata={
@@ -337,6 +344,7 @@ FLAGS = {  # parameter name in the core -> flag
     "fom": "--moe-fom",
     "gating_dropout": "--moe-gating-dropout",
     "chunks": "--moe-overlap",
+    "ranks_per_node": "--moe-hierarchical-exchange",
 }
 NAMED = re.compile(rf"\b({'|'.join(FLAGS)})=(?=\S)")
 

@@ -154,7 +154,7 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
                 return dispatch_fused(tokens, local, self.experts)
             return dispatch_locally(tokens.to(self.experts.precision(tokens)), local, self.experts, on_device)
         tokens = tokens.to(self.experts.precision(tokens))  # before copying and sending: under autocast, half the bytes
-        if routing.dropped is None or self.expert_group.chunks > 1:
+        if routing.dropped is None or not self.expert_group.in_one_exchange:
             return dispatch_all_to_all(tokens, routing, self.experts, self.expert_group, on_device, fused, meanwhile)
         return dispatch_equal_split(tokens, routing, self.experts, self.expert_group, on_device, fused)
 

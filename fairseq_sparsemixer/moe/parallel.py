@@ -63,6 +63,17 @@ class RankGroup:
         return self
 
 
+class Nodes(NamedTuple):
+    """How the G ranks of a group lie on nodes, for an exchange in two steps. ranks: P, of the group in each of G / P nodes.
+
+    inside: the P ranks of this rank's node, in order. between: the G / P ranks at this rank's place in their nodes.
+    """
+
+    ranks: int
+    inside: Any
+    between: Any
+
+
 @dataclass(frozen=True)
 class ExpertGroup:
     """This rank's position in expert parallelism.
@@ -70,7 +81,8 @@ class ExpertGroup:
     size: G. index: this rank's index in its group. group: the G ranks that together hold each expert once. replicas: the
     W / G ranks that hold the same experts as this one. world_size: W. first_group: whether this is the group of rank 0.
     timer: times the all-to-alls; None: no timing. chunks: the parts in which a layer's tokens are exchanged, so that the
-    exchange of one overlaps the computation of another; 1: no overlap.
+    exchange of one overlaps the computation of another; 1: no overlap. nodes: for an exchange inside nodes first, then
+    between them; None: one exchange among all ranks.
     """
 
     size: int
@@ -81,6 +93,12 @@ class ExpertGroup:
     first_group: bool
     timer: Optional[CollectiveTimer] = None
     chunks: int = 1
+    nodes: Optional[Nodes] = None
+
+    @property
+    def in_one_exchange(self) -> bool:
+        """Whether a layer's rows are exchanged at once, in one all-to-all."""
+        return self.chunks == 1 and self.nodes is None
 
     @property
     def num_replicas(self) -> int:
@@ -123,19 +141,43 @@ def expert_parallel_size(requested: Optional[int], world_size: int, num_experts:
     return requested
 
 
-def form_expert_group(
-    size: int, timeout: Optional[timedelta] = None, timer: Optional[CollectiveTimer] = None, chunks: int = 1
-) -> ExpertGroup:
-    """Create the process groups; every rank of the default group must call it, with the same size G and chunks.
+def spans_nodes(size: int, ranks_per_node: Optional[int]) -> bool:
+    """Whether groups of `size` ranks have several ranks in each of several nodes; None: unknown, so not.
 
-    timeout: how long a collective waits for the other ranks; None: torch's default for the backend. timer, chunks: see
-    ExpertGroup. Raises ValueError if chunks is below 1.
+    Raises ValueError if a group would have different numbers of ranks in its nodes.
+    """
+    if ranks_per_node is None:
+        return False
+    if ranks_per_node < 1 or (size % ranks_per_node and ranks_per_node % size):
+        divisors = ", ".join(str(n) for n in range(2, size) if size % n == 0)
+        raise ValueError(
+            f"ranks_per_node={ranks_per_node} does not divide the {size} ranks that share the experts;"
+            f" {f'use one of {divisors}, or ' if divisors else ''}leave it out for an exchange in one step"
+        )
+    return 1 < ranks_per_node < size
+
+
+def form_expert_group(
+    size: int,
+    timeout: Optional[timedelta] = None,
+    timer: Optional[CollectiveTimer] = None,
+    chunks: int = 1,
+    ranks_per_node: Optional[int] = None,
+) -> ExpertGroup:
+    """Create the process groups; every rank of the default group must call it, with the same arguments apart from the timer.
+
+    size: G. timeout: how long a collective waits for the other ranks; None: torch's default for the backend. timer, chunks:
+    see ExpertGroup. ranks_per_node: exchange tokens inside nodes first, then between them, if a group spans several; ranks are
+    numbered node by node. Raises ValueError if chunks is below 1, and as spans_nodes.
     """
     if chunks < 1:
         raise ValueError(f"chunks={chunks} must be at least 1; 1 does not overlap the exchange with the computation")
     world_size, rank = dist.get_world_size(), dist.get_rank()
     groups = [list(range(first, first + size)) for first in range(0, world_size, size)]
     replicas = [list(range(index, world_size, size)) for index in range(size)]
+    nodes = None
+    if ranks_per_node is not None and spans_nodes(size, ranks_per_node):
+        nodes = _nodes(size, ranks_per_node, rank, timeout)
     return ExpertGroup(
         size=size,
         index=rank % size,
@@ -145,7 +187,16 @@ def form_expert_group(
         first_group=rank < size,
         timer=timer,
         chunks=chunks,
+        nodes=nodes,
     )
+
+
+def _nodes(size: int, ranks_per_node: int, rank: int, timeout: Optional[timedelta]) -> Nodes:
+    first = rank - rank % size  # of this rank's group
+    inside = range(rank - rank % ranks_per_node, rank - rank % ranks_per_node + ranks_per_node)
+    between = range(first + rank % ranks_per_node, first + size, ranks_per_node)
+    groups = [dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True) for ranks in (inside, between)]
+    return Nodes(ranks_per_node, *groups)
 
 
 def _own_group(partition: List[List[int]], rank: int, timeout: Optional[timedelta]) -> Any:

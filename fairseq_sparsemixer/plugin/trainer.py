@@ -249,10 +249,14 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
         refuse_incompatible(cfg, size)
         refuse_unequal_forwards(cfg, task, KEEP_ALL)
     timer = CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
-    expert_group = form_expert_group(size, timeout, timer, overlap(cfg))
+    with in_flags():
+        expert_group = form_expert_group(size, timeout, timer, overlap(cfg), ranks_per_node(cfg))
     shard_experts(model, expert_group)
     if size == 1:
         return expert_group
+    if ranks_per_node(cfg) is not None and expert_group.nodes is None:
+        message = "--moe-hierarchical-exchange %d changes nothing: it needs several nodes with several ranks of each group of %d"
+        logger.warning(message, ranks_per_node(cfg), size)
     local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
     logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
@@ -283,11 +287,17 @@ def overlap(cfg: Any) -> int:
     return getattr(cfg.model, "moe_overlap", 1)
 
 
+def ranks_per_node(cfg: Any) -> Optional[int]:
+    """--moe-hierarchical-exchange; None for a model without the flag."""
+    return getattr(cfg.model, "moe_hierarchical_exchange", None)
+
+
 def warn_of_no_exchange(cfg: Any) -> None:
     """Warn of flags about the exchange of tokens, which does not happen if every rank holds all experts."""
     for flag, value, neutral in (
         ("--moe-gating-dropout", MoETrainer.gating_dropout(cfg), 0),
         ("--moe-overlap", overlap(cfg), 1),
+        ("--moe-hierarchical-exchange", ranks_per_node(cfg), None),
     ):
         if value != neutral:
             logger.warning("%s %g changes nothing: every rank holds all experts", flag, value)

@@ -8,7 +8,16 @@ import pytest
 from benchmarks import roofline
 from benchmarks.cluster_plan import make_plan, reduction_seconds
 from benchmarks.costs import Case, Costs, Kernel
-from benchmarks.devices import Device, exchange_seconds, kernel_seconds, layer_times, read_devices
+from benchmarks.devices import (
+    MESSAGE,
+    Device,
+    exchange_seconds,
+    in_one_step,
+    in_two_steps,
+    kernel_seconds,
+    layer_times,
+    read_devices,
+)
 from benchmarks.fake_cuda import shim
 
 HEADER = ",".join(Device._fields)
@@ -64,6 +73,14 @@ def test_an_exchange_uses_the_links_between_its_ranks():
     assert exchange_seconds(layer, 8, UNIT, 8) == pytest.approx(7 + 1)  # NVLink and a launch
     assert exchange_seconds(layer, 8, UNIT, 1) == pytest.approx(2 * 7 + 1)  # InfiniBand, half as fast
     assert exchange_seconds(layer, 8, UNIT, 4) == pytest.approx(2 * 4 + 1)  # 4 ranks in another node; NVLink has finished
+
+
+def test_two_steps_trade_messages_between_nodes_for_a_pass_over_nvlink_and_a_copy():
+    layer = costs(sent=[16 * 10**12])  # 1e12 bytes to each of 16 ranks, on 4 nodes of 4
+    one, two = in_one_step(layer, 16, UNIT, 4), in_two_steps(layer, 16, UNIT, 4)
+    assert one == pytest.approx((2 * 12 + 1, 12))
+    assert two == pytest.approx((12 + 2 * 16 + 2 * 12 + 3, 3))  # NVLink, the copy, InfiniBand, three launches
+    assert one.total == pytest.approx(25 + 12 * MESSAGE)
 
 
 def test_a_reduction_sends_a_tensor_twice():

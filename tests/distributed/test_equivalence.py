@@ -4,7 +4,7 @@ The single process uses no expert-parallel code. Both use the same noise, token 
 """
 
 from itertools import product
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     scope: str  # --balance-scope
     backend: str
     chunks: int = 1  # --moe-overlap
+    ranks_per_node: Optional[int] = None  # --moe-hierarchical-exchange
 
 
 CASES = [
@@ -50,6 +51,10 @@ CASES += [
         (("sparsemixer", 2), ("sparsemixer_v2", 4)),
         (("local", "legacy_ddp"), ("global", "pytorch_ddp")),
     )
+]
+CASES += [
+    Case(4, 4, num_experts, "sparsemixer_v2", scope, backend, chunks, 2)
+    for num_experts, chunks, scope, backend in ((4, 2, "global", "pytorch_ddp"), (8, 1, "local", "legacy_ddp"))
 ]
 
 
@@ -141,7 +146,7 @@ def train_on_rank(case: Case) -> Dict[str, Any]:
     model = Model(case.router, case.num_experts)
     ranks = None
     if case.group_size > 1:
-        ranks = form_expert_group(case.group_size, chunks=case.chunks)
+        ranks = form_expert_group(case.group_size, chunks=case.chunks, ranks_per_node=case.ranks_per_node)
         shard_experts(model, ranks)
     if case.scope == "global":
         model.moe.gate.balance_scope = RanksScope(dist.new_group())

@@ -176,6 +176,21 @@ def test_four_ranks_with_replicas_equal_one_process(five_batches):
     assert_same(whole(runs(five_batches, 4, *flags)), whole(alone))
 
 
+@pytest.mark.parametrize("backend, flags", [("legacy_ddp", ""), ("pytorch_ddp", "--moe-overlap 2 --capacity-factor 2.0")])
+def test_two_nodes_of_two_ranks_equal_one_process(backend, flags, five_batches):
+    """In every second update, three of the four ranks have no batch."""
+    common = ["--max-update", "4", "--disable-validation", "--clip-norm", "0.1", *flags.split()]
+    alone = runs(five_batches, 1, *common, "--update-freq", "4")
+    four = runs(five_batches, 4, *common, "--moe-hierarchical-exchange", "2", "--ddp-backend", backend)
+    assert [len(result["idle"]) for result in four] == [4] * 4 and four[3]["idle"] == [False, True] * 2
+    assert_same(whole(four), whole(alone))
+
+
+def test_nodes_that_do_not_divide_the_ranks_of_a_group_are_refused(five_batches):
+    for result in runs(five_batches, 2, "--moe-hierarchical-exchange", "3"):
+        assert "--moe-hierarchical-exchange 3 does not divide the 2 ranks that share the experts; leave it out" in result["exit"]
+
+
 @pytest.mark.parametrize(
     "flags, batches, early",
     [

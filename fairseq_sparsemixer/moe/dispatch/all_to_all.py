@@ -7,30 +7,31 @@ rows with repeated weights instead, but each weight would then be read, and its 
 fewer rows: slower by measurement and by the cost model (benchmarks/NOTES.md).
 
 With N chunks, each takes an equal share of every expert's rows, in the order (chunk, expert). Both sides derive the sizes of
-chunks from the same counts, so they are exchanged once. exchange.py says what runs at the same time.
+chunks from the same counts, so they are exchanged once. exchange.py says what runs at the same time, route.py how rows travel
+between nodes.
 """
 
 from typing import Callable, List, NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from fairseq_sparsemixer.moe.dispatch.blocks import Sizes, transpose_blocks, transposed
 from fairseq_sparsemixer.moe.dispatch.exchange import Transfer, arrive, come_home, depart, send_home
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
 from fairseq_sparsemixer.moe.dispatch.pairs import sorted_pairs
+from fairseq_sparsemixer.moe.dispatch.route import Route, exchange_counts, plan_route
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
 class ExchangePlan(NamedTuple):
-    """Of one chunk. send: rows to each rank [G]. received: the rows that arrive, by (sender, local expert) [G][L].
+    """Of one chunk. received: the rows that arrive, by (sender, local expert) [G][L].
 
     device_counts: rows of each local expert [L], on the device.
     """
 
-    send: List[int]
+    route: Route
     received: Sizes
     device_counts: Tensor
 
@@ -46,15 +47,10 @@ def plan_exchange(counts: Tensor, expert_group: ExpertGroup) -> List[ExchangePla
 
     counts [E]: this rank's rows. One host synchronisation, to read the sizes.
     """
-    outgoing = counts.view(expert_group.size, -1)  # [G, L]
-    incoming = torch.empty_like(outgoing)
-    with expert_group.measured(counts.device):
-        dist.all_to_all_single(incoming, outgoing, group=expert_group.group)
-    on_host = split_counts(torch.stack([outgoing, incoming]).cpu(), expert_group.chunks).tolist()  # [N][2][G][L]
-    arriving = split_counts(incoming, expert_group.chunks).sum(1)  # [N, L]
-    return [
-        ExchangePlan([sum(line) for line in sent], received, on_device) for (sent, received), on_device in zip(on_host, arriving)
-    ]
+    tables = exchange_counts(counts.view(expert_group.size, -1), expert_group)
+    on_host = split_counts(torch.stack(tables).cpu(), expert_group.chunks).tolist()  # [N][2 or 3][G][L]
+    arriving = split_counts(tables[-1], expert_group.chunks).sum(1)  # [N, L]
+    return [ExchangePlan(plan_route(sizes, expert_group), sizes[-1], on_device) for sizes, on_device in zip(on_host, arriving)]
 
 
 def split_counts(counts: Tensor, chunks: int) -> Tensor:
@@ -66,14 +62,27 @@ def split_counts(counts: Tensor, chunks: int) -> Tensor:
 
 
 @torch.no_grad()
-def order_by_chunk(counts: Tensor, chunks: int, total: int) -> Tensor:
-    """The permutation from the order by expert to that by (chunk, expert); counts [E] sum to `total`."""
+def order_to_send(counts: Tensor, expert_group: ExpertGroup, total: int) -> Tensor:
+    """The permutation from the order by expert to that in which rows leave; counts [E] sum to `total`.
+
+    That is (chunk, expert), where a route in two steps takes the experts by (place of their rank in its node, node).
+    """
+    chunks = expert_group.chunks
     parts = split_counts(counts, chunks)  # [chunks, E]
-    target = parts.flatten().cumsum(0) - parts.flatten()  # where a block starts
     by_expert = parts.t().flatten()
-    source = (by_expert.cumsum(0) - by_expert).view(-1, chunks).t().flatten()  # where its rows are now
-    shift = (source - target).repeat_interleave(parts.flatten(), output_size=total)
+    source = (by_expert.cumsum(0) - by_expert).view(-1, chunks).t()  # [chunks, E], where a block's rows are now
+    parts, source = _as_sent(parts, expert_group), _as_sent(source, expert_group)
+    target = parts.cumsum(0) - parts  # where they start
+    shift = (source - target).repeat_interleave(parts, output_size=total)
     return torch.arange(total, device=counts.device) + shift
+
+
+def _as_sent(blocks: Tensor, expert_group: ExpertGroup) -> Tensor:
+    """blocks [chunks, E] -> [chunks * E] in the order in which they leave."""
+    if expert_group.nodes is None:
+        return blocks.flatten()
+    nodes = expert_group.size // expert_group.nodes.ranks
+    return blocks.reshape(len(blocks), nodes, expert_group.nodes.ranks, -1).transpose(1, 2).flatten()
 
 
 def dispatch_all_to_all(
@@ -92,12 +101,11 @@ def dispatch_all_to_all(
     """
     pairs = sorted_pairs(routing, fused)
     plans = plan_exchange(pairs.counts, expert_group)
-    total = sum(sum(plan.send) for plan in plans)
-    if len(plans) > 1:
-        pairs.reorder(order_by_chunk(pairs.counts, len(plans), total))
-    receive = [[sum(line) for line in plan.received] for plan in plans]
-    there = [Transfer(plan.send, rows, expert_group) for plan, rows in zip(plans, receive)]
-    back = [Transfer(rows, plan.send, expert_group) for plan, rows in zip(plans, receive)]
+    total = sum(plan.route.num_outward for plan in plans)
+    if not expert_group.in_one_exchange:
+        pairs.reorder(order_to_send(pairs.counts, expert_group, total))
+    there = [Transfer(plan.route, expert_group, outward=True) for plan in plans]
+    back = [Transfer(plan.route, expert_group, outward=False) for plan in plans]
     tickets = depart(pairs.gather(tokens, total), there)
     meanwhile()
     returning = []

@@ -17,36 +17,56 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fairseq_sparsemixer.moe.dispatch.blocks import move_blocks, transposed
+from fairseq_sparsemixer.moe.dispatch.route import Leg, Route
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
 class Transfer:
-    """An all-to-all: the first send[0] rows go to rank 0 of the group, and so on; rows arrive in the order of the senders.
+    """Rows on their way between the ranks of a group: outward to the experts, or home.
 
-    In the backward pass, gradients travel the other way. Every rank of the group must start its transfers in the same order.
+    Outward, they leave and arrive as in one all-to-all: the first rows go to rank 0 of the group, and so on, and arrive in the
+    order of the senders. Home is the same way back. Gradients travel the other way. Every rank of the group must start its
+    transfers in the same order. A route in two steps is taken inside nodes at once and between nodes asynchronously.
     """
 
-    def __init__(self, send: Sequence[int], receive: Sequence[int], expert_group: ExpertGroup):
-        self.send, self.receive, self.expert_group = list(send), list(receive), expert_group
-        self._under_way: Optional[Tuple[Any, Tensor, Tensor]] = None  # the rows are kept until they have left
+    def __init__(self, route: Route, expert_group: ExpertGroup, outward: bool):
+        self.route, self.expert_group, self.outward = route, expert_group, outward
+        self._under_way: Optional[Tuple[Any, Tensor, Tensor, bool]] = None  # the rows are kept until they have left
+
+    def rows(self, backward: bool = False) -> int:
+        """The number of rows that `start` takes."""
+        return self.route.num_outward if self.outward != backward else self.route.num_home
 
     def start(self, rows: Tensor, backward: bool = False) -> Tensor:
-        """Start sending rows [sum(send), M]; backward: [sum(receive), M]. A ticket [0]."""
-        send, receive = (self.receive, self.send) if backward else (self.send, self.receive)
-        rows = rows.contiguous()
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        """Start sending rows [N, M], N as `rows` says -> a ticket [0]."""
+        outward, route = self.outward != backward, self.route
         with self.expert_group.measured(rows.device):
-            work = dist.all_to_all_single(received, rows, receive, send, group=self.expert_group.group, async_op=True)
-        self._under_way = work, rows, received
+            if outward and route.inside is not None:
+                rows = move_blocks(self._exchange(rows, route.inside, outward)[0], route.passing)
+            received, sent, work = self._exchange(rows, route.between, outward, wait=False)
+        self._under_way = work, sent, received, outward
         return rows.new_empty(0)
 
     def finish(self) -> Tensor:
-        """Wait for the rows that were started -> [sum(receive), M]; backward: [sum(send), M]."""
+        """Wait for the rows that were started -> [N', M]."""
         assert self._under_way is not None
-        (work, _, received), self._under_way = self._under_way, None
+        (work, _, received, outward), self._under_way = self._under_way, None
         with self.expert_group.measured(received.device):
             work.wait()
+            if not outward and self.route.inside is not None:
+                back = move_blocks(received, transposed(self.route.passing))
+                received, *_ = self._exchange(back, self.route.inside, outward)
         return received
+
+    @staticmethod
+    def _exchange(rows: Tensor, leg: Leg, outward: bool, wait: bool = True) -> Tuple[Tensor, Tensor, Any]:
+        """The rows received, those sent, and the work to wait for."""
+        send, receive = (leg.send, leg.receive) if outward else (leg.receive, leg.send)
+        rows = rows.contiguous()
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows, receive, send, group=leg.group, async_op=not wait)
+        return received, rows, work
 
 
 class _Depart(torch.autograd.Function):
@@ -100,13 +120,13 @@ def depart(rows: Tensor, transfers: List[Transfer]) -> Tuple[Tensor, ...]:
 
 
 def arrive(ticket: Tensor, transfer: Transfer) -> Tensor:
-    """Wait for the rows of a chunk that other ranks have sent -> [sum(transfer.receive), M]."""
+    """Wait for the rows [N', M] of a chunk that other ranks have sent."""
     rows: Tensor = _Arrive.apply(ticket, transfer)
     return rows
 
 
 def send_home(rows: Tensor, transfer: Transfer) -> Tensor:
-    """Start returning rows [sum(transfer.send), M] -> a ticket."""
+    """Start returning the outputs [N', M] of a chunk -> a ticket."""
     ticket: Tensor = _SendHome.apply(rows, transfer)
     return ticket
 
@@ -119,7 +139,7 @@ def come_home(tickets: Sequence[Tensor], transfers: List[Transfer]) -> Tensor:
 
 def _start_all(rows: Tensor, transfers: List[Transfer], backward: bool = False) -> Tuple[Tensor, ...]:
     """Start sending rows [N, M]; backward: the last chunk first, as it is the first to be computed."""
-    parts = list(zip(transfers, rows.split([sum(each.receive if backward else each.send) for each in transfers])))
+    parts = list(zip(transfers, rows.split([transfer.rows(backward) for transfer in transfers])))
     tickets = [transfer.start(part, backward) for transfer, part in (reversed(parts) if backward else parts)]
     return tuple(reversed(tickets) if backward else tickets)
 

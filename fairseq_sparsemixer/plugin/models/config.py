@@ -86,6 +86,7 @@ NUMBERS = {
     "moe_cmr_gate_dropout": (PROBABILITY, "0 disables it"),
     "expert_parallel_size": (COUNT, "leave it out for the largest that fits"),
     "moe_overlap": (COUNT, "1 does not overlap the exchange with the computation"),
+    "moe_hierarchical_exchange": (COUNT, "leave it out for one exchange among all ranks"),
     "collective_timeout": (SECONDS, "leave it out for torch's default"),
 }
 

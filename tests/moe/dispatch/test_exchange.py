@@ -5,10 +5,10 @@ import torch
 from ranks import run_ranks
 from torch import distributed as dist
 
-from fairseq_sparsemixer.moe.dispatch.all_to_all import order_by_chunk, split_counts
+from fairseq_sparsemixer.moe.dispatch.all_to_all import order_to_send, split_counts
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.layer import build_moe_layer, shard_experts
-from fairseq_sparsemixer.moe.parallel import form_expert_group
+from fairseq_sparsemixer.moe.parallel import ExpertGroup, form_expert_group
 
 CHUNKS, M = 3, 4
 
@@ -104,14 +104,15 @@ def test_chunks_share_the_rows_of_each_expert_evenly(chunks):
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 7])
-def test_the_order_by_chunk_is_a_stable_sort(chunks):
+def test_the_order_to_send_is_a_stable_sort(chunks):
     counts = [0, 3, 8, 1, 0, 5]
     keys = []  # (chunk, expert) of each row, in the order by expert
     for expert, count in enumerate(counts):
         edges = [count * step // chunks for step in range(chunks + 1)]
         keys += [(chunk, expert) for chunk in range(chunks) for _ in range(edges[chunk], edges[chunk + 1])]
     expected = sorted(range(len(keys)), key=keys.__getitem__)
-    assert order_by_chunk(torch.tensor(counts), chunks, len(keys)).tolist() == expected
+    group = ExpertGroup(1, 0, None, None, 1, True, chunks=chunks)
+    assert order_to_send(torch.tensor(counts), group, len(keys)).tolist() == expected
 
 
 def test_less_than_one_chunk_is_refused():

@@ -104,6 +104,7 @@ SAME = [
     (dict(expert_activation="relu"), {}),
     (dict(expert_lora_rank=4), dict(expert_lora_rank=4, expert_lora_alpha=4.0)),
     (dict(moe_gating_dropout=0.1, moe_cmr_gate_dropout=0.1, expert_dropout=0.1, checkpoint_experts=True, moe_overlap=2), {}),
+    (dict(moe_hierarchical_exchange=8), {}),
     (dict(dropout=0.1, freeze="gate", expert_parallel_size=2, balance_scope="global", force_expert_choice=True), {}),
 ]
 

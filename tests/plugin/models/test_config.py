@@ -70,6 +70,7 @@ def test_each_bad_option_is_named_with_its_value(options, message):
     *((name, math.inf) for name in NUMBERS if name not in ("jitter_eps", "capacity_factor")),
     *((name, -1) for name in NUMBERS), *((name, "1") for name in NUMBERS), *((name, True) for name in NUMBERS),
     ("num_experts", 2.5), ("moe_freq", 0), ("expert_dropout", 1), ("capacity_factor", 0), ("expert_parallel_size", 0),
+    ("moe_hierarchical_exchange", 0),
 ])  # fmt: skip
 def test_an_out_of_range_number_is_named_for_every_router(router, flag, value):
     options = MoEOptions(**{"router": router, flag: value})
