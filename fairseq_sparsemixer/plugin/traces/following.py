@@ -58,6 +58,7 @@ class Following:
         if self.replay is not None and self.replaying and self.subset not in self.checked:
             for name, layer in layers:
                 self.replay.check_layer(self.subset, name, layer.gate.num_experts)
+            self.replay.check_whole(self.subset)
             self.checked.add(self.subset)
 
     def detach(self) -> None:

@@ -108,6 +108,21 @@ class Replay:
         """Whether the trace has the subset."""
         return any(known == subset for known, _ in self.layers)
 
+    def check_whole(self, subset: str) -> None:
+        """Raise ConfigurationError if layers of the subset have other sentences, or the same after other updates.
+
+        LayerDrop skips layers in training, so that a trace of it is not the routing of one model.
+        """
+        layers = [(name, layer.sentences) for (known, name), layer in self.layers.items() if known == subset]
+        for name, sentences in layers[1:]:
+            first, known = layers[0]
+            for number in sorted(sentences.keys() | known.keys()):
+                if number not in sentences or number not in known or sentences[number].updates != known[number].updates:
+                    raise ConfigurationError(
+                        f"--moe-replay {self.path} has sentence {number} of {subset} not after the same update in {first} and in"
+                        f" {name}, as a training with LayerDrop leaves it; trace it with fairseq-validate --valid-subset {subset}"
+                    )
+
     def check_layer(self, subset: str, name: str, num_experts: int) -> None:
         """Raise ConfigurationError if the trace lacks this layer of the subset, or if its experts do not fit."""
         layer = self.layers.get((subset, name))

@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 
+from fairseq_sparsemixer.errors import ConfigurationError
+
 pytestmark = pytest.mark.slow
 
 
@@ -61,9 +63,25 @@ def test_validation_keeps_the_gates_choice_if_the_trace_has_only_training(train,
     assert logs["valid"]
 
 
-def test_a_trace_without_the_training_data_is_refused_before_training(train, tmp_path):
-    from fairseq_sparsemixer.errors import ConfigurationError
+def test_a_layer_that_layerdrop_skips_is_not_traced_and_such_a_trace_is_refused_before_training(train, tmp_path):
+    """Layers of a trace: those that ran. A trace by a validation has all, and a training with LayerDrop follows it."""
+    flags = ("--max-update", "6", "--no-save", "--max-epoch", "1", "--max-tokens", "40", "--disable-validation")
+    flags += ("--encoder-layers", "2", "--moe-freq", "1", "--router", "switch", "--jitter-eps", "0")
+    dropped = (*flags, "--encoder-layerdrop", "0.5")
+    train(*dropped, "--moe-trace", tmp_path / "dropped.jsonl", "--moe-trace-interval", "1")
+    ran = Counter((line["updates"], line["layer"]) for line in read(tmp_path / "dropped.jsonl"))
+    updates = {update for update, _ in ran}
+    for layer in ("decoder.layers.0", "encoder.layers.0", "encoder.layers.1"):
+        done = [update for update in updates if (update, layer) in ran]
+        assert len(done) == 6 if layer.startswith("decoder") else 0 < len(done) < 6
+        assert all(ran[update, layer] == ran[update, "decoder.layers.0"] for update in done)  # the target equals the source
+    with pytest.raises(ConfigurationError, match="not after the same update in .* and in .*, as a training with LayerDrop"):
+        train(*dropped, "--moe-replay", tmp_path / "dropped.jsonl")
+    train(*flags, "--moe-trace", tmp_path / "whole.jsonl", "--moe-trace-interval", "1")
+    assert len(losses(train(*dropped, "--moe-replay", tmp_path / "whole.jsonl"))) == 6
 
+
+def test_a_trace_without_the_training_data_is_refused_before_training(train, tmp_path):
     train("--max-update", "1", "--no-save", "--moe-trace", tmp_path / "trace.jsonl", "--moe-trace-interval", "0")
     with pytest.raises(ConfigurationError, match="--moe-replay .* has no subset train, only valid"):
         train("--max-update", "1", "--no-save", "--moe-replay", tmp_path / "trace.jsonl")
