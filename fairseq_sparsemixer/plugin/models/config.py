@@ -9,6 +9,7 @@ from fairseq_sparsemixer.moe.gating_dropout import require_local_routing
 from fairseq_sparsemixer.moe.output_masking import require_masking
 from fairseq_sparsemixer.options import in_flags
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers, stack_option
+from fairseq_sparsemixer.plugin.models.memory import refuse_too_many_experts
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
 
@@ -28,6 +29,7 @@ def check_options(cfg: Any, layers: Dict[str, int]) -> None:
     if getattr(cfg, "scale_fc", False):
         raise ConfigurationError("--scale-fc normalises inside layers that experts replace; leave it out, or use --router dense")
     resolve_layers(cfg, layers)
+    refuse_too_many_experts(cfg, layers)
     with in_flags():
         built = configurations(cfg, layers).items()
         gates = [build_gate(cfg.router, 1, experts, **router_options(own)) for experts, own in built]  # a gate checks its options
