@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of the noise, the units drawn anew and the router")
     add_flags(parser, MoEOptions)
-    parser.set_defaults(num_experts=None)  # not given: that of a checkpoint with experts, else the default
+    parser.set_defaults(**{option.name: None for option in fields(MoEOptions)})  # not given: the checkpoint's, or the default
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
 
 
@@ -68,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
     from fairseq_sparsemixer.plugin.checkpoints.upcycling import upcycle
     from fairseq_sparsemixer.plugin.checkpoints.writing import require_targets, save_atomically
 
-    given = {option.name: getattr(options, option.name) for option in fields(MoEOptions)}
+    flags = {option.name: getattr(options, option.name) for option in fields(MoEOptions)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    named = frozenset(given)
     if not 0 <= options.seed < 2**63:
         raise ConfigurationError(f"--seed {options.seed} must be at least 0 and below 2**63")
     change = Change(options.noise, options.seed, options.granularity, options.reinitialise)
@@ -78,11 +80,13 @@ def run(options: argparse.Namespace) -> None:
         source = read_checkpoint(options.source)
         with one_sentence_for(options.source):
             has_experts = any(EXPERTS in name for name in source["model"])
-            if options.num_experts is None:
-                given["num_experts"] = options_of(source).num_experts if has_experts else MoEOptions.num_experts
+            if options.num_experts is None and has_experts:
+                given["num_experts"] = options_of(source).num_experts
             moe = MoEOptions(**given)
             notes: List[str] = []
-            done = change_experts(source, moe, change) if has_experts else Changed(upcycle(source, moe, change, notes), notes)
+            done = (
+                change_experts(source, moe, change, named) if has_experts else Changed(upcycle(source, moe, change, notes), notes)
+            )
         save_atomically(done.state, options.target)
     counts = [sum(value.numel() for value in state["model"].values()) for state in (source, done.state)]
     layers = count_layers(done.state["model"])

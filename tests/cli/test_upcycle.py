@@ -320,6 +320,10 @@ def test_a_model_with_experts_keeps_its_other_flags(dense, tmp_path):
     for flags, sentence in (
         (["--num-experts", "4"], "first.pt already has experts, 4 a layer; give another --num-experts"),
         (["--router", "gshard"], "--router gshard is not that of the checkpoint, switch; .* keeps all flags but --num-experts"),
+        (
+            ["--num-experts", "8", "--router", "sparsemixer"],
+            "--router sparsemixer is not that of the checkpoint, switch",
+        ),  # the default
         (["--granularity", "2"], "--granularity 2 cuts dense layers, but this one has experts; leave it out"),
         (["--moe-top-k", "2"], "--moe-top-k 2 does not work with --router switch"),
         (["--noise", "-1"], "--noise -1.0 must be at least 0"),

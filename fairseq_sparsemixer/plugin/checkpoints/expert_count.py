@@ -8,7 +8,7 @@ compensated as in upcycling.py.
 
 import argparse
 from dataclasses import fields
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, FrozenSet, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor
@@ -46,16 +46,17 @@ class Pair(NamedTuple):
     origins: Tensor
 
 
-def change_experts(state: Dict[str, Any], flags: MoEOptions, change: Change) -> Changed:
+def change_experts(state: Dict[str, Any], flags: MoEOptions, change: Change, named: FrozenSet[str] = frozenset()) -> Changed:
     """A checkpoint with experts -> one with flags.num_experts in each layer that has the model's number of them.
 
-    change: noise and new hidden units of experts that are a second copy. Raises ConfigurationError for other flags than the
+    change: noise and new hidden units of experts that are a second copy. named: the flags that were given even if they have
+    their default; others with their default are taken for the checkpoint's. Raises ConfigurationError for other flags than the
     checkpoint's, numbers that its router or a layer does not allow, and a sharded checkpoint.
     """
     refuse_one_of_several(state)
     refuse_adapters(state)
     old = options_of(state)
-    _require_same(old, flags)
+    _require_same(old, flags, named)
     refuse_change(change)
     if change.granularity != 1:
         raise ConfigurationError(f"--granularity {change.granularity} cuts dense layers, but this one has experts; leave it out")
@@ -79,10 +80,10 @@ def options_of(state: Dict[str, Any]) -> MoEOptions:
     return MoEOptions(**{flag.name: settings.get(flag.name, flag.default) for flag in fields(MoEOptions)})
 
 
-def _require_same(old: MoEOptions, flags: MoEOptions) -> None:
+def _require_same(old: MoEOptions, flags: MoEOptions, named: FrozenSet[str]) -> None:
     for flag in fields(MoEOptions):
         given, own = getattr(flags, flag.name), getattr(old, flag.name)
-        if flag.name not in CHANGED and given not in (flag.default, own):
+        if flag.name not in CHANGED and given != own and (given != flag.default or flag.name in named):
             name = flag.name.replace("_", "-")
             raise ConfigurationError(
                 f"--{name} {given} is not that of the checkpoint, {own}; a checkpoint with experts keeps all flags but"
