@@ -194,7 +194,7 @@ class CheckpointingTrainer(SlicingTrainer):
         model = state["model"]  # loads whole or in part: see Experts
         if self.expert_group is not None and layout["size"] == 1:
             state = combine_experts([state], own_rows(size, self.expert_group.index), self._expert_indices())
-        if with_optimizer and self.by_slices:
+        if self.by_slices:
             shapes = {index: parameter.shape for index, (name, parameter) in enumerate(self._trained()) if EXPERTS in name}
             state = gathering.keep_slices(state, shapes, ReplicaSlices([], self._ranks))
         kept = {key: apply_to_sample(torch.clone, value) for key, value in state.items() if key not in ("model", "cfg", "args")}
