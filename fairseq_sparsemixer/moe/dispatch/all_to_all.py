@@ -100,10 +100,11 @@ def dispatch_all_to_all(
     fused kernels. `meanwhile` is called once, while tokens travel.
     """
     pairs = sorted_pairs(routing, fused)
-    plans = plan_exchange(pairs.counts, expert_group)
+    counts = pairs.counts
+    plans = plan_exchange(counts, expert_group)
     total = sum(plan.route.num_outward for plan in plans)
     if not expert_group.in_one_exchange:
-        pairs.reorder(order_to_send(pairs.counts, expert_group, total))
+        pairs.reorder(order_to_send(counts, expert_group, total))
     there = [Transfer(plan.route, expert_group, outward=True) for plan in plans]
     back = [Transfer(plan.route, expert_group, outward=False) for plan in plans]
     tickets = depart(pairs.gather(tokens, total), there)

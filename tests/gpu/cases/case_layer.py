@@ -14,7 +14,7 @@ from benchmarks.fake_cuda.watching import Watch, autocast
 from fairseq_sparsemixer import build_moe_layer
 from fairseq_sparsemixer.moe.gates import GATES, gate_options
 from fairseq_sparsemixer.moe.kernels import choice
-from fairseq_sparsemixer.moe.parallel import ExpertGroup
+from fairseq_sparsemixer.moe.parallel import ExpertGroup, Nodes
 
 S, M, H, E = 64, 16, 32, 8
 ROUTERS = sorted(set(GATES) - {"base"})  # base's solvers read the scores on the host
@@ -186,17 +186,26 @@ def test_rows_are_sent_in_the_precision_of_the_computation(fused, monkeypatch):
 
 
 @needs_grouped_mm
-@pytest.mark.parametrize("router, experts, launches", [("sparsemixer", 8, 41), ("sparsemixer", 64, 45), ("remoe", 64, 100)])
-def test_sharded_experts_wait_once_and_copy_received_rows_only_with_several_on_a_rank(router, experts, launches, monkeypatch):
+@pytest.mark.parametrize(
+    "router, experts, nodes, launches",
+    [
+        ("sparsemixer", 8, None, 41),
+        ("sparsemixer", 64, None, 45),
+        ("remoe", 64, None, 100),
+        ("sparsemixer", 8, Nodes(2, None, None), 62),
+    ],
+)
+def test_sharded_experts_wait_once_and_copy_received_rows_only_where_needed(router, experts, nodes, launches, monkeypatch):
     monkeypatch.setattr(dist, "all_to_all_single", lambda *args, **kwargs: Mock())
     with FakeTensorMode(), choice.forced(True):
         layer, x = on_gpu(router, experts=experts), tokens()
-        layer.shard_experts(ExpertGroup(8, 0, None, None, 8, True))
+        layer.shard_experts(ExpertGroup(8, 0, None, None, 8, True, nodes=nodes))
         watch = Watch(lambda: S // experts)  # to each expert
         run(layer, x, "bfloat16", watch)
     print(router, sum(watch.launches.values()), watch.launches.most_common(40), watch.waits)
     waits = [name for name, repeated in itertools.groupby(watch.waits)]  # a list of numbers is read at once
     assert waits == ["copy from cuda to cpu"]
-    copies = watch.launches["cat"] - 1  # that of the counts
-    assert copies == (0 if experts == 8 else 4)  # rows in and outputs back, forward and backward
+    copies = watch.launches["cat"] - (1 if nodes is None else 2)  # those of the counts
+    several = experts > 8 or nodes is not None  # on a rank, or steps of the exchange
+    assert copies == (4 if several else 0)  # rows in and outputs back, forward and backward
     assert sum(watch.launches.values()) <= launches
