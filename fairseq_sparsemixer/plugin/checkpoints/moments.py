@@ -39,8 +39,8 @@ def refuse_misfits(path: str, optimizer: Any, trained: List[Tuple[str, Tensor]])
 
 
 def _single(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    """The torch optimizers of a fairseq optimizer, of which `composite` has several."""
-    parts = getattr(optimizer, "optimizers", None)
+    """The torch optimizers of a fairseq optimizer, of which `composite` has several, also within that of half precision."""
+    parts = getattr(optimizer.optimizer, "optimizers", None)
     if parts:
         for part in parts.values():
             yield from _single(part)

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 from fairseq import optim
+from fairseq.optim.fp16_optimizer import FP16Optimizer
 from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -72,3 +73,29 @@ def test_a_float32_copy_of_a_parameter_is_named_by_its_place():
         refuse_misfits("m.pt", optimizer, list(zip("abcd", own)))
     with pytest.raises(ConfigurationError, match="parameter b"):
         refuse_misfits("m.pt", optimizer, list(zip("dcba", reversed(copies))))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_each_optimizer_of_a_composite_one_is_compared_also_in_half_precision(half):
+    adam = {"_name": "adam", "lr": [0.1], "weight_decay": 0.0, **SETTINGS["adam"]}
+    group = {"optimizer": adam, "lr_scheduler": {"_name": "fixed", "force_anneal": None, "lr_shrink": 0.1, "warmup_updates": 0}}
+    common = dict(fp16_init_scale=4, fp16_scale_window=None, fp16_scale_tolerance=0.0, threshold_loss_scale=None)
+    common = dict(common, min_loss_scale=1e-4, bf16=False, tpu=False, fp16_no_flatten_grads=True, model_parallel_size=1)
+    cfg = OmegaConf.create(
+        {
+            "optimizer": {"_name": "composite", "groups": {"a": group, "default": group}, "dynamic_groups": False},
+            "common": {**common, "on_cpu_convert_precision": False},
+            "optimization": {"update_freq": [1]},
+            "distributed_training": {"distributed_world_size": 1},
+        }
+    )
+    trained = parameters()
+    trained[0].param_group = "a"
+    optimizer = FP16Optimizer.build_optimizer(cfg, trained) if half else optim.build_optimizer(cfg.optimizer, trained)
+    optimizer.backward(sum(parameter.sum() for parameter in trained))
+    optimizer.step()
+    refuse_misfits("m.pt", optimizer, [])
+    last = list(optimizer.optimizer.optimizers["default"].optimizer.state.values())[-1]
+    last["exp_avg"] = torch.ones(9)
+    with pytest.raises(ConfigurationError, match=r"number 2: exp_avg is \(9,\), not \(7,\)"):
+        refuse_misfits("m.pt", optimizer, [])
