@@ -54,8 +54,8 @@ class CheckpointingTrainer(SlicingTrainer):
     def consolidate_optimizer(self) -> None:
         """Called by fairseq on every rank before some ranks save, so collectives belong here."""
         super().consolidate_optimizer()
+        self._save = self._gathered = None  # fairseq does not always write what it asked to gather
         if self.expert_group is None or self.in_train_step:
-            self._save = None
             return
         optimizer = None if self.cfg.checkpoint.no_save_optimizer_state else self.optimizer.optimizer
         if not self.sharded:

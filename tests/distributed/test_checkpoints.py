@@ -14,7 +14,8 @@ import pytest
 import runs
 import torch
 from fairseq import checkpoint_utils
-from ranks import Rank, collect, free_port, start_ranks
+from fairseq.tasks import FairseqTask
+from ranks import Rank, collect, free_port, rank_number, run_ranks, start_ranks
 from runs import initialised
 
 import fairseq_sparsemixer
@@ -247,3 +248,24 @@ def test_adapters_of_experts_move_between_numbers_of_ranks(sharded, corpus, tmp_
     losses += train(corpus, tmp_path / "run", *flags, updates=4, ranks=2)
     resumed = train(corpus, tmp_path / "alone", *flags[:4], "--restore-file", str(last), "--update-freq", "2", updates=4, ranks=1)
     torch.testing.assert_close(resumed, losses[2:], rtol=1e-6, atol=0)
+
+
+def fail_in_update(number: int, data: Path, save_dir: Path, port: int, flags: tuple) -> None:
+    """Train one of two ranks, until every batch fails after `number` updates."""
+
+    def step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        if update_num == number:
+            raise ValueError("a batch fails")
+        return stepped(self, sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    stepped = FairseqTask.train_step
+    with patch.object(FairseqTask, "train_step", step), pytest.raises(ValueError, match="a batch fails"):
+        runs.train(data, save_dir, *flags, updates=20, ranks=2, rank=rank_number(), port=port)
+
+
+@pytest.mark.parametrize("placement", [(), ("--expert-parallel-size", "1", "--shard-expert-optimizer")])
+def test_a_failed_batch_leaves_no_checkpoint_with_experts_of_an_earlier_update(placement, corpus, tmp_path):
+    """fairseq gathers after the 8 updates of an epoch, and then finds that these flags ask for no file."""
+    flags = "--save-interval-updates 8 --no-epoch-checkpoints --no-last-checkpoints".split()
+    run_ranks(2, fail_in_update, 9, corpus, tmp_path / "run", free_port(), (*flags, *placement), group=False)
+    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == []
