@@ -11,7 +11,7 @@ import sys
 from datetime import timedelta
 from functools import partial
 from itertools import chain, cycle, repeat
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import fairseq_cli.train
 from fairseq import utils
@@ -36,6 +36,7 @@ from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
 from fairseq_sparsemixer.plugin.freezing import freeze
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
+from fairseq_sparsemixer.plugin.micro_batches import Sums, of_own_batches
 from fairseq_sparsemixer.plugin.refusals import (
     KEEP_ALL,
     refuse_incompatible,
@@ -56,7 +57,7 @@ class MoETrainer(CheckpointingTrainer):
     """fairseq's Trainer for models with experts."""
 
     batch_numbers: Iterator[int] = repeat(0)  # of the next batches in the update
-    batches = 1  # in the update
+    batches: Sequence[Any] = ()  # of the update
     update: Optional[Update] = None  # with --balance-scope update
     early: Optional[EarlyReduction] = None  # of expert gradients
     ranks_wait = False  # whether a layer's forward waits for other ranks
@@ -118,7 +119,7 @@ class MoETrainer(CheckpointingTrainer):
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False):
         """See Trainer. A rank that runs out of memory ends the run, because the others wait for it in mid-batch."""
         self.in_train_step = True
-        self.batches = len(samples)
+        self.batches = samples
         self.batch_numbers = cycle(range(len(samples)))  # more than one pass, with --balance-scope update
         try:
             with explaining_lost_ranks(self.cfg), generating_together(self.ranks_wait), counting_ahead(self, samples):
@@ -164,7 +165,7 @@ class MoETrainer(CheckpointingTrainer):
             number = next(self.batch_numbers)
             self._decide_where_tokens_go(number)
             if self.early is not None:
-                self.early.expect(last=self.in_train_step and number == self.batches - 1)
+                self.early.expect(last=self.in_train_step and number == len(self.batches) - 1)
         # fairseq gives ranks that have run out of batches a copy of an old one, and ignores the result
         sample, is_dummy_batch = super()._prepare_sample(sample, is_dummy)
         for layer in self.moe_layers:
@@ -183,6 +184,13 @@ class MoETrainer(CheckpointingTrainer):
     def gating_dropout(cfg: Any) -> float:
         """--moe-gating-dropout; 0 for a model without the flag."""
         return getattr(cfg.model, "moe_gating_dropout", 0)
+
+    def _aggregate_logging_outputs(
+        self, logging_outputs: List[Dict[str, Any]], sample_size: Any, *stats: Any, ignore: bool = False
+    ):
+        sums = Sums(logging_outputs, sample_size, ignore)
+        logs, size, ignored = of_own_batches(self.batches, sums) if self.in_train_step else sums
+        return super()._aggregate_logging_outputs(logs, size, *stats, ignore=ignored)
 
     def _all_gather_list_sync(self, logging_outputs: List[Dict[str, Any]], *stats: Any, ignore: bool = False):
         # for scores that need every prediction, such as --report-mcc; fairseq's version needs a buffer on a GPU

@@ -170,6 +170,20 @@ def test_gradient_accumulation_and_ema_on_two_ranks(five_batches):
     assert_same(whole(both, "ema"), whole(alone, "ema"))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--expert-parallel-size", "1", "--ddp-backend", "pytorch_ddp"], ["--balance-scope", "update"]],
+    ids=["experts on two ranks", "replicas", "update"],
+)
+def test_a_rank_whose_batches_end_within_an_update_counts(flags, tmp_path):
+    """Of 7 batches, the second rank has 3, for two updates of 2; fairseq alone forgets the number of words in its third."""
+    data, flags = make_corpus(tmp_path, sentences=28), ["--max-update", "4", "--disable-validation", *flags]
+    both, alone = runs(data, 2, *flags, "--update-freq", "2"), runs(data, 1, *flags, "--update-freq", "4")[0]
+    assert both[0]["norms"] == pytest.approx(alone["norms"], rel=1e-5)
+    assert both[0]["losses"] == pytest.approx(alone["losses"], abs=2e-3)
+    assert_same(whole(both), whole([alone]))
+
+
 def test_four_ranks_with_replicas_equal_one_process(five_batches):
     flags = "--max-update 4 --num-experts 2 --disable-validation".split()
     alone = runs(five_batches, 1, *flags, "--update-freq", "4")
