@@ -1,5 +1,6 @@
 """Atomic file writes."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -39,6 +40,9 @@ def write_all(contents: Mapping[Path, Union[str, bytes]]) -> None:
                 target = os.path.realpath(path)
                 unfinished = stack.enter_context(unfinished_beside(target))
                 Path(unfinished).write_bytes(data)
+                _flush_to_disk(unfinished)  # before any file is replaced, as some disks are found full only now
+                if os.path.isdir(target):
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             except OSError as error:
                 error.filename = str(path)
                 raise

@@ -1,5 +1,6 @@
 """Atomic file writes."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,24 @@ def test_of_several_files_all_are_written_or_none(tmp_path):
         write_all({figures: "new", tmp_path / "missing" / "b.png": b"\x89"})
     assert error.value.filename == str(tmp_path / "missing" / "b.png")
     assert figures.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.json", "b.png"]
+
+
+def test_none_of_several_files_is_replaced_if_one_is_a_folder_or_does_not_reach_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    write_whole(tmp_path / "a.json", "old")
+    with pytest.raises(IsADirectoryError) as error:
+        write_all({tmp_path / "a.json": "new", tmp_path / "folder": "new"})
+    assert error.value.filename == str(tmp_path / "folder")
+
+    def full(descriptor):
+        if os.fstat(descriptor).st_size > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as error:
+        write_all({tmp_path / "a.json": "new", tmp_path / "b.json": "longer"})
+    assert error.value.filename == str(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.json", "folder"]
 
 
 def test_a_file_with_another_name_counts_as_overwritten(tmp_path):
