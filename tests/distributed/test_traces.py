@@ -21,7 +21,7 @@ FLAGS = (
     " --encoder-ffn-embed-dim 24 --decoder-ffn-embed-dim 24 --num-experts 4 --moe-freq 1 --router switch --jitter-eps 0"
     " --dropout 0 --attention-dropout 0 --activation-dropout 0 --criterion moe_cross_entropy --optimizer adam --lr 0.01"
     " --max-update 2 --seed 1 --num-workers 0 --no-save --log-format none --required-batch-size-multiple 1 --cpu"
-    " --moe-trace-interval 1 --clip-norm 1"
+    " --clip-norm 1"
 ).split()
 
 
@@ -69,8 +69,9 @@ def test_two_ranks_trace_and_replay_as_one_process(corpus, tmp_path, backend):
     command = [str(corpus), "--user-dir", str(USER_DIR), "--ddp-backend", backend, "--expert-parallel-size", "1", *FLAGS]
     alone, both = tmp_path / "alone.jsonl", tmp_path / "both.jsonl"
     sizes = ["--batch-size", "4", "--batch-size-valid", "3"]
-    (expected,) = run_ranks(1, trained, 1, "", [*command, *sizes, "--update-freq", "2", "--moe-trace", str(alone)], group=False)
-    found = run_ranks(2, trained, 2, meeting_place(), [*command, *sizes, "--moe-trace", str(both)], group=False)
+    traced = [*command, *sizes, "--moe-trace-interval", "1", "--moe-trace"]
+    (expected,) = run_ranks(1, trained, 1, "", [*traced, str(alone), "--update-freq", "2"], group=False)
+    found = run_ranks(2, trained, 2, meeting_place(), [*traced, str(both)], group=False)
     assert found[0] == pytest.approx(expected, abs=1e-5)
     assert not both.exists()
     one, two = lines(alone), lines(tmp_path / "both-rank-0.jsonl", tmp_path / "both-rank-1.jsonl")
