@@ -1,14 +1,12 @@
 """fairseq's Trainer with expert parallelism; without experts, or on one rank, it behaves like fairseq's own.
 
-fairseq looks up its Trainer by name in fairseq_cli.train, so `install` puts this subclass there. It shards the experts
-over ranks before the model is moved to a device, and keeps their gradients on the scale of all others. Checkpointing is
-in checkpointing_trainer.py, and the checks of flags are in refusals.py.
+fairseq looks up its Trainer by name in fairseq_cli.train, so `install` puts this subclass there. It keeps the gradients of
+sharded experts on the scale of all others. The experts are shared out in expert_shards.py; checkpointing is in
+checkpointing_trainer.py, and the checks of flags are in refusals.py.
 """
 
 import logging
-import math
 import sys
-from datetime import timedelta
 from functools import partial
 from itertools import chain, cycle, repeat
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -16,7 +14,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import fairseq_cli.train
 from fairseq import utils
 from fairseq.logging import metrics
-from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from omegaconf import open_dict
 from torch import Tensor, nn
@@ -28,25 +25,23 @@ from fairseq_sparsemixer.moe.gating_dropout import stays_on_rank
 from fairseq_sparsemixer.moe.early_reduction import EarlyReduction
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 from fairseq_sparsemixer.moe.gates.balance_scope import Update
-from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
-from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size, form_expert_group
-from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.moe.layer import moe_layers
 from fairseq_sparsemixer.plugin.balance import counting_ahead, set_balance_scope, spans_ranks
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
+from fairseq_sparsemixer.plugin.expert_shards import (
+    can_reduce_early,
+    gating_dropout,
+    share_out_experts,
+    slices_replicas,
+    warn_of_no_exchange,
+)
 from fairseq_sparsemixer.plugin.freezing import freeze
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
 from fairseq_sparsemixer.plugin.micro_batches import Sums, of_own_batches
-from fairseq_sparsemixer.plugin.refusals import (
-    KEEP_ALL,
-    refuse_incompatible,
-    refuse_missing_tpu,
-    refuse_training_apart,
-    refuse_unsliceable,
-    refuse_writing_in_place,
-)
+from fairseq_sparsemixer.plugin.refusals import refuse_missing_tpu, refuse_training_apart, refuse_writing_in_place
 from fairseq_sparsemixer.plugin.traces.training import follow_training
-from fairseq_sparsemixer.plugin.unequal_forwards import generating_together, refuse_unequal_forwards
+from fairseq_sparsemixer.plugin.unequal_forwards import generating_together
 
 logger = logging.getLogger(__name__)
 
@@ -174,16 +169,11 @@ class MoETrainer(CheckpointingTrainer):
 
     def _decide_where_tokens_go(self, number: int) -> None:
         """Toss the coin of gating dropout for the number-th batch of the update, if it trains."""
-        probability = self.gating_dropout(self.cfg)
+        probability = gating_dropout(self.cfg)
         numbers = self.cfg.common.seed, self.get_num_updates(), number
         stay = self.in_train_step and stays_on_rank(probability, *numbers)
         for layer in self.moe_layers:
             layer.stay_on_rank = stay
-
-    @staticmethod
-    def gating_dropout(cfg: Any) -> float:
-        """--moe-gating-dropout; 0 for a model without the flag."""
-        return getattr(cfg.model, "moe_gating_dropout", 0)
 
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], sample_size: Any, *stats: Any, ignore: bool = False
@@ -234,81 +224,6 @@ class MoETrainer(CheckpointingTrainer):
         """See CheckpointingTrainer."""
         with explaining_lost_ranks(self.cfg):
             return super().load_checkpoint(filename, *args, **kwargs)
-
-
-def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[timedelta]) -> Optional[ExpertGroup]:
-    """Shard the experts of every layer over ranks; None if every rank keeps all experts, and updates all of them.
-
-    Raises ConfigurationError for sizes that do not divide, and for incompatible fairseq options.
-    """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    layers = moe_layers(model)
-    with in_flags():
-        common = math.gcd(*(layer.gate.num_experts for layer in layers))
-        size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, common)
-    by_slices = slices_replicas(cfg, world_size // size)
-    if by_slices:
-        refuse_unsliceable(cfg)
-    elif getattr(cfg.model, "shard_expert_optimizer", False):
-        logger.warning("--shard-expert-optimizer changes nothing: each expert is on one rank only")
-    if size == 1 and not by_slices:
-        return None
-    if size > 1:
-        refuse_incompatible(cfg, size)
-        refuse_unequal_forwards(cfg, task, KEEP_ALL)
-    timer = CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
-    with in_flags():
-        expert_group = form_expert_group(size, timeout, timer, overlap(cfg), ranks_per_node(cfg))
-    shard_experts(model, expert_group)
-    if size == 1:
-        return expert_group
-    if ranks_per_node(cfg) is not None and expert_group.nodes is None:
-        message = "--moe-hierarchical-exchange %d changes nothing: it needs several nodes with several ranks of each group of %d"
-        logger.warning(message, ranks_per_node(cfg), size)
-    local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
-    logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
-    return expert_group
-
-
-def slices_replicas(cfg: Any, num_replicas: int) -> bool:
-    """Whether each of the replicas of an expert updates a slice of it; False for a model without --shard-expert-optimizer."""
-    return getattr(cfg.model, "shard_expert_optimizer", False) and num_replicas > 1
-
-
-def can_reduce_early(cfg: Any, task: Any, expert_group: ExpertGroup) -> bool:
-    """Whether expert gradients can be summed over replicas during the backward pass.
-
-    Only if data parallelism's are, too, as legacy_ddp keeps collectives from running at once, and only if a gradient is
-    complete when it is there: tasks with a train_step of their own may run backward several times, and activation
-    checkpointing does.
-    """
-    return (
-        expert_group.num_replicas > 1
-        and cfg.distributed_training.ddp_backend in ("pytorch_ddp", "c10d")
-        and type(task).train_step is FairseqTask.train_step
-        and not getattr(cfg.model, "checkpoint_activations", False)
-    )
-
-
-def overlap(cfg: Any) -> int:
-    """--moe-overlap; 1 for a model without the flag."""
-    return getattr(cfg.model, "moe_overlap", 1)
-
-
-def ranks_per_node(cfg: Any) -> Optional[int]:
-    """--moe-hierarchical-exchange; None for a model without the flag."""
-    return getattr(cfg.model, "moe_hierarchical_exchange", None)
-
-
-def warn_of_no_exchange(cfg: Any) -> None:
-    """Warn of flags about the exchange of tokens, which does not happen if every rank holds all experts."""
-    for flag, value, neutral in (
-        ("--moe-gating-dropout", MoETrainer.gating_dropout(cfg), 0),
-        ("--moe-overlap", overlap(cfg), 1),
-        ("--moe-hierarchical-exchange", ranks_per_node(cfg), None),
-    ):
-        if value != neutral:
-            logger.warning("%s %g changes nothing: every rank holds all experts", flag, value)
 
 
 def keep_one_state_a_parameter(cfg: Any) -> None:

@@ -9,9 +9,8 @@ import torch
 from fairseq.trainer import Trainer
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe.layer import build_moe_layer
 from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_training_apart, refuse_unsliceable
-from fairseq_sparsemixer.plugin.trainer import MoETrainer, install, share_out_experts
+from fairseq_sparsemixer.plugin.trainer import MoETrainer, install
 
 
 def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, tpu=False, optimizer=None, **model):
@@ -63,15 +62,6 @@ def test_optimizers_that_update_each_number_by_itself_update_slices(name):
 def test_settings_that_cannot_update_slices_are_refused_with_the_remedy(options, sentence):
     with pytest.raises(ConfigurationError, match=f"{sentence}.* or leave out --shard-expert-optimizer$"):
         refuse_unsliceable(configuration(**options))
-
-
-@pytest.mark.parametrize(
-    "given, warned", [(True, ["--shard-expert-optimizer changes nothing: each expert is on one rank only"]), (False, [])]
-)
-def test_slices_on_one_rank_change_nothing_with_a_warning(given, warned, caplog):
-    cfg = configuration(expert_parallel_size=None, shard_expert_optimizer=given, optimizer={"_name": "adafactor"})
-    assert share_out_experts(cfg, None, build_moe_layer("switch", 4, 6, 2), None) is None
-    assert [record.getMessage() for record in caplog.records] == warned
 
 
 def test_torchrun_ranks_that_fairseq_would_train_separately_are_refused(monkeypatch):
