@@ -72,7 +72,8 @@ def parse_options(arguments: Optional[List[str]]) -> argparse.Namespace:
         "--updates", type=int, help="updates of each model (default: 1,000; 400 for one target, 3,000 for Multi30k)"
     )
     parser.add_argument("--pairs", type=int, help="training pairs of the CLDR corpus (default: 64,000, or 24,000 for one target)")
-    parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help="models to train (default: %(default)s)")
+    routers = f"models to train (default: {' '.join(ROUTERS)})"
+    parser.add_argument("--routers", nargs="+", default=ROUTERS, metavar="ROUTER", help=routers)
     parser.add_argument("--seed", type=int, default=1, help="of the CLDR corpus and of training (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.raw_dir is not None:
