@@ -1,6 +1,6 @@
 """Checks on the flags of a Mixture-of-Experts model before anything is built."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
@@ -123,9 +123,11 @@ def layers_to_keep(cfg: Any, stack: str) -> List[int]:
     given = stack_option(cfg, stack, "layers_to_keep")
     if not given:
         return []
-    numbers = given.split(",") if isinstance(given, str) else [""]
+    # fairseq makes a list of transformer_moe's flag on the command line
+    text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, Sequence) else str(given)
+    numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers) or len(set(map(int, numbers))) < len(numbers):
-        raise ConfigurationError(f"--{name.replace('_', '-')} {given} must list layer numbers, each once, such as 0,2,4")
+        raise ConfigurationError(f"--{name.replace('_', '-')} {text} must list layer numbers, each once, such as 0,2,4")
     return sorted(map(int, numbers))
 
 

@@ -12,7 +12,7 @@ Without them, --moe-freq N puts experts in every N-th layer, from layer 0 on.
 
 import copy
 import re
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Sequence
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE
@@ -75,6 +75,12 @@ def resolve_layers(cfg: Any, layers: Dict[str, int]) -> None:
         setattr(cfg, f"{stack}_moe_layers", ",".join(_item(cfg, *pair) for pair in sorted(chosen.items())) or "none")
     if cfg.router != DENSE and layers and not any(has_experts(cfg, stack, count) for stack, count in layers.items()):
         raise ConfigurationError("the flags leave no layer with experts; give other --encoder-moe-layers, or --router dense")
+
+
+def layers_of_pruned(cfg: Any, stack: str, kept: Sequence[int]) -> str:
+    """The explicit list of a stack of which only the layers `kept`, in order, are left. Raises ConfigurationError."""
+    experts = [experts_in_layer(cfg, stack, index, UNKNOWN) for index in kept]
+    return ",".join(_item(cfg, layer, count) for layer, count in enumerate(experts) if count) or "none"
 
 
 def configurations(cfg: Any, layers: Dict[str, int]) -> Dict[int, Any]:

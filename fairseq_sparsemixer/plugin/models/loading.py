@@ -3,14 +3,19 @@
 import copy
 import logging
 import re
+from contextlib import nullcontext
 from typing import Any, Dict, Optional
 
 from fairseq.checkpoint_utils import prune_state_dict
+from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
+from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.names import ADAPTERS, CMR, EXPERTS, GATE, SHARED_EXPERTS
+from fairseq_sparsemixer.plugin.models.config import layers_to_keep
+from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, layers_of_pruned
 
 logger = logging.getLogger(__name__)
 
@@ -120,20 +125,36 @@ def with_adapters(model: nn.Module, state_dict: Dict[str, Tensor]) -> Dict[str, 
 def prune(state_dict: Dict[str, Tensor], model_cfg: Any) -> Dict[str, Tensor]:
     """Apply --encoder-layers-to-keep and --decoder-layers-to-keep to a trained model, renumbering layers as fairseq does.
 
-    Raises ConfigurationError for a layer that the checkpoint does not have.
+    A stack without the flag keeps its layers, of which fairseq would keep none. model_cfg gets the settings of the pruned
+    model, so that a checkpoint of further training holds them. Raises ConfigurationError for a layer that the checkpoint
+    does not have.
     """
-    for stack in ("encoder", "decoder"):
-        kept = getattr(model_cfg, f"{stack}_layers_to_keep", None)
-        if kept:
-            matches = (re.match(rf"{stack}\..*?layers\.(\d+)\.", name) for name in state_dict)
-            there = {int(match.group(1)) for match in matches if match}
-            for layer in (int(number) for number in kept.split(",")):
-                if layer not in there:
-                    raise ConfigurationError(
-                        f"--{stack}-layers-to-keep {kept} names layer {layer}, but those of the checkpoint are 0 to"
-                        f" {max(there, default=-1)}; leave it out"
-                    )
-    return prune_state_dict(state_dict, model_cfg)
+    kept = {stack: layers_to_keep(model_cfg, stack) for stack in STACKS} if model_cfg else {}
+    if not any(kept.values()):
+        return prune_state_dict(state_dict, model_cfg)
+    for stack, wanted in kept.items():
+        matches = (re.match(rf"{stack}\..*?layers\.(\d+)\.", name) for name in state_dict)
+        there = {int(match.group(1)) for match in matches if match}
+        for layer in wanted:
+            if layer not in there:
+                raise ConfigurationError(
+                    f"--{stack}-layers-to-keep {','.join(map(str, wanted))} names layer {layer}, but those of the checkpoint"
+                    f" are 0 to {max(there, default=-1)}; leave it out"
+                )
+        if there:
+            _set(model_cfg, f"{stack}_layers_to_keep", ",".join(map(str, wanted or sorted(there))))
+    result = prune_state_dict(state_dict, model_cfg)
+    for stack, wanted in kept.items():
+        if wanted and getattr(model_cfg, f"{stack}_layers_to_keep", None) is None:  # as fairseq does after pruning
+            _set(model_cfg, f"{stack}_layers", len(wanted))
+            if getattr(model_cfg, "router", DENSE) != DENSE:
+                _set(model_cfg, f"{stack}_moe_layers", layers_of_pruned(model_cfg, stack, wanted))
+    return result
+
+
+def _set(model_cfg: Any, name: str, value: Any) -> None:
+    with open_dict(model_cfg) if OmegaConf.is_config(model_cfg) else nullcontext():
+        setattr(model_cfg, name, value)
 
 
 class ChecksCheckpoints:

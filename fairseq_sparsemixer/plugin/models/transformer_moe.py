@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults, register_architecture
-from fairseq_sparsemixer.plugin.models.config import check_options
+from fairseq_sparsemixer.plugin.models.config import check_options, layers_to_keep
 from fairseq_sparsemixer.plugin.models.fast_path import DenseEncoderLayer
 from fairseq_sparsemixer.plugin.models.hydra import check_option_names
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, given
@@ -124,6 +124,8 @@ class TransformerMoEModel(ChecksCheckpoints, RemembersUpdates, TransformerModel)
         check_option_names(args, cls, base)
         cfg = TransformerMoEConfig.from_namespace(args)
         check_options(cfg, {stack: getattr(cfg, stack).layers for stack in STACKS})
+        for stack in STACKS:  # fairseq expects a string here, but makes a list of the flag
+            getattr(cfg, stack).layers_to_keep = ",".join(map(str, layers_to_keep(cfg, stack))) or None
         if cfg is not args:  # a checkpoint saves args
             args.encoder_moe_layers, args.decoder_moe_layers = (given(cfg, stack) for stack in STACKS)
         return super().build_model(cfg, task)

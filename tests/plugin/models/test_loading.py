@@ -4,8 +4,12 @@ from argparse import Namespace
 
 import pytest
 import torch
+from fairseq.checkpoint_utils import load_model_ensemble
+from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.layer import named_moe_layers
+from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.models.loading import check_checkpoint_fits
 
 
@@ -57,12 +61,52 @@ def test_a_pruned_model_equals_the_whole_model_without_the_other_layers(
     assert torch.equal(pruned(**net_input)[0], whole(**net_input)[0])
 
 
+def test_a_stack_that_is_not_pruned_keeps_its_layers(build_translation_model, translation_batch):
+    flags = dict(encoder_layers=3, router="switch", moe_freq=1)
+    whole = build_translation_model(**flags).eval()
+    pruned = build_translation_model(**flags, encoder_layers_to_keep="0,2").eval()
+    pruned.load_state_dict(whole.state_dict(), model_cfg=Namespace(arch="transformer_moe", encoder_layers_to_keep="0,2"))
+    del whole.encoder.layers[1]
+    net_input = translation_batch(3, 6)["net_input"]
+    assert torch.equal(pruned(**net_input)[0], whole(**net_input)[0])
+
+
+@pytest.mark.parametrize("flags, layers", [
+    (dict(encoder_moe_layers="2"), "1"),
+    (dict(encoder_moe_layers="1"), "none"),
+    (dict(encoder_moe_layers="0:2,2"), "0:2,1"),
+    (dict(moe_freq=2), "0,1"),
+    (dict(router="dense"), None),
+])  # fmt: skip
+@pytest.mark.parametrize("form", [Namespace, lambda **values: OmegaConf.create(values)], ids=["Namespace", "hydra"])
+def test_pruning_leaves_the_settings_of_the_pruned_model(build_translation_model, flags, layers, form):
+    flags = {"encoder_layers": 3, **flags}
+    state = build_translation_model(**flags).state_dict()
+    given = {**vars(MoEOptions()), "arch": "transformer_moe", "_name": "transformer_moe", "num_experts": 4, **flags}
+    saved = form(**given, encoder_layers_to_keep="0,2")
+    build_translation_model(**flags, encoder_layers_to_keep="0,2").load_state_dict(state, model_cfg=saved)
+    assert (saved.encoder_layers, saved.encoder_layers_to_keep, saved.encoder_moe_layers) == (2, None, layers)
+
+
+@pytest.mark.slow
+def test_a_model_pruned_by_flags_trains_on_and_its_checkpoint_loads(train, tmp_path):
+    flags = ("--encoder-layers", 3, "--encoder-moe-layers", "0:2,2", "--decoder-moe-layers", "none", "--max-epoch", 1)
+    train(*flags)
+    path, kept = tmp_path / "run" / "checkpoint_last.pt", ("--encoder-layers-to-keep", "1,2")
+    train(*flags, *kept, "--finetune-from-model", path, "--save-dir", tmp_path / "pruned")
+    (model,), _ = load_model_ensemble([str(tmp_path / "pruned" / "checkpoint_last.pt")])
+    assert [(name, layer.gate.num_experts) for name, layer in named_moe_layers(model)] == [("encoder.layers.1", 4)]
+    assert len(model.encoder.layers) == 2
+
+
 @pytest.mark.parametrize("kept, message", [
     ("0,5", "--encoder-layers-to-keep 0,5 names layer 5, but those of the checkpoint are 0 to 1"),
     ("0,x", "--encoder-layers-to-keep 0,x must list layer numbers"),
     ("0,0", "--encoder-layers-to-keep 0,0 must list layer numbers, each once"),
     ("-1", "--encoder-layers-to-keep -1 must list layer numbers"),
-    ([0, 1], r"--encoder-layers-to-keep \[0, 1\] must list layer numbers"),
+    ([0, 5], "--encoder-layers-to-keep 0,5 names layer 5, but those of the checkpoint are 0 to 1"),
+    ([0, 0], "--encoder-layers-to-keep 0,0 must list layer numbers, each once"),
+    (3, "--encoder-layers-to-keep 3 names layer 3"),
 ])  # fmt: skip
 def test_invalid_layers_to_keep_are_named(build_translation_model, kept, message):
     state = build_translation_model().state_dict()
