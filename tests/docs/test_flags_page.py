@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 from fairseq import options
 from fairseq.criterions import CRITERION_REGISTRY
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.models import TransformerMoEConfig
 from fairseq_sparsemixer.plugin.models.config import check_options
 from scripts.flags import table, updated, without_table
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")
+try:
+    from hydra import compose, initialize_config_dir
+except ImportError:  # hydra 1.0, of fairseq 0.12.2
+    from hydra.experimental import compose, initialize_config_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
 TEXT = without_table(PAGE)
 USED, REFUSED = TEXT.split("\n## Refused\n")
 GENERATION = re.search(r"\n## Generate\n.*?(?=\n## )", TEXT, re.S).group()
@@ -62,3 +70,12 @@ def test_a_row_under_refused_is_refused_with_an_error_that_names_the_flag(flags,
     with pytest.raises(ConfigurationError) as refusal:
         check(flags, translation_task)
     assert any(flag in refusal.value.message for flag in re.findall(r"--[\w-]+", flags))
+
+
+@pytest.mark.parametrize("override", re.findall(r"`(\+\+[^`]+)`", PAGE))
+def test_hydra_sets_a_flag_that_the_file_lacks(override):
+    name, value = override.lstrip("+").split("=")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "recipes" / "quickstart")):
+        config = compose("quickstart", overrides=[override])
+    assert str(OmegaConf.select(config, name)).lower() == value
