@@ -69,7 +69,7 @@ def _convert(options: argparse.Namespace) -> None:
     require_json(options.json, [*sources, options.target])
     with writing_checkpoints([options.target]):
         with one_sentence_for(options.source):
-            done = convert(read_checkpoint(options.source)) if files is None else convert_set(files)
+            done = convert(read_checkpoint(options.source, of_branch=True)) if files is None else convert_set(files)
         save_atomically(done.state, options.target)
     experts, layers = done.options, count_layers(done.state["model"])
     print(f"{layers} layers of {experts.num_experts} experts, router {experts.router}: {options.target}")

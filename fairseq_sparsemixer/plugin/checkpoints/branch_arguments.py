@@ -14,6 +14,7 @@ UNSUPPORTED = (  # their options that our models do not have and whose absence w
     "decoder_learned_sinusoidal",
     "alternate_ffn_embed_dim",
     "alternate_decoder_ffn_embed_dim",
+    "scale_heads",  # theirs also transposes the heads' outputs, [.., heads, width] to [.., width, heads]
 )
 
 

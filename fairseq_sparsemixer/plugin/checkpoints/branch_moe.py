@@ -14,9 +14,10 @@ Files are memory-mapped and read one after the other, so memory is that of the r
 import argparse
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from glob import escape, glob
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
@@ -45,6 +46,8 @@ OTHER_MODELS = {  # part of a parameter's name -> what has it
     "expert_centroids": "BASE layers, which are another model",
     "expert_network": "BASE layers, which are another model",
 }
+
+NO_UPDATES = {"num_updates": 0, "optimizer_name": "", "criterion_name": "", "lr_scheduler_state": {}}  # fairseq wants an entry
 
 
 @dataclass
@@ -83,12 +86,12 @@ def convert_set(files: FileSet) -> Converted:
     Raises ConfigurationError for missing files, and for models that ours cannot be.
     """
     files.require_ranks(1)
-    first = read_checkpoint(files.ranks[0])
+    first = read_checkpoint(files.ranks[0], of_branch=True)
     if LAYOUT in first:
         raise ConfigurationError("the checkpoint is already one of fairseq-sparsemixer; reshard makes one file of it")
     if files.shared is None:
         raise ConfigurationError(f"files of the checkpoint are missing: {files.stem}-shared.pt; copy it beside the others")
-    shared = without_copies(read_checkpoint(files.shared)["model"])
+    shared = without_copies(read_checkpoint(files.shared, of_branch=True)["model"])
     _refuse_other_models([*first["model"], *shared], "shard_metadata" in first)
     theirs = arguments(first.get("cfg") or {})
     shared = rename_cmr(without_cmr_copies(shared), bool(theirs.get("moe_cmr")))
@@ -96,7 +99,8 @@ def convert_set(files: FileSet) -> Converted:
     options = our_options(theirs, STACKS if arch == "transformer_moe" else STACKS[1:])
     own = {option.name: getattr(options, option.name) for option in fields(MoEOptions)}
     model = argparse.Namespace(**{**theirs, **own, "_name": arch, "arch": arch, "user_dir": None})
-    skeleton = build_skeleton(model, shared)
+    with _in_their_arguments():
+        skeleton = build_skeleton(model, shared)
     weights = _take_shared(skeleton, shared)
     _fill_experts(weights, skeleton, files, first, options.num_experts)
     trained = [name for name, _ in skeleton.named_parameters()]
@@ -104,7 +108,7 @@ def convert_set(files: FileSet) -> Converted:
         "args": None,
         "cfg": _configuration(first["cfg"], model),
         "model": weights,
-        "optimizer_history": first.get("optimizer_history") or [],
+        "optimizer_history": first.get("optimizer_history") or [NO_UPDATES],
         "extra_state": {"train_iterator": (first.get("extra_state") or {}).get("train_iterator", {"epoch": 1})},
         "task_state": first.get("task_state") or {},
         LAYOUT: {"size": 1, "index": 0, "save": None, "optimizer": [i for i, n in enumerate(trained) if EXPERTS in n]},
@@ -112,6 +116,17 @@ def convert_set(files: FileSet) -> Converted:
     left_out = "the branch stores it by the position of parameters in each rank's model"
     flags = training_flags(arch, options) + (budget_flags(first["cfg"].get("criterion")) if options.moe_cmr else "")
     return Converted(state, options, left_out, flags, notes(theirs, options))
+
+
+@contextmanager
+def _in_their_arguments() -> Iterator[None]:
+    """Say of a refused flag, which has our name, that it is the checkpoint's."""
+    try:
+        yield
+    except ConfigurationError as error:
+        if error.message.startswith("the checkpoint"):
+            raise
+        raise ConfigurationError(f"the checkpoint's own arguments are not possible: {error.message}") from None
 
 
 def _refuse_other_models(names: Iterable[str], flat: bool) -> None:
@@ -157,7 +172,7 @@ def _fill_experts(weights: Dict[str, Tensor], skeleton: nn.Module, files: FileSe
     files.require_ranks(count // local)
     stacks = {name: torch.empty(t.shape, dtype=dtype) for name, t in skeleton.state_dict().items() if EXPERTS in name}
     for rank in range(count // local):
-        model = without_cmr_copies(read_checkpoint(files.ranks[rank])["model"])
+        model = without_cmr_copies(read_checkpoint(files.ranks[rank], of_branch=True)["model"])
         if len(model) != local * len(stacks):
             raise ConfigurationError(f"{files.ranks[rank]} has {len(model)} tensors of experts, not {local * len(stacks)}")
         for name, tensor in model.items():

@@ -9,7 +9,7 @@ import stat
 import threading
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -18,9 +18,12 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints import settings
 from fairseq_sparsemixer.plugin.checkpoints.arrays import NoNumbers, safe_globals
 from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, wrong_copy, wrong_layout
+from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 
 REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # from torch's error messages
 TRUSTED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own variable, for files that may run code
+BRANCH = re.compile(r"\.moe_layer\.(?:gate\.wg|experts\.\d+\.fc[12])\.")  # in names of parameters of fairseq's branches
+OF_A_SET = re.compile(r"-(?:rank-\d+|shared)(?:-shard\d+)?\.pt$")  # the end of a file's name there
 READERS = (  # fairseq modules that read files named by settings or flags
     "fairseq.checkpoint_utils",
     "fairseq.data.codedataset",
@@ -45,16 +48,32 @@ def data_only() -> bool:
     return os.environ.get(TRUSTED, "").lower() not in ("1", "y", "yes", "true")
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_checkpoint(path: str, of_branch: bool = False) -> Dict[str, Any]:
     """Load a fairseq checkpoint as it was saved; tensors are memory-mapped until used.
 
-    Raises ConfigurationError for a file that is missing, truncated, not a checkpoint, or holds more than data.
+    of_branch: whether it may be a file of fairseq's branches moe and nllb. Raises ConfigurationError for one otherwise, and for
+    a file that is missing, truncated, not a checkpoint, or holds more than data.
     """
     with one_sentence_for(path):
         refuse_special_file(path)
         state = _load_mapped(path)
         require_checkpoint(path, state)
+        if not of_branch and is_of_branch(state["model"]):
+            raise _convert_first(path)
         return state
+
+
+def is_of_branch(names: Iterable[str]) -> bool:
+    """Whether a model with these parameters is from fairseq's branches moe and nllb."""
+    return any(BRANCH.search(name) for name in names)
+
+
+def _convert_first(path: str) -> ConfigurationError:
+    whole = OF_A_SET.sub(".pt", str(path))
+    return ConfigurationError(
+        f"{path} is from fairseq's branch moe or nllb, of a set of files; convert them first: fairseq-sparsemixer convert"
+        f" {whole} OUT.pt"
+    )
 
 
 def refuse_special_file(path: str) -> None:
@@ -198,11 +217,22 @@ def _guarded(function: Callable) -> Callable:
                     f"{path} is one file of a sharded checkpoint, without the experts of other ranks;"
                     " make one file of all: fairseq-sparsemixer reshard IN OUT --portable"
                 )
+            if isinstance(state.get("model"), dict) and is_of_branch(state["model"]) and not _of_another_package(state):
+                raise _convert_first(path)
             _drop_copies(state)
         change = getattr(_reading, "change", None)
         return state if change is None else change(state)
 
     return guarded
+
+
+def _of_another_package(state: Dict[str, Any]) -> bool:
+    """Whether the checkpoint's model is registered, and not one of fairseq's, which has no experts under the branches' names."""
+    from fairseq.models import ARCH_MODEL_REGISTRY  # models import this module
+
+    settings = model_settings(state)
+    model = ARCH_MODEL_REGISTRY.get(settings.get("arch") or settings.get("_name"))
+    return model is not None and not model.__module__.startswith("fairseq.")
 
 
 def _drop_copies(state: Dict[str, Any]) -> None:

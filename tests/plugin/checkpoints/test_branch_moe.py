@@ -103,7 +103,8 @@ def give_experts(args, stack, name):
 
 def translation_model(task, **flags):
     sizes = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in STACK.items()}
-    args = argparse.Namespace(arch="transformer", _name="transformer", share_all_embeddings=True, **{**sizes, **ROUTING, **flags})
+    values = {"arch": "transformer", "_name": "transformer", "share_all_embeddings": True}
+    args = argparse.Namespace(**{**values, **sizes, **ROUTING, **flags})
     transformer_legacy.base_architecture(args)
     model = TransformerModel.build_model(args, task)
     give_experts(args, model.encoder, "encoder")
@@ -298,6 +299,13 @@ REFUSALS = {  # file to change: (how, or None to remove it, the sentence)
         lambda s: setattr(s["cfg"]["model"], "moe_expert_count", "x"),
         "--moe-expert-count x is not a number",
     ),
+    "no count": (
+        "m-rank-0.pt",
+        lambda s: setattr(s["cfg"]["model"], "moe_expert_count", None),
+        "own arguments are not possible: --num-experts 0 must be",
+    ),
+    "no layer": ("m-rank-0.pt", lambda s: setattr(s["cfg"]["model"], "moe_freq", -2), "not possible: the flags leave no layer"),
+    "heads": ("m-rank-0.pt", lambda s: setattr(s["cfg"]["model"], "scale_heads", True), "was trained with --scale-heads"),
     "ours": ("m-rank-0.pt", lambda s: s.update(expert_parallel={"size": 4, "index": 0}), "already one of fairseq-sparsemixer"),
 }
 
@@ -310,6 +318,63 @@ def test_what_cannot_be_converted_is_refused_in_one_sentence(case, translation_t
     with pytest.raises(SystemExit, match=f"^fairseq-sparsemixer: .*{sentence}") as caught:
         convert(source)
     assert str(caught.value).count("\n") == 0 and not source.with_name("ours.pt").exists()
+
+
+@pytest.mark.parametrize("entries", [
+    {"last_optimizer_state": None},
+    {"optimizer_history": None, "extra_state": None, "task_state": None, "last_optimizer_state": None},
+    {"optimizer_history": []},
+])  # fmt: skip
+def test_a_released_set_without_the_state_of_training_is_converted(entries, translation_task, translation_batch, tmp_path):
+    args, model = translation_model(translation_task, moe_freq=2)
+    source = write_set(tmp_path, args, model)
+
+    def change(state):
+        for key, value in entries.items():
+            state.pop(key) if value is None else state.update({key: value})
+
+    for path in tmp_path.glob("m-*.pt"):
+        rewrite(path, change)
+    sample = translation_batch(5, 3, 7)
+    assert_equal(outputs(load(convert(source), translation_task), sample), outputs(model, sample))
+
+
+@pytest.mark.parametrize("tied", [{}, {"share_decoder_input_output_embed": True}], ids=["three tables", "two tables"])
+@pytest.mark.parametrize("positions", [False, True], ids=["sinusoidal", "learned"])
+def test_tables_that_are_not_shared_are_carried_over(tied, positions, translation_task, translation_batch, tmp_path):
+    learned = {"encoder_learned_pos": positions, "decoder_learned_pos": positions}
+    args, model = translation_model(translation_task, moe_freq=2, share_all_embeddings=False, **tied, **learned)
+    path, sample = convert(write_set(tmp_path, args, model)), translation_batch(5, 3, 7)
+    assert_equal(outputs(load(path, translation_task), sample), outputs(model, sample))
+
+
+COMMANDS = {  # {}: the folder of the set
+    "reshard": "reshard {}/m.pt {}/out.pt --portable",
+    "average": "average {}/m.pt {}/out.pt",
+    "upcycle": "upcycle {}/m-shared.pt {}/out.pt",
+    "export": "export-hf {}/m-shared.pt {}/out.pt",
+    "prune": "prune {}/m.pt {}/out.pt --load {}/load.jsonl --keep 0.5",
+    "inspect": "inspect {}/m-rank-0.pt",
+    "dictionary": "convert {}/m-shared.pt {}/out.pt --dict {}/dict.txt",
+    "adapters": "convert --merge-lora {}/m.pt {}/out.pt",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_other_commands_refuse_the_set_with_the_command_that_converts_it(command, translation_task, tmp_path):
+    source = write_set(tmp_path, *translation_model(translation_task, moe_freq=2))
+    (tmp_path / "load.jsonl").write_text('{"num_updates": 1, "layers": ["encoder.layers.1"], "load": [[1, 2, 3, 4]]}\n')
+    remedy = "is from fairseq's branch moe or nllb, of a set of files; convert them first: fairseq-sparsemixer convert "
+    with pytest.raises(SystemExit, match=re.escape(f"{remedy}{source} OUT.pt")):
+        main([word.format(tmp_path) for word in COMMANDS[command].split()])
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["m-rank-0.pt", "m-shared.pt"])
+def test_fairseq_refuses_a_file_of_the_set_with_the_command_that_converts_it(name, translation_task, tmp_path):
+    source = write_set(tmp_path, *translation_model(translation_task, moe_freq=2))
+    with pytest.raises(SystemExit, match=re.escape(f"{name} is from fairseq's branch moe or nllb") + f".* convert {source}"):
+        load(tmp_path / name, translation_task)
 
 
 def test_a_single_file_of_the_set_names_the_set(translation_task, tmp_path):
