@@ -9,6 +9,7 @@ from fairseq_sparsemixer.criterions.auxiliary_losses import AuxiliaryLossConfig,
 from torch import nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.names import PYTORCH_DDP
 
 
 @dataclass
@@ -23,7 +24,7 @@ class MoEAdaptiveLoss(AuxiliaryLosses, AdaptiveLoss):
     @classmethod
     def build_criterion(cls, cfg: MoEAdaptiveLossConfig, task: Any):
         """See AuxiliaryLosses. Raises ConfigurationError for the DDP backend that fairseq's AdaptiveLoss refuses."""
-        if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
+        if cfg.ddp_backend in PYTORCH_DDP:
             raise ConfigurationError(
                 f"--ddp-backend {cfg.ddp_backend} does not work with an adaptive softmax, which may leave a cluster of rare words"
                 " without gradient; use --ddp-backend legacy_ddp"

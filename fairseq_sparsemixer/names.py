@@ -1,4 +1,4 @@
-"""Names of an MoE layer's parts in a model's state dict."""
+"""Names of an MoE layer's parts in a model's state dict, and of fairseq's backends for data parallelism."""
 
 import re
 from typing import Iterable
@@ -12,6 +12,7 @@ CMR = ".moe.cmr."
 GATE = ".moe.gate."
 PROJECTION = ".gate.projection.weight"  # [E, M], of the router
 WRAPPERS = re.compile(r"^(module\.)+")  # the prefix that wrappers for data parallelism give the names of parts
+LEGACY_DDP, PYTORCH_DDP = ("legacy_ddp", "no_c10d"), ("pytorch_ddp", "c10d")  # each with its former name
 
 
 def transformer_layer(moe_layer: str) -> str:

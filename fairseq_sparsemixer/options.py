@@ -3,7 +3,7 @@
 import re
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields
-from typing import Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from fairseq_sparsemixer.errors import ConfigurationError
 
@@ -332,6 +332,11 @@ class TraceOptions:
             "help": "the experts' weights with --moe-replay: trace, or model: the router's own for these experts, with gradients"
         },
     )
+
+
+def moe_option(model: Any, name: str) -> Any:
+    """The value of a field of MoEOptions in a model's settings; its default for a model that lacks the flag."""
+    return getattr(model, name, getattr(MoEOptions, name))
 
 
 # router option -> the field of the flag that sets it

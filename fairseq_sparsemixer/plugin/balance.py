@@ -15,6 +15,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates.balance_scope import RanksScope, SequenceScope, Update, UpdateScope
 from fairseq_sparsemixer.moe.layer import moe_layers
 from fairseq_sparsemixer.moe.parallel import RankGroup
+from fairseq_sparsemixer.options import moe_option
 from fairseq_sparsemixer.plugin.refusals import OWN_TOKENS
 from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards, refusing_generation
 
@@ -27,7 +28,7 @@ def set_balance_scope(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
 
     Raises ConfigurationError for an unknown scope.
     """
-    scope = getattr(cfg.model, "balance_scope", "local")
+    scope = moe_option(cfg.model, "balance_scope")
     if scope not in SCOPES:
         raise ConfigurationError(f"--balance-scope {scope} is unknown; choose {', '.join(SCOPES[:-1])} or {SCOPES[-1]}")
     gates = [layer.gate for layer in moe_layers(model)]

@@ -22,6 +22,7 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.parallel import ExpertGroup
 from fairseq_sparsemixer.moe.replica_slices import ReplicaSlices
 from fairseq_sparsemixer.names import EXPERTS
+from fairseq_sparsemixer.options import moe_option
 from fairseq_sparsemixer.plugin.checkpoints import gathering, shards
 from fairseq_sparsemixer.plugin.checkpoints.folder_lock import lock_folder
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT, combine_experts, layout_of, own_rows, suffix
@@ -181,7 +182,7 @@ class CheckpointingTrainer(SlicingTrainer):
     def _own_share(self, state: Dict[str, Any], filename: str, with_optimizer: bool) -> Dict[str, Any]:
         """The part that this rank needs of a checkpoint read by fairseq."""
         if with_optimizer:
-            refuse_other_optimizer_state(state, filename, self.get_model(), getattr(self.cfg.model, "freeze", None))
+            refuse_other_optimizer_state(state, filename, self.get_model(), moe_option(self.cfg.model, "freeze"))
         refuse_other_scale(state, filename, self.cfg.model)
         if self.has_experts:
             state = self._own_experts(state, filename)

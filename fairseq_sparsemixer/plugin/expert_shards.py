@@ -11,7 +11,8 @@ from torch import nn
 
 from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
 from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size, form_expert_group
-from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.names import PYTORCH_DDP
+from fairseq_sparsemixer.options import FLAGS, MoEOptions, in_flags, moe_option
 from fairseq_sparsemixer.plugin.refusals import KEEP_ALL, refuse_incompatible, refuse_unsliceable
 from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards
 
@@ -31,30 +32,31 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     by_slices = slices_replicas(cfg, world_size // size)
     if by_slices:
         refuse_unsliceable(cfg)
-    elif getattr(cfg.model, "shard_expert_optimizer", False):
+    elif moe_option(cfg.model, "shard_expert_optimizer"):
         logger.warning("--shard-expert-optimizer changes nothing: each expert is on one rank only")
     if size == 1 and not by_slices:
         return None
     if size > 1:
         refuse_incompatible(cfg, size)
         refuse_unequal_forwards(cfg, task, KEEP_ALL)
-    timer = CollectiveTimer() if getattr(cfg.model, "record_a2a_perf_stats", False) else None
+    ranks_per_node = moe_option(cfg.model, "moe_hierarchical_exchange")
+    timer = CollectiveTimer() if moe_option(cfg.model, "record_a2a_perf_stats") else None
     with in_flags():
-        expert_group = form_expert_group(size, timeout, timer, overlap(cfg), ranks_per_node(cfg))
+        expert_group = form_expert_group(size, timeout, timer, moe_option(cfg.model, "moe_overlap"), ranks_per_node)
     shard_experts(model, expert_group)
     if size == 1:
         return expert_group
-    if ranks_per_node(cfg) is not None and expert_group.nodes is None:
+    if ranks_per_node is not None and expert_group.nodes is None:
         message = "--moe-hierarchical-exchange %d changes nothing: it needs several nodes with several ranks of each group of %d"
-        logger.warning(message, ranks_per_node(cfg), size)
+        logger.warning(message, ranks_per_node, size)
     local = ", ".join(sorted({str(layer.num_local_experts) for layer in layers}, key=int))
     logger.info("experts sharded over %d ranks, %s on each, %d replicas", size, local, expert_group.num_replicas)
     return expert_group
 
 
 def slices_replicas(cfg: Any, num_replicas: int) -> bool:
-    """Whether each of the replicas of an expert updates a slice of it; False for a model without --shard-expert-optimizer."""
-    return getattr(cfg.model, "shard_expert_optimizer", False) and num_replicas > 1
+    """Whether each of the replicas of an expert updates a slice of it."""
+    return moe_option(cfg.model, "shard_expert_optimizer") and num_replicas > 1
 
 
 def can_reduce_early(cfg: Any, task: Any, expert_group: ExpertGroup) -> bool:
@@ -66,33 +68,15 @@ def can_reduce_early(cfg: Any, task: Any, expert_group: ExpertGroup) -> bool:
     """
     return (
         expert_group.num_replicas > 1
-        and cfg.distributed_training.ddp_backend in ("pytorch_ddp", "c10d")
+        and cfg.distributed_training.ddp_backend in PYTORCH_DDP
         and type(task).train_step is FairseqTask.train_step
         and not getattr(cfg.model, "checkpoint_activations", False)
     )
 
 
-def overlap(cfg: Any) -> int:
-    """--moe-overlap; 1 for a model without the flag."""
-    return getattr(cfg.model, "moe_overlap", 1)
-
-
-def ranks_per_node(cfg: Any) -> Optional[int]:
-    """--moe-hierarchical-exchange; None for a model without the flag."""
-    return getattr(cfg.model, "moe_hierarchical_exchange", None)
-
-
 def warn_of_no_exchange(cfg: Any) -> None:
     """Warn of flags about the exchange of tokens, which does not happen if every rank holds all experts."""
-    for flag, value, neutral in (
-        ("--moe-gating-dropout", gating_dropout(cfg), 0),
-        ("--moe-overlap", overlap(cfg), 1),
-        ("--moe-hierarchical-exchange", ranks_per_node(cfg), None),
-    ):
-        if value != neutral:
-            logger.warning("%s %g changes nothing: every rank holds all experts", flag, value)
-
-
-def gating_dropout(cfg: Any) -> float:
-    """--moe-gating-dropout; 0 for a model without the flag."""
-    return getattr(cfg.model, "moe_gating_dropout", 0)
+    for name in ("moe_gating_dropout", "moe_overlap", "moe_hierarchical_exchange"):
+        value = moe_option(cfg.model, name)
+        if value != getattr(MoEOptions, name):
+            logger.warning("%s %g changes nothing: every rank holds all experts", FLAGS[name], value)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates.step_state import StepState
-from fairseq_sparsemixer.names import ADAPTERS
+from fairseq_sparsemixer.names import ADAPTERS, PYTORCH_DDP
+from fairseq_sparsemixer.options import moe_option
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def freeze(cfg: Any, model: nn.Module) -> None:
     A shared parameter has several names, of which any will do. Raises ConfigurationError for a pattern that matches no
     parameter, if nothing is left to train, and for fully sharded data parallelism, which joins parameters.
     """
-    given = getattr(cfg.model, "freeze", None)
+    given = moe_option(cfg.model, "freeze")
     if given is None:
         return
     if cfg.distributed_training.ddp_backend == "fully_sharded":
@@ -93,7 +94,7 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 def _reduce_nothing(cfg: Any, trained: Sequence[Tensor]) -> None:
     """torch's DistributedDataParallel refuses a model with nothing to reduce: one whose only trained parameters are experts."""
-    if cfg.distributed_training.ddp_backend in ("pytorch_ddp", "c10d") and all(hasattr(p, "expert") for p in trained):
+    if cfg.distributed_training.ddp_backend in PYTORCH_DDP and all(hasattr(p, "expert") for p in trained):
         logger.info("--freeze: setting --ddp-backend legacy_ddp, as only experts are trained, and pytorch_ddp reduces none")
         with open_dict(cfg):
             cfg.distributed_training.ddp_backend = "legacy_ddp"

@@ -7,6 +7,7 @@ from typing import Any
 from torch import distributed as dist
 
 from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.names import LEGACY_DDP, PYTORCH_DDP
 
 KEEP_ALL = "use --expert-parallel-size 1, which keeps all experts on every rank"  # remedies
 ELEMENTWISE = "adam", "adamax", "adagrad", "adadelta", "nag", "sgd"  # fairseq's optimizers that update each number by itself
@@ -33,7 +34,7 @@ def refuse_missing_tpu(cfg: Any) -> None:
 def refuse_incompatible(cfg: Any, size: int) -> None:
     """Raise ConfigurationError for fairseq options that assume the same parameters on every rank."""
     distributed, remedy = cfg.distributed_training, KEEP_ALL
-    if distributed.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
+    if distributed.ddp_backend not in LEGACY_DDP + PYTORCH_DDP:
         raise ConfigurationError(
             f"--ddp-backend {distributed.ddp_backend} averages or shards all parameters over ranks, but experts sharded over"
             f" {size} ranks differ; use legacy_ddp or pytorch_ddp, or {remedy}"
@@ -64,7 +65,7 @@ def refuse_unsliceable(cfg: Any) -> None:
     """Raise ConfigurationError for options with which replicas of an expert cannot each update a slice of it."""
     distributed, optimizer = cfg.distributed_training, getattr(cfg.optimizer, "_name", None)
     remedy = "or leave out --shard-expert-optimizer"
-    if distributed.ddp_backend not in ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d"):
+    if distributed.ddp_backend not in LEGACY_DDP + PYTORCH_DDP:
         raise ConfigurationError(
             f"--ddp-backend {distributed.ddp_backend} does not keep the same experts on replicas, which"
             f" --shard-expert-optimizer needs; use legacy_ddp or pytorch_ddp, {remedy}"

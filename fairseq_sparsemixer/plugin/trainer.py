@@ -21,21 +21,16 @@ from torch import distributed as dist
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
 from fairseq_sparsemixer.moe import gradients
-from fairseq_sparsemixer.moe.gating_dropout import stays_on_rank
 from fairseq_sparsemixer.moe.early_reduction import EarlyReduction
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
 from fairseq_sparsemixer.moe.gates.balance_scope import Update
+from fairseq_sparsemixer.moe.gating_dropout import stays_on_rank
 from fairseq_sparsemixer.moe.layer import moe_layers
+from fairseq_sparsemixer.options import moe_option
 from fairseq_sparsemixer.plugin.balance import counting_ahead, set_balance_scope, spans_ranks
 from fairseq_sparsemixer.plugin.batches import explaining_no_batch
 from fairseq_sparsemixer.plugin.checkpointing_trainer import CheckpointingTrainer
-from fairseq_sparsemixer.plugin.expert_shards import (
-    can_reduce_early,
-    gating_dropout,
-    share_out_experts,
-    slices_replicas,
-    warn_of_no_exchange,
-)
+from fairseq_sparsemixer.plugin.expert_shards import can_reduce_early, share_out_experts, slices_replicas, warn_of_no_exchange
 from fairseq_sparsemixer.plugin.freezing import freeze
 from fairseq_sparsemixer.plugin.lost_ranks import explaining_lost_ranks, set_timeout, timeout_of
 from fairseq_sparsemixer.plugin.micro_batches import Sums, of_own_batches
@@ -77,7 +72,7 @@ class MoETrainer(CheckpointingTrainer):
                 warn_of_no_exchange(cfg)
         freeze(cfg, model)
         self.follower = follow_training(cfg, model, criterion, self.get_num_updates)
-        self.sharded = self.exchanges_tokens and getattr(cfg.model, "sharded_checkpoints", False)
+        self.sharded = self.exchanges_tokens and moe_option(cfg.model, "sharded_checkpoints")
         self.has_experts = bool(self.moe_layers)
         with explaining_lost_ranks(cfg):
             super().__init__(cfg, task, model, criterion, quantizer)
@@ -169,7 +164,7 @@ class MoETrainer(CheckpointingTrainer):
 
     def _decide_where_tokens_go(self, number: int) -> None:
         """Toss the coin of gating dropout for the number-th batch of the update, if it trains."""
-        probability = gating_dropout(self.cfg)
+        probability = moe_option(self.cfg.model, "moe_gating_dropout")
         numbers = self.cfg.common.seed, self.get_num_updates(), number
         stay = self.in_train_step and stays_on_rank(probability, *numbers)
         for layer in self.moe_layers:
