@@ -30,6 +30,8 @@ def broken_rule(flag: str, value: Any, rule: Rule, remedy: str = "") -> str:
     kinds = int if rule.whole else (int, float)
     if isinstance(value, kinds) and not isinstance(value, bool) and rule.holds(value):
         return ""
+    if isinstance(value, str):  # argparse has converted what the command line gives
+        return f"{flag} '{value}' must be a number; in a YAML file, write it without quotes"
     if isinstance(value, int) and value >= TOO_LARGE and rule.holds(TOO_LARGE - 1) and not rule.holds(TOO_LARGE):
         return f"{flag} {value} is too large; give less than {TOO_LARGE}"
     must = f"be a whole number, and {rule.must}" if rule.whole and not isinstance(value, int) else rule.must

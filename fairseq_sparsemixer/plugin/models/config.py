@@ -1,5 +1,6 @@
 """Checks on the flags of a Mixture-of-Experts model before anything is built."""
 
+from dataclasses import fields
 from typing import Any, Dict, List, Sequence
 
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -7,7 +8,7 @@ from fairseq_sparsemixer.moe.experts import resolve_activation
 from fairseq_sparsemixer.moe.gates import DENSE, Gate, build_gate, gate_class
 from fairseq_sparsemixer.moe.gating_dropout import require_local_routing
 from fairseq_sparsemixer.moe.output_masking import require_masking
-from fairseq_sparsemixer.options import in_flags
+from fairseq_sparsemixer.options import MoEOptions, in_flags
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers, stack_option
 from fairseq_sparsemixer.plugin.models.memory import refuse_too_many_experts
 from fairseq_sparsemixer.plugin.models.router_options import router_options
@@ -19,6 +20,7 @@ def check_options(cfg: Any, layers: Dict[str, int]) -> None:
 
     layers: the number of layers of each stack that the model has, "encoder" and "decoder".
     """
+    check_kinds(cfg)
     check_numbers(cfg)
     for stack in STACKS:
         layers_to_keep(cfg, stack)
@@ -93,6 +95,25 @@ NUMBERS = {
 }
 
 
+TEXTS = [option.name for option in fields(MoEOptions) if "str" in str(option.type) and not option.name.endswith("_moe_layers")]
+SWITCHES = [option.name for option in fields(MoEOptions) if option.type is bool]
+
+
+def check_kinds(cfg: Any) -> None:
+    """Raise ConfigurationError for what is no text where a flag takes text, and for text instead of true or false.
+
+    The command line cannot give such values, but a YAML file can: 'false' would be true.
+    """
+    for name in TEXTS:
+        value = getattr(cfg, name)
+        if value is not None and not isinstance(value, str):
+            refuse(f"--{name.replace('_', '-')} {value} must be text; in a YAML file, write it with quotes")
+    for name in SWITCHES:
+        value = getattr(cfg, name)
+        if isinstance(value, str):
+            refuse(f"--{name.replace('_', '-')} '{value}' must be true or false; in a YAML file, write it without quotes")
+
+
 def check_numbers(cfg: Any) -> None:
     """Raise ConfigurationError for a number out of range for every router."""
     for name, (rule, remedy) in NUMBERS.items():
@@ -121,7 +142,7 @@ def layers_to_keep(cfg: Any, stack: str) -> List[int]:
     """
     name = f"{stack}_layers_to_keep"
     given = stack_option(cfg, stack, "layers_to_keep")
-    if not given:
+    if not given and type(given) is not int:  # a YAML file may say 0, the first layer alone
         return []
     # fairseq makes a list of transformer_moe's flag on the command line
     text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, Sequence) else str(given)

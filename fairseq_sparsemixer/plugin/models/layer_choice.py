@@ -55,8 +55,11 @@ def stack_option(cfg: Any, stack: str, name: str) -> Any:
 
 
 def given(cfg: Any, stack: str) -> Optional[str]:
-    """The flag that chooses the layers of a stack; None if not given."""
-    return stack_option(cfg, stack, "moe_layers")
+    """The flag that chooses the layers of a stack; None if not given. A YAML file may have a number, or a list, for it."""
+    value = stack_option(cfg, stack, "moe_layers")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value))
+    return None if value is None else str(value)
 
 
 def resolve_layers(cfg: Any, layers: Dict[str, int]) -> None:
@@ -135,7 +138,10 @@ def _parse_list(flag: str, text: str, num_layers: int, num_experts: int) -> Dict
             raise ConfigurationError(f"{flag} must be {FORMS}")
         layer, experts = int(match[1]), int(match[2]) if match[2] else num_experts
         if layer >= num_layers:
-            raise ConfigurationError(f"{flag} names layer {layer}, but the layers are 0 to {num_layers - 1}")
+            hint = ""
+            if text == str(layer) and layer >= 60:  # YAML 1.1 reads 1:8 as 1 * 60 + 8
+                hint = f"; in a YAML file, write '{layer // 60}:{layer % 60}' with quotes"
+            raise ConfigurationError(f"{flag} names layer {layer}, but the layers are 0 to {num_layers - 1}{hint}")
         if layer in chosen or experts < 1:
             raise ConfigurationError(f"{flag} must name each layer once, with at least one expert")
         chosen[layer] = experts
