@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_sparsemixer.moe.dispatch.blocks import Sizes, transpose_blocks, transposed
-from fairseq_sparsemixer.moe.dispatch.exchange import Transfer, arrive, come_home, depart, send_home
+from fairseq_sparsemixer.moe.dispatch.exchange import Transfer, finish_dispatch, finish_return, start_dispatch, start_return
 from fairseq_sparsemixer.moe.dispatch.local import ExpertsFunction
 from fairseq_sparsemixer.moe.dispatch.pairs import sorted_pairs
 from fairseq_sparsemixer.moe.dispatch.route import Route, exchange_counts, plan_route
@@ -107,13 +107,13 @@ def dispatch_all_to_all(
         pairs.reorder(order_to_send(counts, expert_group, total))
     there = [Transfer(plan.route, expert_group, outward=True) for plan in plans]
     back = [Transfer(plan.route, expert_group, outward=False) for plan in plans]
-    tickets = depart(pairs.gather(tokens, total), there)
+    tickets = start_dispatch(pairs.gather(tokens, total), there)
     meanwhile()
     returning = []
     for plan, ticket, coming, going in zip(plans, tickets, there, back):
-        outputs = _run(experts, arrive(ticket, coming), plan, counts_on_device)
-        returning.append(send_home(outputs, going))
-    return pairs.combine(come_home(returning, back))
+        outputs = _run(experts, finish_dispatch(ticket, coming), plan, counts_on_device)
+        returning.append(start_return(outputs, going))
+    return pairs.combine(finish_return(returning, back))
 
 
 def _run(experts: ExpertsFunction, arrived: Tensor, plan: ExchangePlan, counts_on_device: bool) -> Tensor:

@@ -63,8 +63,8 @@ def dispatch_equal_split(
     received = torch.full((local,), rows, device=tokens.device) if counts_on_device else [rows] * local
     outputs = experts(arrived.transpose(0, 1).reshape(-1, model_dim), received)
     outputs = outputs.view(local, expert_group.size, capacity, model_dim).transpose(0, 1)  # [G, L, C, M]
-    home = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), expert_group), slots, 1)  # [N, M]
-    return pairs.combine(home)
+    returned = gather(_MeasuredAllToAll.apply(outputs.reshape(-1, model_dim), expert_group), slots, 1)  # [N, M]
+    return pairs.combine(returned)
 
 
 @torch.no_grad()

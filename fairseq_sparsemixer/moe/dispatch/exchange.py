@@ -2,10 +2,10 @@
 
 A round trip is four autograd functions. For two chunks, forward issues
 
-    depart     starts sending chunks 0 and 1
-    arrive 0   waits for chunk 0; the experts follow; send_home 0 starts returning their outputs
-    arrive 1   the same for chunk 1
-    come_home  waits for both
+    start_dispatch      starts sending chunks 0 and 1
+    finish_dispatch 0   waits for chunk 0; the experts follow; start_return 0 starts returning their outputs
+    finish_dispatch 1   the same for chunk 1
+    finish_return       waits for both
 
 and backward the mirror image, chunk 1 first, as autograd runs the function that was called last first. Between starting and
 waiting, autograd holds an empty tensor, the ticket, in place of rows that have not arrived.
@@ -23,10 +23,10 @@ from fairseq_sparsemixer.moe.parallel import ExpertGroup
 
 
 class Transfer:
-    """Rows on their way between the ranks of a group: outward to the experts, or home.
+    """Rows on their way between the ranks of a group: outward to the experts, or back.
 
     Outward, they leave and arrive as in one all-to-all: the first rows go to rank 0 of the group, and so on, and arrive in the
-    order of the senders. Home is the same way back. Gradients travel the other way. Every rank of the group must start its
+    order of the senders. Back is the reverse. Gradients travel the other way. Every rank of the group must start its
     transfers in the same order. A route in two steps is taken inside nodes at once and between nodes asynchronously.
     """
 
@@ -36,7 +36,7 @@ class Transfer:
 
     def rows(self, backward: bool = False) -> int:
         """The number of rows that `start` takes."""
-        return self.route.num_outward if self.outward != backward else self.route.num_home
+        return self.route.num_outward if self.outward != backward else self.route.num_returning
 
     def start(self, rows: Tensor, backward: bool = False) -> Tensor:
         """Start sending rows [N, M], N as `rows` says -> a ticket [0]."""
@@ -69,7 +69,7 @@ class Transfer:
         return received, rows, work
 
 
-class _Depart(torch.autograd.Function):
+class _StartDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfers: List[Transfer]) -> Tuple[Tensor, ...]:
         ctx.transfers = transfers
@@ -80,7 +80,7 @@ class _Depart(torch.autograd.Function):
         return _join([transfer.finish() for transfer in ctx.transfers]), None
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishDispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
@@ -91,7 +91,7 @@ class _Arrive(torch.autograd.Function):
         return ctx.transfer.start(grad, backward=True), None
 
 
-class _SendHome(torch.autograd.Function):
+class _StartReturn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
@@ -102,7 +102,7 @@ class _SendHome(torch.autograd.Function):
         return ctx.transfer.finish(), None
 
 
-class _ComeHome(torch.autograd.Function):
+class _FinishReturn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, transfers: List[Transfer], *tickets: Tensor) -> Tensor:
         ctx.transfers = transfers
@@ -113,27 +113,27 @@ class _ComeHome(torch.autograd.Function):
         return (None, *_start_all(grad, ctx.transfers, backward=True))
 
 
-def depart(rows: Tensor, transfers: List[Transfer]) -> Tuple[Tensor, ...]:
+def start_dispatch(rows: Tensor, transfers: List[Transfer]) -> Tuple[Tensor, ...]:
     """Start sending rows [N, M], the chunks one behind the other -> the ticket of each."""
-    tickets: Tuple[Tensor, ...] = _Depart.apply(rows, transfers)
+    tickets: Tuple[Tensor, ...] = _StartDispatch.apply(rows, transfers)
     return tickets
 
 
-def arrive(ticket: Tensor, transfer: Transfer) -> Tensor:
+def finish_dispatch(ticket: Tensor, transfer: Transfer) -> Tensor:
     """Wait for the rows [N', M] of a chunk that other ranks have sent."""
-    rows: Tensor = _Arrive.apply(ticket, transfer)
+    rows: Tensor = _FinishDispatch.apply(ticket, transfer)
     return rows
 
 
-def send_home(rows: Tensor, transfer: Transfer) -> Tensor:
+def start_return(rows: Tensor, transfer: Transfer) -> Tensor:
     """Start returning the outputs [N', M] of a chunk -> a ticket."""
-    ticket: Tensor = _SendHome.apply(rows, transfer)
+    ticket: Tensor = _StartReturn.apply(rows, transfer)
     return ticket
 
 
-def come_home(tickets: Sequence[Tensor], transfers: List[Transfer]) -> Tensor:
-    """Wait for all rows that send_home has started -> [N, M], the chunks one behind the other."""
-    rows: Tensor = _ComeHome.apply(transfers, *tickets)
+def finish_return(tickets: Sequence[Tensor], transfers: List[Transfer]) -> Tensor:
+    """Wait for all rows that start_return has sent -> [N, M], the chunks one behind the other."""
+    rows: Tensor = _FinishReturn.apply(transfers, *tickets)
     return rows
 
 

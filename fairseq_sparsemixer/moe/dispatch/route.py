@@ -43,8 +43,8 @@ class Route(NamedTuple):
         return sum((self.inside or self.between).send)
 
     @property
-    def num_home(self) -> int:
-        """The rows that arrive for this rank's experts."""
+    def num_returning(self) -> int:
+        """The rows that arrive for this rank's experts, and return."""
         return sum(self.between.receive)
 
 
