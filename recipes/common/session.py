@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
+import yaml
 from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
@@ -109,9 +110,10 @@ class Session:
 
 
 class Recipe(NamedTuple):
-    """A recipe as passed to `main`: its three actions, and add_options for its own options."""
+    """A recipe as passed to `main`: its settings for fairseq-hydra-train, three actions, and add_options for its own options."""
 
     name: str
+    config: Path
     description: str
     prepare: Callable[[Session], None]
     train: Callable[[Session], None]
@@ -195,7 +197,10 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     group = parser.add_argument_group("train and evaluate")
     group.add_argument("--router", default="sparsemixer", metavar="R", help="router, see docs/routers.md (default: %(default)s)")
     group.add_argument("--router-option", metavar="NAME=VALUE[,...]", help="the router's options, as for fairseq-train")
-    group.add_argument("--num-experts", type=int, default=4, metavar="E", help="experts per MoE layer (default: %(default)s)")
+    num_experts = yaml.safe_load(recipe.config.read_text(encoding="utf-8"))["model"]["num_experts"]
+    group.add_argument(
+        "--num-experts", type=int, default=num_experts, metavar="E", help="experts per MoE layer (default: %(default)s)"
+    )
     group.add_argument("--seed", type=int, default=1, metavar="N", help="training seed (default: %(default)s)")
     group.add_argument("--updates", type=int, metavar="N", help="training updates (default: the recipe's)")
     group.add_argument("--gpus", type=int, metavar="N", help="GPUs per machine, 0 for the CPU (default: all)")

@@ -94,7 +94,7 @@ def read_figures(line: str) -> Optional[Dict[str, Any]]:
     return {name: float(log[f"test_{name}"]) for name in FIGURES if f"test_{name}" in log}
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate)
 
 if __name__ == "__main__":
     entry(RECIPE)

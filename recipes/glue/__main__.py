@@ -171,7 +171,7 @@ def read_figures(line: str, split: str) -> Optional[Dict[str, Any]]:
     return {name: float(log[f"{split}_{name}"]) for name in metrics if f"{split}_{name}" in log}
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate, add_options)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate, add_options)
 
 if __name__ == "__main__":
     entry(RECIPE)

@@ -72,7 +72,7 @@ def evaluate(session: Session) -> None:
     moses_translation.evaluate(session, checkpoint_of(session), LANGUAGES, SEARCH, lowercase=True)
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate)
 
 if __name__ == "__main__":
     entry(RECIPE)

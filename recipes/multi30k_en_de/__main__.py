@@ -80,7 +80,7 @@ def evaluate(session: Session) -> None:
         session.results(translation.sacre_bleu(hypotheses, translation.read_sentences(reference)))
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate, add_options)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate, add_options)
 
 if __name__ == "__main__":
     entry(RECIPE)

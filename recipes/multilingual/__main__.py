@@ -24,7 +24,6 @@ from recipes.multilingual.raw_text import ADDRESS, LANGUAGES, SHA256, read_opus1
 NAME = "multilingual"
 CONFIG = Path(__file__).with_name(f"{NAME}.yaml")
 SIDES = ("en", "xx")  # fairseq's names of the source, and of the target, which has several languages
-NUM_EXPERTS = 8
 LONGEST = 250  # pieces on either side of a training pair
 BATCH_TOKENS = 8 * 8192
 DEVICE_TOKENS = 8192
@@ -62,7 +61,6 @@ SMOKE = {**CLDR, "optimization.max_update": 500}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this recipe."""
-    parser.set_defaults(num_experts=NUM_EXPERTS)
     cldr = f"text made from Unicode CLDR instead of OPUS-100, and a small model; no download; up to {len(MANY)} languages"
     parser.add_argument("--cldr", action="store_true", help=cldr)
     group = parser.add_argument_group("prepare")
@@ -160,7 +158,7 @@ def evaluate(session: Session) -> None:
     session.results(found)
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate, add_options)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate, add_options)
 
 if __name__ == "__main__":
     entry(RECIPE)

@@ -92,7 +92,7 @@ def read_result(line: str) -> Optional[Dict[str, Any]]:
     return dict(zip(("loss_in_bits", "perplexity"), found)) if found else None
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate)
 
 if __name__ == "__main__":
     entry(RECIPE)

@@ -82,7 +82,7 @@ def evaluate(session: Session) -> None:
     moses_translation.evaluate(session, checkpoint, LANGUAGES, SEARCH)
 
 
-RECIPE = Recipe(NAME, __doc__, prepare, train_model, evaluate)
+RECIPE = Recipe(NAME, CONFIG, __doc__, prepare, train_model, evaluate)
 
 if __name__ == "__main__":
     entry(RECIPE)

@@ -13,7 +13,7 @@ from recipes.common.session import Recipe, main
 from recipes.common.steps import run_step
 from recipes.common.training import as_override, read_log_line, train
 
-CONFIG = "optimization:\n  max_update: 7\n"
+CONFIG = "optimization:\n  max_update: 7\nmodel:\n  num_experts: 4\n"
 
 
 def read_by_hydra(text):
@@ -50,7 +50,7 @@ def run(tmp_path):
         run_step("data", session.data, {}, Console(quiet=True), lambda *_: None)
         train(session, config, session.data, batch_tokens=4096, device_tokens=1024)
 
-    recipe = Recipe("some", "", step, step, step, lambda parser: None)
+    recipe = Recipe("some", config, "", step, step, step, lambda parser: None)
     return lambda *options: main(recipe, ["train", "--out", str(tmp_path / "out"), *options])
 
 
@@ -87,6 +87,12 @@ def test_slurm_writes_a_script_with_one_task_per_gpu_and_trains_nothing(run, tmp
     assert words[1].endswith("fairseq-hydra-train") and "+distributed_training.distributed_world_size=8" in words
     assert "+distributed_training.distributed_port=29500" in words  # without a port, fairseq assumes a single machine
     assert not (tmp_path / "out" / "sparsemixer-e4-seed1" / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize("options, experts", [((), 4), (("--num-experts", "2"), 2)])
+def test_the_number_of_experts_is_the_files_or_the_options(run, capsys, options, experts):
+    run("--dry-run", *options)
+    assert f"model.num_experts={experts}" in capsys.readouterr().out
 
 
 def test_several_machines_without_slurm_are_refused(run):

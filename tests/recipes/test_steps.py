@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.session import Recipe, main
+from recipes.multi30k_en_de.__main__ import CONFIG
 from recipes.common.steps import STAMP, finished, run_step, state_of
 
 
@@ -148,7 +149,7 @@ def test_a_file_instead_of_the_folder_is_refused(step):
     "raw, refused", [("P/data", True), ("P/data/raw", True), ("P", False), ("P/downloads", False), ("raw", False)]
 )
 def test_raw_data_inside_the_output_folder_is_refused_before_it_is_read(tmp_path, raw, refused):
-    recipe = Recipe("some", "", lambda session: None, lambda session: None, lambda session: None)
+    recipe = Recipe("some", CONFIG, "", lambda session: None, lambda session: None, lambda session: None)
     (tmp_path / raw).mkdir(parents=True)
     call = ["prepare", "--raw-dir", str(tmp_path / raw), "--out", str(tmp_path / "P")]
     if refused:
@@ -163,7 +164,7 @@ NUMBERS = {"--seed": -1, "--updates": 0, "--num-experts": 0, "--gpus": -1, "--no
 
 @pytest.mark.parametrize("flag, value", [*NUMBERS.items(), ("--seed", 2**32)])
 def test_out_of_range_numbers_are_refused(flag, value):
-    recipe = Recipe("some", "", lambda session: None, lambda session: None, lambda session: None)
+    recipe = Recipe("some", CONFIG, "", lambda session: None, lambda session: None, lambda session: None)
     with pytest.raises(ConfigurationError, match=f"{flag} {value} must be at least"):
         main(recipe, ["train", flag, str(value)])
 
@@ -173,4 +174,4 @@ def test_a_full_disk_gives_a_one_line_error(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
 
     with pytest.raises(ConfigurationError, match="some file cannot be used .No space left on device"):
-        main(Recipe("some", "", fill, fill, fill), ["prepare", "--out", str(tmp_path)])
+        main(Recipe("some", CONFIG, "", fill, fill, fill), ["prepare", "--out", str(tmp_path)])
