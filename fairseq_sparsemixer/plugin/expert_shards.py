@@ -13,6 +13,7 @@ from fairseq_sparsemixer.moe.layer import moe_layers, shard_experts
 from fairseq_sparsemixer.moe.parallel import CollectiveTimer, ExpertGroup, expert_parallel_size, form_expert_group
 from fairseq_sparsemixer.names import PYTORCH_DDP
 from fairseq_sparsemixer.options import FLAGS, MoEOptions, in_flags, moe_option
+from fairseq_sparsemixer.plugin.models.layer_choice import of_some_layers
 from fairseq_sparsemixer.plugin.refusals import KEEP_ALL, refuse_incompatible, refuse_unsliceable
 from fairseq_sparsemixer.plugin.unequal_forwards import refuse_unequal_forwards
 
@@ -26,8 +27,9 @@ def share_out_experts(cfg: Any, task: Any, model: nn.Module, timeout: Optional[t
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     layers = moe_layers(model)
-    with in_flags():
-        common = math.gcd(*(layer.gate.num_experts for layer in layers))
+    numbers = {layer.gate.num_experts for layer in layers}
+    with of_some_layers(cfg.model, numbers), in_flags():
+        common = math.gcd(*numbers)
         size = expert_parallel_size(cfg.model.expert_parallel_size, world_size, common)
     by_slices = slices_replicas(cfg, world_size // size)
     if by_slices:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from fairseq_sparsemixer.criterions.auxiliary_losses import warn_of_plain_criterion
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe import gradients
 from fairseq_sparsemixer.moe.early_reduction import EarlyReduction
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
@@ -83,6 +84,18 @@ class MoETrainer(CheckpointingTrainer):
     def exchanges_tokens(self) -> bool:
         """Whether this rank holds only some of the experts."""
         return self.expert_group is not None and self.expert_group.size > 1
+
+    @property
+    def model(self) -> nn.Module:
+        """See Trainer. Raises ConfigurationError where torch refuses the GPU's number that fairseq passes on a CPU, too."""
+        try:
+            return super().model
+        except ValueError as error:
+            if isinstance(error, ConfigurationError) or not (self.cfg.common.cpu and "device_ids" in str(error)):
+                raise
+            backend = self.cfg.distributed_training.ddp_backend
+            sentence = f"--ddp-backend {backend} needs GPUs, but --cpu is given; use --ddp-backend legacy_ddp"
+            raise ConfigurationError(sentence) from None
 
     def get_train_iterator(self, epoch: int, combine: bool = True, load_dataset: bool = True, *args: Any, **kwargs: Any):
         """See Trainer. Where fairseq reuses the batches of epoch 1 in later ones, a resumed run gets the same batches.

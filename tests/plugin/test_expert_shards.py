@@ -6,7 +6,9 @@ from typing import Any, List, Optional, Tuple
 
 import pytest
 from torch import distributed as dist
+from torch import nn
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.layer import build_moe_layer
 from fairseq_sparsemixer.plugin import expert_shards
 from fairseq_sparsemixer.plugin.expert_shards import share_out_experts
@@ -31,6 +33,14 @@ def test_slices_on_one_rank_change_nothing_with_a_warning(given, warned, caplog)
     cfg = configuration("adafactor", shard_expert_optimizer=given)
     assert share_out_experts(cfg, None, build_moe_layer("switch", 4, 6, 2), None) is None
     assert [record.getMessage() for record in caplog.records] == warned
+
+
+def test_layers_with_their_own_numbers_that_cannot_be_split_are_named():
+    cfg = configuration("adam", num_experts=8)
+    cfg.model.expert_parallel_size = 4
+    model = nn.ModuleList([build_moe_layer("switch", 4, 6, count) for count in (2, 6)])
+    with pytest.raises(ConfigurationError, match="cannot be split over --expert-parallel-size 4; .*; layers have 2, 6 experts by"):
+        share_out_experts(cfg, None, model, None)
 
 
 def shared_out(ranks_per_node: Optional[int]) -> Tuple[int, bool, List[str]]:

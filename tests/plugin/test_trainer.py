@@ -112,3 +112,24 @@ def test_ranks_draw_different_noise_if_the_model_has_experts(layers, differ):
     assert torch.equal(drawn(0), torch.rand(8, generator=torch.Generator().manual_seed(10)))  # the same as in one process
     assert torch.equal(drawn(0), drawn(1)) is not differ
     assert torch.equal(drawn(1), drawn(1)) and torch.equal(drawn(1), drawn(2)) is not differ
+
+
+@pytest.mark.parametrize("cpu, error, raised", [
+    (True, "DistributedDataParallel device_ids and output_device only work with GPU modules", ConfigurationError),
+    (False, "DistributedDataParallel device_ids and output_device only work with GPU modules", ValueError),
+    (True, "something else", ValueError),
+])  # fmt: skip
+def test_a_backend_that_needs_gpus_is_refused_on_a_cpu(cpu, error, raised, monkeypatch):
+    def wrapped(trainer):
+        raise ValueError(error)
+
+    monkeypatch.setattr(Trainer, "model", property(wrapped))
+    trainer = MoETrainer.__new__(MoETrainer)
+    trainer.cfg = configuration("pytorch_ddp")
+    trainer.cfg.common.cpu = cpu
+    with pytest.raises(raised) as caught:
+        trainer.model  # noqa: B018  # a property
+    assert type(caught.value) is raised
+    if raised is ConfigurationError:
+        sentence = "--ddp-backend pytorch_ddp needs GPUs, but --cpu is given; use --ddp-backend legacy_ddp"
+        assert caught.value.message == sentence

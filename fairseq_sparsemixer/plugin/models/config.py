@@ -9,7 +9,14 @@ from fairseq_sparsemixer.moe.gates import DENSE, Gate, build_gate, gate_class
 from fairseq_sparsemixer.moe.gating_dropout import require_local_routing
 from fairseq_sparsemixer.moe.output_masking import require_masking
 from fairseq_sparsemixer.options import MoEOptions, in_flags
-from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, configurations, has_experts, resolve_layers, stack_option
+from fairseq_sparsemixer.plugin.models.layer_choice import (
+    STACKS,
+    configurations,
+    has_experts,
+    of_some_layers,
+    resolve_layers,
+    stack_option,
+)
 from fairseq_sparsemixer.plugin.models.memory import refuse_too_many_experts
 from fairseq_sparsemixer.plugin.models.router_options import router_options
 from fairseq_sparsemixer.ranges import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SECONDS, TOO_LARGE, Rule, broken_rule
@@ -32,9 +39,11 @@ def check_options(cfg: Any, layers: Dict[str, int]) -> None:
         raise ConfigurationError("--scale-fc normalises inside layers that experts replace; leave it out, or use --router dense")
     resolve_layers(cfg, layers)
     refuse_too_many_experts(cfg, layers)
+    gates = []
+    for experts, own in configurations(cfg, layers).items():
+        with of_some_layers(cfg, {experts}), in_flags():
+            gates.append(build_gate(cfg.router, 1, experts, **router_options(own)))  # a gate checks its options
     with in_flags():
-        built = configurations(cfg, layers).items()
-        gates = [build_gate(cfg.router, 1, experts, **router_options(own)) for experts, own in built]  # a gate checks its options
         check_regularisers(cfg, gates)
         if cfg.expert_activation is not None:
             resolve_activation(cfg.expert_activation)

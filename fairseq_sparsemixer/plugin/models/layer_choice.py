@@ -12,7 +12,8 @@ Without them, --moe-freq N puts experts in every N-th layer, from layer 0 on.
 
 import copy
 import re
-from typing import Any, Dict, Optional, Sequence
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional, Sequence, Set
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE
@@ -90,6 +91,18 @@ def configurations(cfg: Any, layers: Dict[str, int]) -> Dict[int, Any]:
     """{number of experts: cfg with that number}, of all layers of these stacks."""
     counts = {experts_in_layer(cfg, stack, index, count) for stack, count in layers.items() for index in range(count)}
     return {number: with_experts(cfg, number) for number in sorted(counts - {0})}
+
+
+@contextmanager
+def of_some_layers(cfg: Any, numbers: Set[int]) -> Iterator[None]:
+    """Add to an error about --num-experts that layers have these numbers of experts of their own, if they do."""
+    try:
+        yield
+    except ConfigurationError as error:
+        if numbers == {cfg.num_experts}:
+            raise
+        own = f"{', '.join(map(str, sorted(numbers)))} experts by --encoder-moe-layers, --decoder-moe-layers"
+        raise ConfigurationError(f"{error.message}; layers have {own}") from None
 
 
 def with_experts(cfg: Any, num_experts: int) -> Any:

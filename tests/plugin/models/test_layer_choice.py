@@ -84,7 +84,8 @@ def test_the_model_has_experts_where_the_flags_say(build_translation_model):
 
 
 def test_each_layers_number_of_experts_is_checked(build_translation_model):
-    with pytest.raises(ConfigurationError, match="--moe-top-k 3 must lie between 1 and --num-experts 2"):
+    sentence = "--moe-top-k 3 must lie between 1 and --num-experts 2; layers have 2 experts by --encoder-moe-layers"
+    with pytest.raises(ConfigurationError, match=sentence):
         build_translation_model(router="sparsemixer_v2", moe_top_k=3, encoder_moe_layers="0:2")
 
 
