@@ -12,15 +12,15 @@ from fairseq_sparsemixer.tools.study.spec import read_study
 from fairseq_sparsemixer.tools.study.spec_file import read_spec_file
 
 ROOT = Path(__file__).resolve().parents[2]
-USER_DIR = "sparsemixer_parts"
+USER_DIR = Path("recipes", "multilingual", "sparsemixer_parts")
 SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_fairseq_train_accepts_the_flags_of_a_recipes_study(spec, tmp_path):
     for other in (spec.parent, *(ROOT / "recipes" / name for name in ("quickstart", "multilingual"))):  # with its base specs
-        shutil.copytree(other, tmp_path / other.relative_to(ROOT), dirs_exist_ok=True, ignore=shutil.ignore_patterns(USER_DIR))
-    (tmp_path / spec.parent.relative_to(ROOT) / USER_DIR).symlink_to(spec.parent / USER_DIR)  # fairseq imports one of a name
+        shutil.copytree(other, tmp_path / other.relative_to(ROOT), dirs_exist_ok=True, ignore=shutil.ignore_patterns(USER_DIR.name))
+    (tmp_path / USER_DIR).symlink_to(ROOT / USER_DIR)  # fairseq imports one of a name
     copy = tmp_path / spec.relative_to(ROOT)
     content = read_spec_file(copy)
     Path(os.path.realpath(copy.parent / content["data"])).mkdir(parents=True)  # made by `prepare`
