@@ -51,7 +51,7 @@ def topk_routing(
     weight = scores.gather(1, expert_index)
     if weights == "normalised":
         weight = sum_to_one(weight)
-    probabilities = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True)
+    probabilities = scores if score == "softmax" else sum_to_one(scores)
     return Routing(
         expert_index=expert_index,
         combine_weight=hide_padding(weight * scale, padding_mask),

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any, Dict, Iterable, List
 
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict
@@ -98,8 +100,33 @@ def training_flags(arch: str, options: MoEOptions) -> str:
     return " ".join(flags)
 
 
-def budget_flags(criterion: Any) -> str:
-    """The flags of our criterion for the budget loss of --moe-cmr in theirs."""
-    theirs = dict(criterion) if isinstance(criterion, dict) else dict(getattr(criterion, "__dict__", {}))
-    budget, weight = number(theirs, "cmr_gate_loss_p", 1.0), number(theirs, "cmr_gate_loss_wt", 0.0)
-    return f" --moe-cmr-budget {budget:g} --moe-cmr-loss-weight {weight:g}"
+def _losses(theirs: Dict[str, Any], with_cmr: bool, layers: int) -> Dict[str, float]:
+    """Our options for the weights of their losses; `layers` with experts, over which ours adds up."""
+    found = {}
+    if "moe_gate_loss_wt" in theirs:
+        combine = theirs.get("moe_gate_loss_combine_method") or "average"
+        found["moe_balance_loss_weight"] = number(theirs, "moe_gate_loss_wt", 1.0) / (1 if combine == "sum" else max(layers, 1))
+    if with_cmr:
+        found["moe_cmr_budget"] = number(theirs, "cmr_gate_loss_p", 1.0)
+        found["moe_cmr_loss_weight"] = number(theirs, "cmr_gate_loss_wt", 0.0)
+    return found
+
+
+def _criterion(criterion: Any) -> Dict[str, Any]:
+    return dict(criterion) if isinstance(criterion, dict) else dict(getattr(criterion, "__dict__", {}))
+
+
+def loss_flags(criterion: Any, options: MoEOptions, layers: int) -> str:
+    """The flags of our criterion for the weights of their losses."""
+    losses = _losses(_criterion(criterion), options.moe_cmr, layers)
+    return "".join(f" --{name.replace('_', '-')} {value:g}" for name, value in losses.items())
+
+
+def our_criterion(criterion: Any, options: MoEOptions, layers: int) -> Any:
+    """Their criterion's settings -> those of ours, or of fairseq's, of that name; unchanged if there is none."""
+    theirs = _criterion(criterion)
+    if theirs.get("_name") not in CRITERION_DATACLASS_REGISTRY:
+        return criterion
+    given = {**theirs, **_losses(theirs, options.moe_cmr, layers)}
+    known = {"_name", *(option.name for option in fields(CRITERION_DATACLASS_REGISTRY[theirs["_name"]]))}
+    return {name: value for name, value in given.items() if name in known}

@@ -24,9 +24,16 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.names import EXPERTS
+from fairseq_sparsemixer.names import EXPERTS, count_layers
 from fairseq_sparsemixer.options import MoEOptions
-from fairseq_sparsemixer.plugin.checkpoints.branch_arguments import arguments, budget_flags, notes, our_options, training_flags
+from fairseq_sparsemixer.plugin.checkpoints.branch_arguments import (
+    arguments,
+    loss_flags,
+    notes,
+    our_criterion,
+    our_options,
+    training_flags,
+)
 from fairseq_sparsemixer.plugin.checkpoints.branch_cmr import rename_cmr, without_cmr_copies
 from fairseq_sparsemixer.plugin.checkpoints.converting import Converted
 from fairseq_sparsemixer.plugin.checkpoints.layout import LAYOUT
@@ -103,10 +110,12 @@ def convert_set(files: FileSet) -> Converted:
         skeleton = build_skeleton(model, shared)
     weights = _take_shared(skeleton, shared)
     _fill_experts(weights, skeleton, files, first, options.num_experts)
+    layers, theirs_of_loss = count_layers(weights), first["cfg"].get("criterion")
+    criterion = {"criterion": our_criterion(theirs_of_loss, options, layers)} if theirs_of_loss else {}
     trained = [name for name, _ in skeleton.named_parameters()]
     state = {
         "args": None,
-        "cfg": _configuration(first["cfg"], model),
+        "cfg": {**_configuration(first["cfg"], model), **criterion},
         "model": weights,
         "optimizer_history": first.get("optimizer_history") or [NO_UPDATES],
         "extra_state": {"train_iterator": (first.get("extra_state") or {}).get("train_iterator", {"epoch": 1})},
@@ -114,7 +123,7 @@ def convert_set(files: FileSet) -> Converted:
         LAYOUT: {"size": 1, "index": 0, "save": None, "optimizer": [i for i, n in enumerate(trained) if EXPERTS in n]},
     }
     left_out = "the branch stores it by the position of parameters in each rank's model"
-    flags = training_flags(arch, options) + (budget_flags(first["cfg"].get("criterion")) if options.moe_cmr else "")
+    flags = training_flags(arch, options) + loss_flags(theirs_of_loss, options, layers)
     return Converted(state, options, left_out, flags, notes(theirs, options))
 
 

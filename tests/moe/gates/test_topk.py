@@ -108,3 +108,11 @@ def test_the_selection_bias_changes_the_choice_but_not_the_weights():
 def test_out_of_range_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_gate("topk", 4, E, **options)
+
+
+def test_scores_that_are_all_zero_leave_the_losses_finite():
+    logits = torch.full((3, E), -200.0, requires_grad=True)  # the sigmoid is 0 in float32
+    routing = topk_routing(logits, None, 2, score="sigmoid")
+    sum(routing.aux_losses.values()).backward()
+    assert routing.aux_losses["balance"] == 0 and not routing.combine_weight.any()
+    assert logits.grad.isfinite().all()

@@ -320,6 +320,19 @@ def test_what_cannot_be_converted_is_refused_in_one_sentence(case, translation_t
     assert str(caught.value).count("\n") == 0 and not source.with_name("ours.pt").exists()
 
 
+@pytest.mark.parametrize("combine, weight", [("average", 0.02), ("sum", 0.08), (None, 0.02)])  # over 4 layers with experts
+def test_commands_can_build_the_criterion_with_the_weights_of_their_losses(combine, weight, translation_task, tmp_path, capsys):
+    theirs = dict(_name="moe_label_smoothed_cross_entropy", label_smoothing=0.1, sentence_avg=False, moe_cmr_xgpu=False)
+    theirs.update(moe_gate_loss_wt=0.08, moe_gate_loss_combine_method=combine, cmr_gate_loss_p=0.7, cmr_gate_loss_wt=0.05)
+    args, model = translation_model(translation_task, moe_freq=2, moe_cmr=True)
+    path = convert(write_set(tmp_path, args, model, criterion=theirs))
+    flags = f" --moe-balance-loss-weight {weight} --moe-cmr-budget 0.7 --moe-cmr-loss-weight 0.05, and the same model sizes"
+    assert flags in capsys.readouterr().out
+    criterion = translation_task.build_criterion(checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"].criterion)
+    assert criterion.balance_weight == pytest.approx(weight)
+    assert (criterion.eps, criterion.cmr_budget, criterion.cmr_weight) == (0.1, 0.7, 0.05)
+
+
 @pytest.mark.parametrize("entries", [
     {"last_optimizer_state": None},
     {"optimizer_history": None, "extra_state": None, "task_state": None, "last_optimizer_state": None},
