@@ -28,7 +28,7 @@ PATCHES = (
         lambda: settings.install(prepare=reading.read_data_only),
     ),
     Patch(
-        "fairseq.checkpoint_utils.load_checkpoint_to_cpu and load_ema_from_checkpoint",
+        "fairseq.checkpoint_utils.load_checkpoint_to_cpu, load_ema_from_checkpoint and load_model_ensemble_and_task",
         "unusable files end in tracebacks, and every rank would read all experts",
         "fairseq says what is wrong with a file, and lets a rank read part of one",
         reading.install,

@@ -9,6 +9,7 @@ Every checkpoint of a model with experts records it in its entry `expert_paralle
 """
 
 import copy
+import os
 import secrets
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -67,6 +68,11 @@ def shard_path(path: str, index: int) -> str:
     """The file of rank `index` of the sharded checkpoint `path`."""
     stem = path[: -len(".pt")] if path.endswith(".pt") else path
     return f"{stem}{suffix(index)}.pt"
+
+
+def in_several_files(path: str) -> bool:
+    """Whether `path` names no file, but a sharded checkpoint by what the names of its files have in common."""
+    return not os.path.exists(path) and os.path.exists(shard_path(path, 0))
 
 
 def files_of(path: str, size: int) -> List[str]:

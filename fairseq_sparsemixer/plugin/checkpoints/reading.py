@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.plugin.checkpoints import settings
 from fairseq_sparsemixer.plugin.checkpoints.arrays import NoNumbers, safe_globals
-from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, wrong_copy, wrong_layout
+from fairseq_sparsemixer.plugin.checkpoints.layout import in_several_files, layout_of, shard_path, wrong_copy, wrong_layout
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import model_settings
 
 REFUSED = re.compile(r"(?:GLOBAL|unrecognized function|create new object for) (\S+)")  # from torch's error messages
@@ -145,7 +145,7 @@ def one_sentence_for(path: str) -> Iterator[None]:
             raise ConfigurationError(error.message.replace("the checkpoint", f"the checkpoint {path}", 1)) from None
         raise
     except FileNotFoundError:
-        raise ConfigurationError(f"{path} does not exist; give the path of an existing checkpoint") from None
+        raise _missing(str(path)) from None
     except pickle.UnpicklingError as error:
         refused = REFUSED.search(str(error))
         if refused is None:
@@ -159,6 +159,15 @@ def one_sentence_for(path: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigurationError(f"{path} is not a fairseq checkpoint: {reason} is missing or wrong; use another file") from None
+
+
+def _missing(path: str) -> ConfigurationError:
+    if in_several_files(path):
+        return ConfigurationError(
+            f"{path} is a checkpoint in several files ({shard_path(path, 0)}, ...); make one of them:"
+            f" fairseq-sparsemixer reshard {path} OUT --portable"
+        )
+    return ConfigurationError(f"{path} does not exist; give the path of an existing checkpoint")
 
 
 def _more_than_data(path: str, found: str) -> ConfigurationError:
@@ -235,6 +244,22 @@ def _of_another_package(state: Dict[str, Any]) -> bool:
     return model is not None and not model.__module__.startswith("fairseq.")
 
 
+def _joined_first(function: Callable) -> Callable:
+    """load_model_ensemble_and_task, which looks for each file before it reads it."""
+
+    @functools.wraps(function)
+    def loading(filenames: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(filenames, *arguments, **options)
+        except OSError:
+            for path in map(str, filenames):
+                if in_several_files(path):
+                    raise _missing(path) from None
+            raise
+
+    return loading
+
+
 def _drop_copies(state: Dict[str, Any]) -> None:
     """Remove the duplicate weights of fairseq 0.12.2's encoder layers if the installed fairseq does not know them."""
     from fairseq_sparsemixer.plugin.models.fast_path import knows_copies, without_copies  # models import this module
@@ -251,7 +276,12 @@ def read_data_only(module: ModuleType) -> None:
 
 def install() -> None:
     """Make fairseq read checkpoints this way, in fairseq-train, -generate, -validate and all other commands."""
-    for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
+    wrappers = {
+        "load_checkpoint_to_cpu": _guarded,
+        "load_ema_from_checkpoint": _guarded,
+        "load_model_ensemble_and_task": _joined_first,
+    }
+    for name, wrapper in wrappers.items():
         function = getattr(checkpoint_utils, name)
         if not hasattr(function, "__wrapped__"):
-            setattr(checkpoint_utils, name, _guarded(function))
+            setattr(checkpoint_utils, name, wrapper(function))

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, Sequence
 
@@ -15,10 +14,10 @@ from torch import Tensor
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.options import MoEOptions
-from fairseq_sparsemixer.plugin.checkpoints.layout import layout_of, shard_path
+from fairseq_sparsemixer.plugin.checkpoints.layout import refuse_one_of_several
 from fairseq_sparsemixer.plugin.checkpoints.merging import refuse_adapters
 from fairseq_sparsemixer.plugin.checkpoints.model_settings import as_dict
-from fairseq_sparsemixer.plugin.checkpoints.reading import read_checkpoint
+from fairseq_sparsemixer.plugin.checkpoints.reading import one_sentence_for, read_checkpoint
 from fairseq_sparsemixer.plugin.checkpoints.skeleton import BUFFER
 from fairseq_sparsemixer.plugin.models.architectures import fill_defaults
 from fairseq_sparsemixer.plugin.models.fast_path import without_copies
@@ -97,11 +96,9 @@ class Source:
 
 def read_source(path: str) -> Source:
     """The checkpoint `path`. Raises ConfigurationError for one that cannot be exported, whatever its target."""
-    if path and not os.path.exists(path) and os.path.exists(shard_path(path, 0)):
-        raise _sharded(path)
     state = read_checkpoint(path)
-    if layout_of(state)["size"] > 1:
-        raise _sharded(path)
+    with one_sentence_for(path):
+        refuse_one_of_several(state)
     refuse_adapters(state)
     cfg = state.get("cfg") or {}
     settings = _plain(cfg.get("model") or state.get("args") or {})
@@ -116,12 +113,6 @@ def read_source(path: str) -> Source:
         fill_defaults(args, MoEOptions)
     weights = without_copies(state["model"])
     return Source(str(kind), args, Weights(weights), _plain(cfg.get("task") or getattr(state.get("args"), "__dict__", {})))
-
-
-def _sharded(path: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{path} is a checkpoint in several files; make one of them: fairseq-sparsemixer reshard {path} OUT --portable"
-    )
 
 
 def _plain(settings: Any) -> Dict[str, Any]:

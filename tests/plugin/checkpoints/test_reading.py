@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import threading
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,19 @@ def test_one_file_of_a_sharded_checkpoint_is_refused_as_a_model(trained, tmp_pat
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(ConfigurationError, match=re.escape("fairseq-sparsemixer reshard IN OUT --portable")):
         checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "part.pt"))
+
+
+def test_the_common_name_of_a_sharded_checkpoint_is_refused_with_the_command_that_joins_it(corpus, trained, tmp_path):
+    shutil.copy(trained, tmp_path / "both-rank-0.pt")
+    path = tmp_path / "both.pt"
+    sentence = f"{path} is a checkpoint in several files ({tmp_path / 'both-rank-0.pt'}, ...); make one of them:"
+    command = re.escape(f"{sentence} fairseq-sparsemixer reshard {path} OUT --portable")
+    with pytest.raises(ConfigurationError, match=command):
+        read_checkpoint(str(path))
+    with pytest.raises(ConfigurationError, match=command):
+        runs.generate(corpus, path, tmp_path / "results")
+    with pytest.raises(OSError, match="Model file not found"):  # fairseq's own
+        runs.generate(corpus, tmp_path / "gone.pt", tmp_path / "results")
 
 
 CHANGES = {
