@@ -39,7 +39,9 @@ def test_layers_with_their_own_numbers_that_cannot_be_split_are_named():
     cfg = configuration("adam", num_experts=8)
     cfg.model.expert_parallel_size = 4
     model = nn.ModuleList([build_moe_layer("switch", 4, 6, count) for count in (2, 6)])
-    with pytest.raises(ConfigurationError, match="cannot be split over --expert-parallel-size 4; .*; layers have 2, 6 experts by"):
+    with pytest.raises(
+        ConfigurationError, match="cannot be split over --expert-parallel-size 4; .*; layers have 2, 6 experts by"
+    ):
         share_out_experts(cfg, None, model, None)
 
 

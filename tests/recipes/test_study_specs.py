@@ -19,7 +19,9 @@ SPECS = sorted(ROOT.glob("recipes/*/study*.yaml"))
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_fairseq_train_accepts_the_flags_of_a_recipes_study(spec, tmp_path):
     for other in (spec.parent, *(ROOT / "recipes" / name for name in ("quickstart", "multilingual"))):  # with its base specs
-        shutil.copytree(other, tmp_path / other.relative_to(ROOT), dirs_exist_ok=True, ignore=shutil.ignore_patterns(USER_DIR.name))
+        shutil.copytree(
+            other, tmp_path / other.relative_to(ROOT), dirs_exist_ok=True, ignore=shutil.ignore_patterns(USER_DIR.name)
+        )
     (tmp_path / USER_DIR).symlink_to(ROOT / USER_DIR)  # fairseq imports one of a name
     copy = tmp_path / spec.relative_to(ROOT)
     content = read_spec_file(copy)
