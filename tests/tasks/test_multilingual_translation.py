@@ -243,7 +243,9 @@ def on_cpu(module, device_ids, output_device, **options):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "backend, task, kind", [("legacy_ddp", [*FLAGS, *EPOCH], "pair"), ("pytorch_ddp", TAGGED, "target")], ids=["tokens", "tags"]
+    "backend, task, kind",
+    [("legacy_ddp", [*FLAGS, *EPOCH], "pair"), ("legacy_ddp", FLAGS, "pair"), ("pytorch_ddp", TAGGED, "target")],
+    ids=["tokens", "epochs of the data's size", "tags"],
 )
 def test_two_ranks_equal_one_process(data, tagged, tmp_path, backend, task, kind):
     data = data if kind == "pair" else tagged
