@@ -146,7 +146,10 @@ class Replay:
         """A sentence of a checked layer. Raises ConfigurationError if the trace lacks it."""
         found = self.layers[subset, name].sentences.get(number)
         if found is None:
-            raise ConfigurationError(f"--moe-replay {self.path} has no sentence {number} of {subset} in {name}; {AGAIN}")
+            raise ConfigurationError(
+                f"--moe-replay {self.path} has no sentence {number} of {subset} in {name}; trace the same data, with"
+                " --required-batch-size-multiple 1, as fairseq's default of 8 can leave out sentences"
+            )
         return found
 
     def columns(self, subset: str, name: str, numbers: List[int], dictionary) -> Columns:

@@ -102,7 +102,10 @@ def without(path, **values):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda path: without(path, sentence=1), "has no sentence 1 of valid in encoder.layers.0; trace the same data"),
+    (
+        lambda path: without(path, sentence=1),
+        "has no sentence 1 of valid in encoder.layers.0; trace the same data, with --required-batch-size-multiple 1",
+    ),
     (lambda path: without(path, layer="encoder.layers.0"), "has no layer encoder.layers.0, only decoder.layers.0; trace a model"),
     (lambda path: edited(path, experts=[4], weights=[1]), "names expert 4 in encoder.layers.0, which has 4 experts"),
     (lambda path: edited(path, subset="test"), "has no subset valid, only test"),
