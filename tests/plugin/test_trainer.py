@@ -13,11 +13,10 @@ from fairseq_sparsemixer.plugin.refusals import refuse_incompatible, refuse_trai
 from fairseq_sparsemixer.plugin.trainer import MoETrainer, install
 
 
-def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, tpu=False, optimizer=None, **model):
+def configuration(ddp_backend="legacy_ddp", zero_sharding="none", use_bmuf=False, tpu=False, optimizer=None):
     return SimpleNamespace(
         distributed_training=SimpleNamespace(ddp_backend=ddp_backend, zero_sharding=zero_sharding),
         optimization=SimpleNamespace(use_bmuf=use_bmuf),
-        model=SimpleNamespace(**model),
         common=SimpleNamespace(tpu=tpu),
         optimizer=SimpleNamespace(**{"_name": "adam", **(optimizer or {})}),
     )

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from recipes.common.session import Recipe, main
-from recipes.multi30k_en_de.__main__ import CONFIG
 from recipes.common.steps import STAMP, finished, run_step, state_of
+from recipes.multi30k_en_de.__main__ import CONFIG
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The arguments of a model of fairseq's branches `moe` and `nllb` -> our options, and what a user has to know of them."""
 
 from dataclasses import fields
-from typing import Any, Dict, Iterable, List
-
-from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from typing import Any, Dict, Iterable, List, Mapping
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.options import MoEOptions
@@ -100,8 +98,9 @@ def training_flags(arch: str, options: MoEOptions) -> str:
     return " ".join(flags)
 
 
-def _losses(theirs: Dict[str, Any], with_cmr: bool, layers: int) -> Dict[str, float]:
-    """Our options for the weights of their losses; `layers` with experts, over which ours adds up."""
+def loss_weights(criterion: Any, with_cmr: bool, layers: int) -> Dict[str, float]:
+    """Our criterion's options for the weights of their losses; `layers` with experts, over which ours adds up."""
+    theirs = as_dict(criterion or {})
     found = {}
     if "moe_gate_loss_wt" in theirs:
         combine = theirs.get("moe_gate_loss_combine_method") or "average"
@@ -112,21 +111,18 @@ def _losses(theirs: Dict[str, Any], with_cmr: bool, layers: int) -> Dict[str, fl
     return found
 
 
-def _criterion(criterion: Any) -> Dict[str, Any]:
-    return dict(criterion) if isinstance(criterion, dict) else dict(getattr(criterion, "__dict__", {}))
+def loss_flags(weights: Dict[str, float]) -> str:
+    """The flags of these options of our criterion."""
+    return "".join(f" --{name.replace('_', '-')} {value:g}" for name, value in weights.items())
 
 
-def loss_flags(criterion: Any, options: MoEOptions, layers: int) -> str:
-    """The flags of our criterion for the weights of their losses."""
-    losses = _losses(_criterion(criterion), options.moe_cmr, layers)
-    return "".join(f" --{name.replace('_', '-')} {value:g}" for name, value in losses.items())
+def known_by(registry: Mapping[str, type], settings: Any, **more: Any) -> Any:
+    """Of a task's or criterion's settings, and `more`, what the dataclass of that name in the registry knows.
 
-
-def our_criterion(criterion: Any, options: MoEOptions, layers: int) -> Any:
-    """Their criterion's settings -> those of ours, or of fairseq's, of that name; unchanged if there is none."""
-    theirs = _criterion(criterion)
-    if theirs.get("_name") not in CRITERION_DATACLASS_REGISTRY:
-        return criterion
-    given = {**theirs, **_losses(theirs, options.moe_cmr, layers)}
-    known = {"_name", *(option.name for option in fields(CRITERION_DATACLASS_REGISTRY[theirs["_name"]]))}
-    return {name: value for name, value in given.items() if name in known}
+    Unchanged if there is none of that name.
+    """
+    values = as_dict(settings)
+    if values.get("_name") not in registry:
+        return settings
+    known = {"_name", *(option.name for option in fields(registry[values["_name"]]))}
+    return {name: value for name, value in {**values, **more}.items() if name in known}

@@ -20,6 +20,7 @@ from glob import escape, glob
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from torch import Tensor, nn
 
@@ -28,9 +29,10 @@ from fairseq_sparsemixer.names import EXPERTS, count_layers
 from fairseq_sparsemixer.options import MoEOptions
 from fairseq_sparsemixer.plugin.checkpoints.branch_arguments import (
     arguments,
+    known_by,
     loss_flags,
+    loss_weights,
     notes,
-    our_criterion,
     our_options,
     training_flags,
 )
@@ -110,12 +112,11 @@ def convert_set(files: FileSet) -> Converted:
         skeleton = build_skeleton(model, shared)
     weights = _take_shared(skeleton, shared)
     _fill_experts(weights, skeleton, files, first, options.num_experts)
-    layers, theirs_of_loss = count_layers(weights), first["cfg"].get("criterion")
-    criterion = {"criterion": our_criterion(theirs_of_loss, options, layers)} if theirs_of_loss else {}
+    losses = loss_weights(first["cfg"].get("criterion"), options.moe_cmr, count_layers(weights))
     trained = [name for name, _ in skeleton.named_parameters()]
     state = {
         "args": None,
-        "cfg": {**_configuration(first["cfg"], model), **criterion},
+        "cfg": _configuration(first["cfg"], model, losses),
         "model": weights,
         "optimizer_history": first.get("optimizer_history") or [NO_UPDATES],
         "extra_state": {"train_iterator": (first.get("extra_state") or {}).get("train_iterator", {"epoch": 1})},
@@ -123,7 +124,7 @@ def convert_set(files: FileSet) -> Converted:
         LAYOUT: {"size": 1, "index": 0, "save": None, "optimizer": [i for i, n in enumerate(trained) if EXPERTS in n]},
     }
     left_out = "the branch stores it by the position of parameters in each rank's model"
-    flags = training_flags(arch, options) + loss_flags(theirs_of_loss, options, layers)
+    flags = training_flags(arch, options) + loss_flags(losses)
     return Converted(state, options, left_out, flags, notes(theirs, options))
 
 
@@ -144,14 +145,16 @@ def _refuse_other_models(names: Iterable[str], flat: bool) -> None:
             raise ConfigurationError(f"the checkpoint has {what}")
 
 
-def _configuration(cfg: Dict[str, Any], model: argparse.Namespace) -> Dict[str, Any]:
-    """Their configuration with our model, and of their task what fairseq's task of that name knows."""
-    task = cfg.get("task")
-    if isinstance(task, dict) and task.get("_name") in TASK_DATACLASS_REGISTRY:
-        known = {"_name", *(option.name for option in fields(TASK_DATACLASS_REGISTRY[task["_name"]]))}
-        task = {name: value for name, value in task.items() if name in known}
+def _configuration(cfg: Dict[str, Any], model: argparse.Namespace, losses: Dict[str, float]) -> Dict[str, Any]:
+    """Their configuration with our model and weights of losses, and of their task and criterion what ours, or fairseq's, know."""
+    task, criterion = cfg.get("task"), cfg.get("criterion")
+    if isinstance(task, dict):
+        task = known_by(TASK_DATACLASS_REGISTRY, task)
     common = {**cfg["common"], "user_dir": None} if isinstance(cfg.get("common"), dict) else cfg.get("common")
-    return {**cfg, "common": common, "task": task, "model": model}
+    changed = {"common": common, "task": task, "model": model}
+    if criterion:
+        changed["criterion"] = known_by(CRITERION_DATACLASS_REGISTRY, criterion, **losses)
+    return {**cfg, **changed}
 
 
 def _take_shared(skeleton: nn.Module, shared: Dict[str, Tensor]) -> Dict[str, Tensor]:

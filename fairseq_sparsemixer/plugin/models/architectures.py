@@ -2,11 +2,12 @@
 
 import functools
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any, Callable
+from typing import Any, Callable, ContextManager
 
 from fairseq.models import register_model_architecture
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 Architecture = Callable[[Any], None]
 
@@ -35,6 +36,11 @@ def register_architecture(model: str, *names: str) -> Callable[[Architecture], A
         return architecture
 
     return register
+
+
+def settable(args: Any) -> ContextManager[Any]:
+    """A context in which settings, a Namespace or a hydra config, take values that they do not have yet."""
+    return open_dict(args) if OmegaConf.is_config(args) else nullcontext()
 
 
 def fill_defaults(args: Any, options: type) -> None:

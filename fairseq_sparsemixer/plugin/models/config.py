@@ -1,7 +1,7 @@
 """Checks on the flags of a Mixture-of-Experts model before anything is built."""
 
 from dataclasses import fields
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import resolve_activation
@@ -13,6 +13,7 @@ from fairseq_sparsemixer.plugin.models.layer_choice import (
     STACKS,
     configurations,
     has_experts,
+    listed,
     of_some_layers,
     resolve_layers,
     stack_option,
@@ -150,11 +151,9 @@ def layers_to_keep(cfg: Any, stack: str) -> List[int]:
     Raises ConfigurationError for anything but layer numbers.
     """
     name = f"{stack}_layers_to_keep"
-    given = stack_option(cfg, stack, "layers_to_keep")
-    if not given and type(given) is not int:  # a YAML file may say 0, the first layer alone
+    text = listed(stack_option(cfg, stack, "layers_to_keep"))
+    if not text:
         return []
-    # fairseq makes a list of transformer_moe's flag on the command line
-    text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, Sequence) else str(given)
     numbers = text.split(",")
     if not all(number.strip().isdecimal() for number in numbers) or len(set(map(int, numbers))) < len(numbers):
         raise ConfigurationError(f"--{name.replace('_', '-')} {text} must list layer numbers, each once, such as 0,2,4")

@@ -56,8 +56,12 @@ def stack_option(cfg: Any, stack: str, name: str) -> Any:
 
 
 def given(cfg: Any, stack: str) -> Optional[str]:
-    """The flag that chooses the layers of a stack; None if not given. A YAML file may have a number, or a list, for it."""
-    value = stack_option(cfg, stack, "moe_layers")
+    """The flag that chooses the layers of a stack; None if not given."""
+    return listed(stack_option(cfg, stack, "moe_layers"))
+
+
+def listed(value: Any) -> Optional[str]:
+    """A list of layers as the command line has it; a YAML file may have a number or a list, and fairseq makes a list of some."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(map(str, value))
     return None if value is None else str(value)

@@ -3,17 +3,16 @@
 import copy
 import logging
 import re
-from contextlib import nullcontext
 from typing import Any, Dict, Optional
 
 from fairseq.checkpoint_utils import prune_state_dict
-from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.names import ADAPTERS, CMR, EXPERTS, GATE, SHARED_EXPERTS
+from fairseq_sparsemixer.plugin.models.architectures import settable
 from fairseq_sparsemixer.plugin.models.config import layers_to_keep
 from fairseq_sparsemixer.plugin.models.layer_choice import STACKS, layers_of_pruned
 
@@ -153,7 +152,7 @@ def prune(state_dict: Dict[str, Tensor], model_cfg: Any) -> Dict[str, Tensor]:
 
 
 def _set(model_cfg: Any, name: str, value: Any) -> None:
-    with open_dict(model_cfg) if OmegaConf.is_config(model_cfg) else nullcontext():
+    with settable(model_cfg):
         setattr(model_cfg, name, value)
 
 

@@ -1,7 +1,6 @@
 """`roberta_moe`: fairseq's RoBERTa with experts in chosen layers of its encoder."""
 
 from argparse import ArgumentParser, Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Dict
 
@@ -12,14 +11,14 @@ from fairseq.models import register_model
 from fairseq.models.roberta import model as roberta
 from fairseq.models.roberta.model import RobertaEncoder, RobertaModel
 from fairseq.modules import LearnedPositionalEmbedding
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.experts import Experts
 from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.options import MoEOptions
-from fairseq_sparsemixer.plugin.models.architectures import fill, fill_defaults, register_architecture
+from fairseq_sparsemixer.plugin.models.architectures import fill, fill_defaults, register_architecture, settable
 from fairseq_sparsemixer.plugin.models.config import check_options
 from fairseq_sparsemixer.plugin.models.hydra import check_option_names
 from fairseq_sparsemixer.plugin.models.loading import ChecksCheckpoints
@@ -71,7 +70,7 @@ class RobertaMoEModel(ChecksCheckpoints, RemembersUpdates, RobertaModel):
     def build_model(cls, args: Any, task: Any) -> "RobertaMoEModel":
         """See RobertaModel. Raises ConfigurationError for invalid options."""
         check_option_names(args, cls, base)
-        with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
+        with settable(args):
             cls.complete(args, task)
         check_options(args, {"encoder": args.encoder_layers})
         check_pruning(args)

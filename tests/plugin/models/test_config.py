@@ -74,7 +74,7 @@ def test_each_bad_option_is_named_with_its_value(options, message):
 ])  # fmt: skip
 def test_an_out_of_range_number_is_named_for_every_router(router, flag, value):
     options = MoEOptions(**{"router": router, flag: value})
-    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} '?{value}'? must be "):
+    with pytest.raises(ConfigurationError, match=f"--{flag.replace('_', '-')} {value!r} must be "):
         check_options(options, LAYERS)
 
 
