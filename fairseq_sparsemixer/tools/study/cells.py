@@ -24,5 +24,11 @@ def interval(figure: Figure, digits: int) -> str:
     """`1.23 [1.20, 1.26]`, of {"mean", "low", "high"}."""
     if figure is None:
         return NOTHING
-    low, high = figure["low"], figure["high"]
-    return number(figure["mean"], digits) + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+    return number(figure["mean"], digits) + ("" if figure["low"] is None else f" {bounds(figure, digits)}")
+
+
+def bounds(figure: Figure, digits: int) -> str:
+    """`[1.20, 1.26]`, of {"low", "high"}."""
+    if figure is None or figure["low"] is None:
+        return NOTHING
+    return f"[{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"

@@ -1,18 +1,20 @@
 """BLEU and chrF of a study's translations: 95% intervals of their difference to the baseline, and scores by language.
 
-The intervals are of a paired bootstrap over the sentences of the test set: a resample draws sentences with replacement, the same
-ones for all models, and with each the translations of all seeds. They cover the choice of sentences, not the noise of training.
+One interval is of a paired bootstrap over the sentences of the test set: a resample draws sentences with replacement, the same
+ones for all models, and with each the translations of all seeds. It covers the choice of sentences, not the noise of training,
+which the other covers: Student's t over the differences of the seeds.
 """
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from fairseq_sparsemixer.tools.study.cells import interval, number, spread
+from fairseq_sparsemixer.tools.study.cells import bounds, interval, number, spread
 from fairseq_sparsemixer.tools.study.grid import Test
 from fairseq_sparsemixer.tools.study.groups import Members, baseline_of, by_group, deviation, paired
+from fairseq_sparsemixer.tools.study.intervals import mean_interval
 from fairseq_sparsemixer.tools.study.scores import read_languages, read_references, read_translations
 from fairseq_sparsemixer.tools.tables import markdown_table
 
@@ -20,8 +22,8 @@ METRICS = {"BLEU": BLEU, "chrF": CHRF}
 RESAMPLES, SEED = 1000, 12345  # sacreBLEU's own defaults
 TAIL = 2.5  # percent on either side of the interval
 NOTE = """Mean ± standard deviation over seeds. `difference`: to the baseline with as many experts, mean over the common seeds
-[95% interval, paired bootstrap over the test's sentences]. The interval covers the choice of sentences, not the noise of
-training, which is in ±."""
+[95% interval, paired bootstrap over the test's sentences]: whether these runs translate differently. `over seeds`: its 95%
+interval over the seeds, Student's t: whether the models do, trained again. A model is better if neither has zero in it."""
 
 Scores = Dict[str, Dict[str, np.ndarray]]  # [1 + RESAMPLES] of each run and metric: of the test set, then of each resample
 
@@ -29,8 +31,8 @@ Scores = Dict[str, Dict[str, np.ndarray]]  # [1 + RESAMPLES] of each run and met
 def translations(test: Test, out: Path, runs: Members, baseline: str) -> Dict[str, Any]:
     """{"signatures": {metric: text}, "models": {group: {metric: figures}}, "languages": see _by_language} of the finished runs.
 
-    The figures: mean and deviation over seeds, and, if there is a baseline with a common seed, the difference with its interval
-    and sacreBLEU's p-value. Runs whose translations are no longer there are left out.
+    The figures: mean and deviation over seeds, and, if there is a baseline with a common seed, the difference with its interval,
+    `over_seeds` with that of the seeds, and sacreBLEU's p-value. Runs whose translations are no longer there are left out.
     """
     references = read_references(test)
     files = {run["run"]: out / "runs" / run["run"] / "test.txt" for run in runs}
@@ -71,8 +73,10 @@ def _figures(scores: Scores, members: Members, groups: Dict[str, Members], group
         values = [float(scores[run["run"]][name][0]) for run in members]
         figures[name] = {"mean": sum(values) / len(values), "deviation": deviation(values)}
         if pairs:
-            differences = np.mean([scores[own["run"]][name] - scores[theirs["run"]][name] for own, theirs in pairs], axis=0)
-            figures[name].update(difference=_interval(differences), p=_p_value(differences))
+            by_seed = np.array([scores[own["run"]][name] - scores[theirs["run"]][name] for own, theirs in pairs])
+            differences = by_seed.mean(axis=0)
+            over_seeds = mean_interval(by_seed[:, 0].tolist())
+            figures[name].update(difference=_interval(differences), over_seeds=over_seeds, p=_p_value(differences))
     return figures
 
 
@@ -108,14 +112,15 @@ def translation_section(results: Dict[str, Any]) -> List[str]:
     found = results.get("translations")
     if not found:
         return []
-    header = ["model", *(column for name in METRICS for column in (name, "difference"))]
-    cells = [
-        [group, *(cell for name in METRICS for cell in (spread(own[name], 2), interval(own[name].get("difference"), 2)))]
-        for group, own in found["models"].items()
-    ]
+    header = ["model", *(column for name in METRICS for column in (name, "difference", "over seeds"))]
+    cells = [[group, *(cell for name in METRICS for cell in _cells(own[name]))] for group, own in found["models"].items()]
     signatures = "; ".join(f"{name} {signature}" for name, signature in found["signatures"].items())
     parts = ["### Translation", markdown_table(header, cells), NOTE, f"sacreBLEU: {signatures}"]
     return parts + [part for name in METRICS if found["languages"] for part in _language_table(name, found)]
+
+
+def _cells(figures: Dict[str, Any]) -> Tuple[str, str, str]:
+    return spread(figures, 2), interval(figures.get("difference"), 2), bounds(figures.get("over_seeds"), 2)
 
 
 def _language_table(name: str, found: Dict[str, Any]) -> List[str]:

@@ -80,6 +80,24 @@ def test_the_interval_equals_that_of_resampled_sentences(scored, monkeypatch):
         assert found[name]["difference"] == pytest.approx({"mean": difference, "low": low, "high": high})
 
 
+def test_the_interval_over_seeds_is_students_t_of_the_differences(scored):
+    references = sentences(40)
+    systems = {
+        name: [spoiled(references, share, seed) for seed in seeds]
+        for name, share, seeds in [("switch", 0.5, (1, 2, 3)), ("ours", 0.4, (4, 5, 6)), ("single", 0.4, (7,))]
+    }
+    models = scored(references, systems)["models"]
+    scores = {name: [CHRF().corpus_score(texts, [references]).score for texts in own] for name, own in systems.items()}
+    differences = np.subtract(scores["ours"], scores["switch"])
+    half = 4.30265273 * differences.std(ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    mean = differences.mean()
+    assert models["ours-e4"]["chrF"]["over_seeds"] == pytest.approx({"mean": mean, "low": mean - half, "high": mean + half})
+    assert models["single-e4"]["chrF"]["over_seeds"]["low"] is None  # one seed says nothing about others
+    shown = translation_section({"translations": {"signatures": {}, "models": models, "languages": {}}})
+    row = next(line for line in shown[1].splitlines() if line.startswith("| ours-e4"))
+    assert f"[{mean - half:.2f}, {mean + half:.2f}]" in row
+
+
 @pytest.mark.parametrize("share", [0.49, 0.46, 0.42])
 def test_p_matches_sacrebleus_paired_bootstrap(scored, share):
     references = sentences(200)
@@ -143,7 +161,7 @@ def test_the_report_has_differences_signatures_and_a_table_of_languages(scored, 
     found = scored(references, {"switch": [spoiled(references, 0.5, 1)], "ours": [references]}, languages=tmp_path / "languages")
     shown = "\n".join(translation_section({"translations": found}))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["model", "BLEU", "difference", "chrF", "difference"] and rows[1][2] == "–"
+    assert rows[0] == ["model", "BLEU", "difference", "over seeds", "chrF", "difference", "over seeds"] and rows[1][2] == "–"
     difference = found["models"]["ours-e4"]["BLEU"]["difference"]
     assert rows[2][2] == f"{difference['mean']:.2f} [{difference['low']:.2f}, {difference['high']:.2f}]"
     assert ["language", "sentences", "switch-e4", "ours-e4"] in rows and ["de", "10"] in [row[:2] for row in rows]
