@@ -1,16 +1,19 @@
 """The main effects of SparseMixer's parts: python -m recipes.multilingual.effects SPEC OUT, of study_parts.yaml and its --out.
 
 Reads the study's finished runs and fits, by least squares, the validation loss after N updates as one level for each seed
-plus one effect for each part that is there. Prints and writes OUT/effects.md and OUT/effects.png.
+plus one effect for each part that is there. Prints and writes OUT/effects.md and OUT/effects.png. Seeds may come from several
+machines, as each has its own level: --more takes the results.json of the others.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.files import write_whole
 from fairseq_sparsemixer.tools.study.grid import Study
 from fairseq_sparsemixer.tools.study.intervals import t_quantile
@@ -45,17 +48,31 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.multilingual.effects", description=__doc__.split("\n", 1)[0])
     parser.add_argument("spec", type=Path, help="the study of --router sparsemixer_parts")
     parser.add_argument("out", type=Path, help="its --out")
+    parser.add_argument("--more", type=Path, nargs="+", default=[], help="results.json of studies with other seeds")
     parser.add_argument("--updates", type=int, nargs="+", help="when to compare the losses (default: half-way and at the end)")
     options = parser.parse_args(arguments)
     study = read_study(options.spec)
     with file_errors_said(options.out):
-        runs = [run for run in gather(study, options.out)["runs"] if parts_of(study, run["router"])]
+        runs = all_runs(study, options.out, options.more)
         last = min(run["updates"] for run in runs)
         tables = {updates: effects(study, runs, updates) for updates in options.updates or (last // 2, last)}
         text = report(study, tables, len(runs))
         print(text)
         write_whole(options.out / "effects.md", text + "\n")
         plot(tables, options.out / "effects.png")
+
+
+def all_runs(study: Study, out: Path, more: Sequence[Path]) -> List[Dict[str, Any]]:
+    """The runs of the plan; of a run that is in several places, the first."""
+    found = list(gather(study, out)["runs"])
+    for path in more:
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            found += [run for run in theirs if run["run"] and run["router"] in study.routers]
+        except (ValueError, TypeError, KeyError):
+            raise ConfigurationError(f"--more {path} is not the results.json of a study; give the one in its --out") from None
+    by_name = {run["run"]: run for run in reversed(found) if parts_of(study, run["router"])}
+    return list(reversed(by_name.values()))
 
 
 def parts_of(study: Study, variant: str) -> Optional[Dict[str, bool]]:

@@ -19,9 +19,34 @@ from fairseq_sparsemixer.moe.gates.losses import balance_loss, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
 from fairseq_sparsemixer.moe.gates.sparsemixer import draw_sampling_noise, mask_unlikely
+from fairseq_sparsemixer.moe.gates.step_state import StepState
 
 VALUES = ("p", "scaled", "one")
 SOFTMAXES = ("masked", "whole")
+
+
+class Width(StepState):
+    """The mask's width, which grows from `start` to infinity (`widened_by` updates) or shrinks to it (`narrowed_by`)."""
+
+    updates: Tensor
+
+    def __init__(self, start: float, widened_by: int, narrowed_by: int):
+        super().__init__()
+        if min(widened_by, narrowed_by) < 0 or (widened_by and narrowed_by):
+            raise ValueError(
+                f"widened_by={widened_by}, narrowed_by={narrowed_by}: one may be a number of updates, the other is 0"
+            )
+        self.start, self.widened_by, self.narrowed_by = start, widened_by, narrowed_by
+        self.register_buffer("updates", torch.zeros(()))
+
+    def step(self, total: Tensor) -> None:
+        """One update more, if there were batches."""
+        self.updates += (total > 0).to(total.dtype)
+
+    def now(self) -> Tensor:
+        """A scalar."""
+        share = (self.updates / (self.widened_by or self.narrowed_by)).clamp(max=1)
+        return self.start / (1 - share if self.widened_by else share)  # x / 0 is infinity
 
 
 @register_gate("sparsemixer_parts")
@@ -29,9 +54,10 @@ class PartsGate(Gate):
     """The defaults are SparseMixer's. Raises ValueError for an unknown choice.
 
     sampled: draw the expert from the softmax of the masked logits, else take the arg-max. jitter_eps: SparseMixer's mask,
-    infinity for none. softmax: over the masked or the whole logits, for the multiplier's p. value: see the top of this file.
-    gain: of the gradient. coin: run the expert at half its
-    multiplier half of the time, where it is not the arg-max. scale: a trainable vector omega on the layer's output.
+    infinity for none; widened_by, narrowed_by: see Width. softmax: over the masked or the whole logits, for the multiplier's p.
+    value: see the top of this file. gain: of the gradient. coin: run the expert at half its multiplier half of the time, where
+    it is not the arg-max; a number below 1 does so for that share of those tokens only. scale: a trainable vector omega on the
+    layer's output.
     balance: the balance loss over the masked or the whole softmax. noise: in training, the logits are multiplied by uniform
     noise in [1 - noise, 1 + noise], as in Switch.
     """
@@ -45,15 +71,18 @@ class PartsGate(Gate):
         softmax: str = "masked",
         value: str = "p",
         gain: float = 2.0,
-        coin: bool = True,
+        coin: float = 1.0,
         scale: bool = True,
         balance: str = "masked",
         noise: float = 0.0,
+        widened_by: int = 0,
+        narrowed_by: int = 0,
         **balancing: Any,
     ):
         super().__init__(model_dim, num_experts, **balancing)
         self.jitter_eps = require_jitter(jitter_eps)
-        self.sampled, self.gain, self.coin, self.noise = bool(sampled), gain, bool(coin), noise
+        self.width = Width(self.jitter_eps, widened_by, narrowed_by) if widened_by or narrowed_by else None
+        self.sampled, self.gain, self.coin, self.noise = bool(sampled), gain, float(coin), noise
         self.softmax = _require(softmax, "softmax", SOFTMAXES)
         self.value = _require(value, "value", VALUES)
         self.balance = _require(balance, "balance", SOFTMAXES)
@@ -63,17 +92,20 @@ class PartsGate(Gate):
         """logits [S, E] -> one expert per token."""
         if self.training and self.noise:
             logits = logits * torch.empty_like(logits).uniform_(1 - self.noise, 1 + self.noise)
-        masked = mask_unlikely(logits, self.jitter_eps)
+        masked = mask_unlikely(logits, self.jitter_eps if self.width is None else self.width.now())
         softmaxes: Dict[str, Tensor] = {"masked": masked.softmax(-1), "whole": logits.softmax(-1)}
         noise = draw_sampling_noise(logits) if self.training and (self.sampled or self.coin) else None
         argmax = logits.argmax(-1, keepdim=True)  # [S, 1]
         expert_index = argmax if noise is None or not self.sampled else (masked.detach() + noise.gumbel).argmax(-1, keepdim=True)
         node = torch.ones_like(argmax, dtype=logits.dtype)
         if noise is not None and self.coin:
-            node = torch.where((expert_index == argmax) | (noise.coin.unsqueeze(-1) >= 0.5), 1.0, 0.5).to(logits.dtype)
+            node = torch.where((expert_index == argmax) | (noise.coin.unsqueeze(-1) >= self.coin / 2), 1.0, 0.5).to(logits.dtype)
+        weight = self.multiplier(softmaxes[self.softmax].gather(1, expert_index), node)
+        if self.training and self.width is not None:
+            weight = self.width.watch(weight, torch.ones_like(self.width.updates))
         routing = Routing(
             expert_index=expert_index,
-            combine_weight=hide_padding(self.multiplier(softmaxes[self.softmax].gather(1, expert_index), node), padding_mask),
+            combine_weight=hide_padding(weight, padding_mask),
             aux_losses={
                 "balance": balance_loss(softmaxes[self.balance], expert_index, padding_mask, self.balance_scope),
                 "router_z": router_z_loss(logits, padding_mask),

@@ -1,6 +1,7 @@
 """The parts of SparseMixer: a router with each part switchable, the study's design, and the estimated effects."""
 
 import itertools
+import json
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +14,10 @@ from fairseq.utils import import_user_module
 
 import recipes.multilingual
 from fairseq_sparsemixer import build_gate
+from fairseq_sparsemixer.errors import ConfigurationError
+from fairseq_sparsemixer.moe.gates.sparsemixer import mask_unlikely
+from fairseq_sparsemixer.moe.gates.step_state import update_step_states
+from recipes.multilingual import effects as effects_module
 from recipes.multilingual.effects import PARTS, fit, parts_of
 from recipes.multilingual.effects import effects as effects_of
 
@@ -65,6 +70,39 @@ def test_a_value_of_one_leaves_the_gradient_of_p():
 def test_a_scaled_value_is_e_times_p_in_value_and_gradient():
     plain, scaled = routed("sparsemixer_parts", **SWITCH), routed("sparsemixer_parts", **SWITCH, value="scaled")
     torch.testing.assert_close(scaled[0].combine_weight, 6 * plain[0].combine_weight)
+
+
+def test_a_share_of_the_coin_halves_that_share_of_the_samples():
+    gate = build_gate("sparsemixer_parts", 8, 6, jitter_eps=math.inf, scale=False, coin=0.5).train()
+    tokens = torch.randn(20_000, 8)
+    torch.manual_seed(2)
+    routing = gate(tokens)
+    whole = routing.probabilities.gather(1, routing.expert_index)
+    other = routing.expert_index.squeeze(1) != routing.probabilities.argmax(-1)
+    node = (routing.combine_weight / whole).squeeze(1).detach()
+    torch.testing.assert_close(node[~other], torch.ones_like(node[~other]))
+    assert (node[other] - 0.5).abs().lt(1e-3).float().mean() == pytest.approx(0.25, abs=0.02)  # half of half of them
+
+
+@pytest.mark.parametrize("option, widths", [
+    ("widened_by", [0.1, 0.1 / 0.75, 0.2, 0.4, math.inf, math.inf]),
+    ("narrowed_by", [math.inf, 0.4, 0.2, 0.1 / 0.75, 0.1, 0.1]),
+])  # fmt: skip
+def test_the_mask_changes_its_width_in_n_updates(option, widths):
+    gate = build_gate("sparsemixer_parts", 8, 6, sampled=False, **{option: 4}).train()
+    for expected in widths:
+        logits = torch.randn(60, 6, requires_grad=True)
+        weight = gate.decide(logits).combine_weight
+        torch.testing.assert_close(weight.squeeze(1), mask_unlikely(logits, expected).softmax(-1).amax(-1))
+        weight.sum().backward()
+        update_step_states(gate)
+    assert "width.updates" in gate.state_dict()
+    assert not any("width" in name for name in build_gate("sparsemixer_parts", 8, 6).state_dict())
+
+
+def test_a_mask_cannot_widen_and_narrow():
+    with pytest.raises(ValueError, match="widened_by=4, narrowed_by=2"):
+        build_gate("sparsemixer_parts", 8, 6, widened_by=4, narrowed_by=2)
 
 
 def test_an_unknown_choice_is_refused():
@@ -129,6 +167,24 @@ def test_effects_are_recovered_from_losses_generated_with_them():
     for effect in effects_of(spec, runs, 100):
         assert effect.mean == pytest.approx(truth[effect.part], abs=1e-9)
         assert effect.high - effect.low == pytest.approx(0, abs=1e-9)
+
+
+def test_runs_of_other_machines_are_added_and_none_is_counted_twice(tmp_path, monkeypatch):
+    here, there = ([{"run": f"{name}-e8-seed{seed}", "router": name} for name in names] for seed, names in (
+        (1, ("MGCB", "switch")), (2, ("MGCB", "unknown")),
+    ))  # fmt: skip
+    monkeypatch.setattr(effects_module, "gather", lambda study, out: {"runs": here})
+    (tmp_path / "results.json").write_text(json.dumps({"runs": [{**here[0], "loss": 9}, *there]}))
+    found = effects_module.all_runs(Spec(), tmp_path, [tmp_path / "results.json"])
+    assert found == [here[0], there[0]]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": 3}', '{"runs": [3]}'])
+def test_other_results_must_be_a_studys(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(effects_module, "gather", lambda study, out: {"runs": []})
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(ConfigurationError, match="--more .*other.json is not the results.json of a study"):
+        effects_module.all_runs(Spec(), tmp_path, [tmp_path / "other.json"])
 
 
 def test_the_interval_is_the_pooled_two_sample_t_interval():
