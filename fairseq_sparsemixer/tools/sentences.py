@@ -40,6 +40,8 @@ def load_model(checkpoint: str, data_bin: Optional[str]) -> Tuple[nn.Module, nn.
         raise ConfigurationError(
             f"{checkpoint} needs the dictionaries it was trained with ({error}); give their folder with --data-bin"
         ) from None
+    if not cfg.criterion:
+        raise ConfigurationError(f"{checkpoint} names no criterion in its settings; give a checkpoint that fairseq-train wrote")
     for name in ("moe_load_file", "moe_load_languages"):
         if name in cfg.criterion:
             cfg.criterion[name] = None

@@ -48,6 +48,16 @@ def test_a_missing_target_text_is_named(trained):
         main(["inspect", str(checkpoint), *flags[2:4]])
 
 
+@pytest.mark.parametrize("command", ["inspect", "fidelity"])
+def test_a_checkpoint_without_a_criterion_cannot_run_on_sentences(trained, command):
+    flags, checkpoint = trained
+    state = torch.load(checkpoint, weights_only=False)
+    del state["args"].criterion
+    torch.save(state, checkpoint)
+    with pytest.raises(ConfigurationError, match="m.pt names no criterion in its settings; give a checkpoint that fairseq-train"):
+        main([command, *([str(checkpoint), *flags[2:]] if command == "inspect" else flags)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task, criterion, arch, mark", [
     ("language_modeling", "moe_cross_entropy", "transformer_lm_moe_tiny", 0),
