@@ -1,6 +1,6 @@
 """Maps flags to a router's options."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple, get_args, get_type_hints
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.moe.gates import gate_class, gate_options, routers_with
@@ -38,7 +38,10 @@ def _refusal(option: str, value: Any, router: str) -> str:
 
 
 def named_options(router: str, text: Optional[str]) -> Dict[str, Any]:
-    """Names and values given by --router-option. Raises ConfigurationError for options that the router does not take."""
+    """Names and values given by --router-option, of the kinds that the router's constructor names.
+
+    Raises ConfigurationError for options that the router does not take, and for values of another kind.
+    """
     given: Dict[str, Any] = {}
     for pair in text.split(",") if text else []:
         name, equals, value = (part.strip() for part in pair.partition("="))
@@ -52,8 +55,33 @@ def named_options(router: str, text: Optional[str]) -> Dict[str, Any]:
             raise ConfigurationError(f"--router-option {name}={value} does not work with --router {router}; {takes}")
         if name in given:
             raise ConfigurationError(f"--router-option {text} gives {name} twice; give it once")
-        given[name] = _value(value)
+        given[name], kind = _of_kind(value, _annotations(router).get(name))
+        if kind:
+            raise ConfigurationError(f"--router-option {name}={value} must be {kind}")
     return given
+
+
+def _annotations(router: str) -> Dict[str, Any]:
+    """The types of a router's options; none if they cannot be resolved."""
+    try:
+        return get_type_hints(gate_class(router).__init__)
+    except NameError:  # imported for type checkers only
+        return {}
+
+
+def _of_kind(text: str, annotation: Any) -> Tuple[Any, str]:
+    """The text as a value of the annotated type, and nothing; or what it must be instead. Without a known type, anything."""
+    value, kinds = _value(text), get_args(annotation) or (annotation,)
+    if value is None and type(None) in kinds or str in kinds:
+        return None if value is None and type(None) in kinds else text, ""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if bool in kinds:
+        return (bool(value), "") if isinstance(value, (bool, int)) and value in (0, 1) else (value, "true or false")
+    if float in kinds:
+        return value, "" if number else "a number"
+    if int in kinds:
+        return (int(value), "") if number and float(value).is_integer() else (value, "a whole number")
+    return value, ""
 
 
 def _value(text: str) -> Any:

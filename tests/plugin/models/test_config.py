@@ -13,7 +13,7 @@ from fairseq_sparsemixer.moe.gates import GATES, Gate, build_gate, register_gate
 from fairseq_sparsemixer.moe.gates.switch import switch_routing
 from fairseq_sparsemixer.options import MoEOptions, in_flags
 from fairseq_sparsemixer.plugin.models.config import NUMBERS, check_options
-from fairseq_sparsemixer.plugin.models.router_options import router_options
+from fairseq_sparsemixer.plugin.models.router_options import named_options, router_options
 from fairseq_sparsemixer.plugin.models.transformer_moe import TransformerMoEConfig
 
 LAYERS = {"encoder": 6, "decoder": 6}
@@ -162,6 +162,30 @@ def test_router_option_sets_the_options_of_a_custom_router(router_of_ones_own, b
 def test_invalid_router_options_are_refused(router_of_ones_own, given, sentence):
     with pytest.raises(ConfigurationError, match=re.escape(sentence)):
         check_options(MoEOptions(router=router_of_ones_own, router_option=given), LAYERS)
+
+
+@pytest.mark.parametrize("router, given, kind", [
+    ("dense_st", "renormalise=maybe", "true or false"), ("dense_st", "renormalise=2", "true or false"),
+    ("dense_st", "renormalise=none", "true or false"), ("sparsemixer", "sampled=no", "true or false"),
+    ("default_moe", "default_decay=slow", "a number"), ("default_moe", "default_decay=none", "a number"),
+    ("remoe", "l1_multiplier=true", "a number"), ("expert_threshold", "threshold_decay=0,99.", None),
+    ("expert_threshold", "warmup_updates=1.5", "a whole number"), ("expert_threshold", "warmup_updates=inf", "a whole number"),
+    ("expert_threshold", "warmup_updates=true", "a whole number"),
+])  # fmt: skip
+def test_router_options_of_another_kind_are_refused(router, given, kind):
+    sentence = f"--router-option {given} must be {kind}" if kind else f"--router-option {given} must be NAME=VALUE"
+    with pytest.raises(ConfigurationError, match=re.escape(sentence)):
+        check_options(MoEOptions(router=router, router_option=given), LAYERS)
+
+
+@pytest.mark.parametrize("router, given, options", [
+    ("dense_st", "renormalise=1", dict(renormalise=True)),
+    ("sparsemixer", "sampled=0,scaled=False", dict(sampled=False, scaled=False)),
+    ("expert_threshold", "warmup_updates=4e3,threshold_decay=0", dict(warmup_updates=4000, threshold_decay=0)),
+])  # fmt: skip
+def test_router_options_have_the_kind_that_the_router_names(router, given, options):
+    found = named_options(router, given)
+    assert found == options and all(type(found[name]) is type(value) for name, value in options.items())
 
 
 def test_a_router_without_further_options_says_so():
