@@ -126,7 +126,8 @@ class MoELayer(MOELayer):  # type: ignore[misc]  # fairscale has no annotations
         if self.cmr is not None:
             output, cmr_gate = self.cmr(tokens, output, padding_mask)
             self.routing = replace(routing, cmr_gate=cmr_gate)
-        return mask_output(output, self.fom, self.training).reshape(x.shape)
+        output = mask_output(output, self.fom, self.training).reshape(x.shape)
+        return output if routing.amount is None else routing.amount.watch(output)
 
     def _run_shared_experts(self, tokens: Tensor, padding_mask: Optional[Tensor], outputs: List[Tensor]) -> None:
         """Append the output of the shared experts [S, M], if there are any, unless it is there."""

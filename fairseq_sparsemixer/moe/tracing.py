@@ -94,6 +94,7 @@ def follow_routes(routing: Routing, routes: Routes, weigh: Callable[[Tensor, Opt
         dropped=None,
         num_chosen=None,
         max_routed=None,
+        amount=None,
         default=default,
     )
     return followed if routes.known is None else _merged(routes.known.unsqueeze(-1), followed, routing)

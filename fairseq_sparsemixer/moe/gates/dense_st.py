@@ -42,7 +42,7 @@ def dense_st_routing(
     weight = probabilities.gather(1, expert_index)  # [S, E] or [S, k]
     chosen, others = weight[:, :top_k], weight[:, top_k:]
     if renormalise:
-        total = chosen.sum(-1, keepdim=True)
+        total = chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)  # a selection bias may choose zeros
         chosen, others = chosen / total, others / total.detach()
     # straight-through weight of the experts not chosen: zero in forward, gradient one in backward
     weight = torch.cat([chosen, others - others.detach()], 1)

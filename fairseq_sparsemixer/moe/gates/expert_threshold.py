@@ -26,7 +26,7 @@ from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
-from fairseq_sparsemixer.moe.gates.step_state import StepState
+from fairseq_sparsemixer.moe.gates.step_state import Amount, StepState
 
 
 class Thresholds(StepState):
@@ -46,10 +46,11 @@ class Thresholds(StepState):
         self.register_buffer("value", torch.zeros(num_experts))
         self.register_buffer("updates", torch.zeros(()))
 
-    def watch_cutoffs(self, weight: Tensor, cutoffs: Tensor, num_tokens: Tensor) -> Tensor:
-        """The weight; its backward counts the cutoffs [E] of a batch of num_tokens tokens."""
-        tokens = num_tokens.to(cutoffs.dtype).reshape(1)
-        return self.watch(weight, torch.cat([cutoffs * tokens, tokens]))
+    def watch_cutoffs(self, routing: Routing, cutoffs: Tensor) -> Routing:
+        """The routing of a batch; its backward counts the batch's cutoffs [E]."""
+        tokens = routing.num_real_tokens().to(cutoffs.dtype).reshape(1)
+        amount = Amount(self, torch.cat([cutoffs * tokens, tokens]))
+        return replace(routing, combine_weight=amount.watch(routing.combine_weight), amount=amount)
 
     def step(self, total: Tensor) -> None:
         """Move towards the mean cut-offs of the step; without tokens, nothing changes."""
@@ -132,5 +133,4 @@ class ExpertThresholdGate(Gate):
         cutoffs = batch_cutoffs(logits, padding_mask, self.top_k)
         warming_up = self.threshold.updates < self.warmup_updates
         routing = expert_threshold_routing(logits, padding_mask, torch.where(warming_up, ~(logits < cutoffs), taken))
-        weight = self.threshold.watch_cutoffs(routing.combine_weight, cutoffs, routing.num_real_tokens())
-        return replace(routing, combine_weight=weight)
+        return self.threshold.watch_cutoffs(routing, cutoffs)

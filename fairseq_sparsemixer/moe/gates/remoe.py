@@ -12,11 +12,13 @@ and lambda, common to all layers, follows the sparsity S, the share of zeros in 
 
     lambda <- lambda * alpha^sign((1 - k / E) - S),   lambda = 1e-8 at first, alpha = 1.2.
 
-Constants and loss as in the authors' code (github.com/thu-ml/ReMoE), which sums the loss over layers without weight. At
-first about half of the experts are active; the paper sees the target reached within some hundred steps.
+Constants and loss as in the authors' code (github.com/thu-ml/ReMoE), which sums the loss over layers without weight. There,
+lambda also shrinks when S is exactly on target; here it stays, as the sign in the paper's formula says. At first
+about half of the experts are active; the paper sees the target reached within some hundred steps.
 
 A linear router without bias leaves half of the weights positive, whatever its size, if its inputs are symmetric around
-zero. lambda then grows without effect, so it is bounded here; `router_bias` lets such a router reach the target.
+zero. lambda then grows without effect, so it is bounded here; `router_bias` lets such a router reach the target. It is
+also bounded from below: if fewer than k experts are active for long, it would reach zero and stay there.
 """
 
 import math
@@ -31,9 +33,10 @@ from fairseq_sparsemixer.moe.gates.gate import Gate, hide_padding, require_top_k
 from fairseq_sparsemixer.moe.gates.losses import masked_mean, over_sequences, real_tokens, router_z_loss
 from fairseq_sparsemixer.moe.gates.registry import register_gate
 from fairseq_sparsemixer.moe.gates.routing import Routing
-from fairseq_sparsemixer.moe.gates.step_state import StepState
+from fairseq_sparsemixer.moe.gates.step_state import Amount, StepState
 
 LARGEST = 1e3  # lambda at most; at 1, the loss is on the scale of a cross-entropy in nats
+SMALLEST = 1e-30  # lambda at least; near 1e-45, where float32 ends, a factor of 1.2 would change it no more
 
 
 class L1Coefficient(StepState):
@@ -52,18 +55,19 @@ class L1Coefficient(StepState):
         if not 1 <= l1_multiplier < math.inf:
             raise ValueError(f"l1_multiplier={l1_multiplier} must be at least 1 and finite; ReMoE uses 1.2")
         self.num_experts, self.top_k, self.multiplier = num_experts, top_k, l1_multiplier
-        self.register_buffer("value", torch.tensor(float(l1_coefficient)))
+        self.register_buffer("value", torch.tensor(max(float(l1_coefficient), SMALLEST)))
 
-    def watch_sparsity(self, routing: Routing) -> Tensor:
-        """The routing's combine_weight; its backward counts active pairs."""
+    def watch_sparsity(self, routing: Routing) -> Routing:
+        """The routing; its backward counts active pairs."""
         pairs = routing.num_real_tokens() * self.num_experts
-        return self.watch(routing.combine_weight, torch.stack([routing.chosen_count().sum(), pairs]))
+        amount = Amount(self, torch.stack([routing.chosen_count().sum(), pairs]))
+        return replace(routing, combine_weight=amount.watch(routing.combine_weight), amount=amount)
 
     def step(self, total: Tensor) -> None:
         """One step towards the target sparsity."""
         active, pairs = total
         self.value *= self.multiplier ** torch.sign(active * self.num_experts - pairs * self.top_k)
-        self.value.clamp_(max=LARGEST)
+        self.value.clamp_(SMALLEST, LARGEST)
 
 
 def l1_loss(weights: Tensor, padding_mask: Optional[Tensor], top_k: int, scope: Optional[BalanceScope] = None) -> Tensor:
@@ -123,4 +127,4 @@ class ReMoEGate(Gate):
     def decide(self, logits: Tensor, padding_mask: Optional[Tensor] = None) -> Routing:
         """See remoe_routing; in training, the backward counts the active experts."""
         routing = remoe_routing(logits, padding_mask, self.top_k, self.l1.value, self.balance_scope)
-        return replace(routing, combine_weight=self.l1.watch_sparsity(routing)) if self.training else routing
+        return self.l1.watch_sparsity(routing) if self.training else routing

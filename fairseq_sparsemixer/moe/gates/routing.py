@@ -7,7 +7,7 @@ from typing import Dict, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fairseq_sparsemixer.moe.gates.step_state import StepState
+from fairseq_sparsemixer.moe.gates.step_state import Amount, StepState
 
 
 class DefaultOutputs(NamedTuple):
@@ -39,6 +39,8 @@ class Routing:
     output_scale: [M], multiplies the combined output (omega of SparseMixer v1); None for other gates.
     max_routed: an upper bound on the choices that run, known on the host without synchronisation; None: S * k.
     default: the default outputs of the experts that do not run (default_moe); None for other gates.
+    amount: what the backward of combine_weight adds to the gate's state, for gates that may give a whole batch no expert: there
+        combine_weight has no gradient, so the layer lets the backward of its output add the amount. None for other gates.
     cmr_gate: [S] float32, the layer's share in its own output beside a shared network (cmr.py), 0 at padding; carries the
         gradient. The layer adds it; None without CMR.
     tokens: [S, M], the gate's tokens for the experts to take, if the fused projection adds up the gradients of both uses; the
@@ -56,6 +58,7 @@ class Routing:
     skipped: Optional[Tensor] = None
     max_routed: Optional[int] = None
     default: Optional[DefaultOutputs] = None
+    amount: Optional[Amount] = None
     cmr_gate: Optional[Tensor] = None
     tokens: Optional[Tensor] = None
 

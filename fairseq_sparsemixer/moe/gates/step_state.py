@@ -13,21 +13,35 @@ from torch import distributed as dist
 
 
 class _AddInBackward(torch.autograd.Function):
-    """The identity; its backward adds the amount to the state.
+    """The identity; its backward adds the amount to its state, unless another tensor was watched later."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, amount: "Amount") -> Tensor:
+        ctx.amount, ctx.turn = amount, amount.watched
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
+        if ctx.turn == ctx.amount.watched:
+            ctx.amount.state.add(ctx.amount.value * grad.any())
+        return grad, None
+
+
+class Amount:
+    """What a forward adds to a state: when the tensor that it watched last has a gradient other than zero.
 
     This counts only batches that train: validation and the recomputation under activation checkpointing do not run this
     backward, and fairseq's dummy batch, whose loss is multiplied by zero, has only zero gradients.
     """
 
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, amount: Tensor, state: "StepState") -> Tensor:
-        ctx.amount, ctx.state = amount, state
-        return tensor.view_as(tensor)
+    def __init__(self, state: "StepState", value: Tensor):
+        self.state, self.value, self.watched = state, value, 0
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
-        ctx.state.add(ctx.amount * grad.any())
-        return grad, None, None
+    def watch(self, tensor: Tensor) -> Tensor:
+        """The tensor; its backward adds the amount, and no longer that of a tensor watched before."""
+        self.watched += 1
+        watched: Tensor = _AddInBackward.apply(tensor, self)
+        return watched
 
 
 class StepState(nn.Module):
@@ -46,8 +60,7 @@ class StepState(nn.Module):
 
     def watch(self, tensor: Tensor, amount: Tensor) -> Tensor:
         """The tensor; its backward adds the amount."""
-        watched: Tensor = _AddInBackward.apply(tensor, amount, self)
-        return watched
+        return Amount(self, amount).watch(tensor)
 
     def add(self, amount: Tensor) -> None:
         """The amount of one more micro-batch."""

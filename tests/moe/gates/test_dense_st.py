@@ -69,3 +69,13 @@ def test_inference_runs_k_experts_and_gives_the_same_output():
     assert layer.routing.expert_index.shape == (20, 4) and layer.routing.statistics()["load"].sum() == 40
     torch.testing.assert_close(layer.eval()(x), trained)
     assert layer.routing.expert_index.shape == (20, 2)
+
+
+def test_experts_of_zero_probability_chosen_by_a_bias_get_no_weight():
+    gate = build_moe_layer("dense_st", 5, 7, 3, top_k=1, bias_update_rate=0.001, renormalise=True).gate
+    gate.balancer.bias.copy_(torch.tensor([0.0, 300.0, 0.0]))
+    logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)  # exp(-200) is 0 in float32
+    for training in (True, False):
+        routing = gate.train(training).route(logits)
+        assert routing.expert_index[0, 0] == 1 and routing.combine_weight[0, 0] == 0
+        assert gate.weigh(logits, routing.expert_index[:, :1]).item() == 0

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from layer_by_hand import assert_computes, outputs_of_all
+from torch.utils.checkpoint import checkpoint
 
 from fairseq_sparsemixer import build_gate, build_moe_layer
 from fairseq_sparsemixer.moe.gates import reset_step_states, update_step_states
@@ -91,6 +92,31 @@ def test_updates_without_tokens_and_failed_steps_do_not_change_thresholds():
     reset_step_states(gate)
     update_step_states(gate)
     assert gate.threshold.updates == 0 and not gate.threshold.value.any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_thresholds_also_follow_batches_of_which_no_expert_takes_a_token(recompute):
+    layer = build_moe_layer("expert_threshold", 5, 7, E, threshold_decay=0.9, warmup_updates=0).double()
+    layer.gate.threshold.value.fill_(50.0)
+    layer.gate.threshold.updates.fill_(1000)  # of an earlier training on other data
+    x, padding = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) == 2
+    x.requires_grad_()
+    real = [token for token, pad in zip(x.detach(), padding) if not pad]
+    cutoffs = [sorted((logits_of(layer, token)[e].item() for token in real), reverse=True)[1] for e in range(E)]  # ceil(7 / 4)
+    output = checkpoint(layer, x, padding, use_reentrant=False) if recompute else layer(x, padding)
+    assert not output.any()
+    output.sum().backward()
+    (layer(x, padding).sum() * 0).backward()  # fairseq's way to ignore a dummy batch
+    layer.eval()(x, padding).sum().backward()
+    update_step_states(layer)
+    assert layer.gate.threshold.value.tolist() == pytest.approx([0.9 * 50 + 0.1 * cutoff for cutoff in cutoffs], rel=1e-9)
+
+
+def test_a_batch_counts_once_in_a_layer():
+    layer = build_moe_layer("expert_threshold", 5, 7, E).double()
+    for size in (8, 5):
+        layer(torch.randn(size, 5, dtype=torch.float64)).sum().backward()
+    assert layer.gate.threshold.pending[-1] == 13
 
 
 def test_loads_are_balanced_at_inference_once_thresholds_have_converged():

@@ -90,6 +90,33 @@ def test_lambda_is_unchanged_on_target_without_tokens_in_validation_and_after_a_
     assert lambdas(model) == pytest.approx([1e-8])
 
 
+def test_lambda_recovers_from_long_sparsity():
+    """As float32 it would reach zero, or numbers that a factor of 1.2 does not change."""
+    gate = build_gate("remoe", 5, E, top_k=3)
+    one, all_of_them = torch.tensor([[1.0, -1, -1, -1]], requires_grad=True), torch.ones(1, E, requires_grad=True)
+    for logits, updates in ((one, 700), (all_of_them, 10)):
+        for _ in range(updates):
+            gate.route(logits).combine_weight.sum().backward()
+            update_step_states(gate)
+    assert gate.l1.value.item() == pytest.approx(1e-30 * 1.2**10, rel=1e-4)
+    assert build_gate("remoe", 5, E, l1_coefficient=1e-50).l1.value > 0
+
+
+def test_a_layer_without_active_experts_counts_as_sparse():
+    """One layer runs all experts and one none: half are active, as many as wanted."""
+    layers = nn.ModuleList([build_moe_layer("remoe", 5, 7, E, top_k=2) for _ in range(2)])
+    nn.init.constant_(layers[0].gate.projection.weight, 1.0)
+    nn.init.constant_(layers[1].gate.projection.weight, -1.0)
+    x = torch.ones(6, 5)
+    for wanted, factor in ((2, 1.0), (1, 1.2), (3, 1 / 1.2)):
+        for layer in layers:
+            layer.gate.l1.value.fill_(0.5)
+            layer.gate.l1.top_k = wanted
+            layer(x).sum().backward()
+        update_step_states(layers)
+        assert [layer.gate.l1.value.item() for layer in layers] == pytest.approx([0.5 * factor] * 2)
+
+
 def train(updates, **options):
     """The layer, and the mean number of experts per token after each update; the inputs are symmetric around zero."""
     torch.manual_seed(0)

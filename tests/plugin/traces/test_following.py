@@ -12,7 +12,8 @@ from fairseq_sparsemixer.plugin.traces.following import Following
 from fairseq_sparsemixer.plugin.traces.options import open_following, wanted
 from fairseq_sparsemixer.plugin.traces.replay import Replay
 
-ROUTERS = ["default_moe", "dense_st", "expert_choice", "gshard", "hash", "remoe", "sparsemixer", "sparsemixer_v2", "topk"]
+ROUTERS = ["default_moe", "dense_st", "expert_choice", "expert_threshold", "gshard", "hash", "remoe", "sparsemixer"]
+ROUTERS += ["sparsemixer_v2", "topk"]
 
 
 def forward(model, sample, following):
