@@ -1,14 +1,17 @@
 """Markdown tables."""
 
+import re
 from typing import Any, Sequence
 
 from tabulate import tabulate
 
+BAR = re.compile(r"(?<!\\)\|")  # not escaped yet
 NOTHING = "–"  # for a missing figure
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """The table, with columns aligned in the source text; cells are kept as given."""
+    """The table, with columns aligned in the source text; cells are kept as given, with a bar in one, as in `a|b`, escaped."""
+    header, *rows = ([BAR.sub(r"\|", str(text)) for text in row] for row in (header, *rows))
     return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
 
 

@@ -13,3 +13,7 @@ def test_a_table_is_aligned_markdown():
 
 def test_a_missing_figure_is_a_dash():
     assert [cell("{:.2f}", value) for value in (1, None, 0.5)] == ["1.00", "–", "0.50"]
+
+
+def test_a_bar_in_a_cell_is_escaped_once():
+    assert markdown_table(["a|b"], [["c\\|d"]]).splitlines()[::2] == ["| a\\|b   |", "| c\\|d   |"]

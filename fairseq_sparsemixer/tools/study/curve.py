@@ -1,5 +1,6 @@
 """Validation losses over a training, and where they reach a level."""
 
+import math
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
@@ -44,7 +45,7 @@ class Curve(NamedTuple):
         points = [Point(*point) for point in zip(*self)]
         for before, after in zip([None, *points], points):
             if after.loss <= loss:
-                if before is None:
+                if before is None or not math.isfinite(before.loss):  # NaN once, and recovered
                     return after
                 share = (before.loss - loss) / (before.loss - after.loss)
                 return Point(*(start + share * (stop - start) for start, stop in zip(before, after)))

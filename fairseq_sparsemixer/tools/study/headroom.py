@@ -1,5 +1,6 @@
 """Headroom: how much experts improve on a dense model, in units of the seeds' noise. Without it, routers cannot be ranked."""
 
+import math
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from fairseq_sparsemixer.tools.study.cells import number
@@ -94,9 +95,15 @@ def headroom_section(results: Dict[str, Any]) -> List[str]:
     small: Dict[str, List[str]] = {}
     for gap in gaps:
         if not gap["distinct"]:
-            small.setdefault(gap["model"], []).append(gap["figure"])
+            diverged = "" if _is_finite(gap["gap"]) else ", where training diverged"
+            small.setdefault(gap["model"], []).append(gap["figure"] + diverged)
     models = ", ".join(f"{model} ({', '.join(figures)})" for model, figures in small.items())
     return parts + ([TOO_SMALL.format(dense=gaps[0]["dense"], models=models)] if small else [])
+
+
+def _is_finite(value: Optional[float]) -> bool:
+    """False for what JSON has no number for, too."""
+    return value is not None and math.isfinite(value)
 
 
 def _ratio(gap: Dict[str, Any]) -> str:

@@ -81,6 +81,8 @@ def _speedup(study: Study, results: Dict[str, Any], path: Path) -> Path:
         if baseline is None:
             continue
         reference = Curve.mean(_members(results, baseline))
+        if not reference.updates:  # its seeds have no validation in common
+            continue
         levels = np.linspace(reference.losses[0], min(reference.losses), LEVELS)
         for group in groups:
             curve = Curve.mean(_members(results, group))

@@ -1,5 +1,7 @@
 """Curves: means over seeds, and the point at which a level is reached."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,12 @@ def test_the_point_of_reaching_a_level_is_interpolated_linearly():
 
 def test_a_curve_that_rises_again_counts_at_its_first_crossing():
     assert Curve([1, 2, 3], [1.0, 2.0, 3.0], [2.0, 1.0, 3.0]).first_below(1.0).updates == 2
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_level_reached_after_a_lost_validation_is_reached_at_that_validation(lost):
+    """Nothing can be interpolated from NaN."""
+    assert Curve([1, 2, 3], [1.0, 2.0, 3.0], [9.0, lost, 4.0]).first_below(4.5) == Point(3, 3.0, 4.0)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=8), st.floats(0.1, 10))

@@ -77,4 +77,4 @@ def test_without_a_dense_model_the_report_says_what_is_missing():
 
 def test_a_diverged_run_has_no_distinct_gap():
     shown = text(runs("dense", [5.0, 5.2]), runs("switch", [4.0, float("nan")], 4))
-    assert WARNING in shown and "nan" in shown
+    assert WARNING in shown and "nan" in shown and "switch-e4 (valid loss, where training diverged)" in shown
