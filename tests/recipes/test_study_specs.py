@@ -8,7 +8,7 @@ import pytest
 from fairseq import options
 
 from fairseq_sparsemixer.tools.study.commands import train_command
-from fairseq_sparsemixer.tools.study.spec import read_study
+from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
 from fairseq_sparsemixer.tools.study.spec_file import read_spec_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,7 @@ def test_fairseq_train_accepts_the_flags_of_a_recipes_study(spec, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("<2de> Ein Satz.\n", encoding="utf-8")
     study = read_study(copy)
+    check_flags(copy, study)
     for router in study.routers:
         run = next(run for run in [*study.runs(), *study.trials()] if run.router == router)  # one to tune has no runs yet
         command = train_command(study, run, tmp_path / run.name)[1:]

@@ -89,6 +89,10 @@ class Study:
         values = [{self.tune.flag: self.chosen[run.group]} if self._is_tuned(run) else {} for run in ready]
         return [replace(run, flags={**run.flags, **value}) for run, value in zip(ready, values)]
 
+    def is_dense(self, variant: str) -> bool:
+        """Whether a variant has no experts."""
+        return {**self.flags, **self.routers[variant]}.get("router") == DENSE
+
     def trials(self) -> List[Run]:
         """The trainings that try the values of `tune`, one model after the other."""
         tune = self.tune
@@ -110,5 +114,5 @@ class Study:
         return [
             Run(router, experts, seed, {**self.flags, **flags})
             for router, flags in self.routers.items()
-            for experts in ([None] if flags.get("router") == DENSE else self.num_experts)
+            for experts in ([None] if self.is_dense(router) else self.num_experts)
         ]

@@ -1,7 +1,9 @@
 """The test score of one run, read from what fairseq-generate or fairseq-eval-lm printed."""
 
+import re
+import struct
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 from sacrebleu.metrics import BLEU
 
@@ -9,6 +11,9 @@ from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.languages import TAG
 from fairseq_sparsemixer.tools.generation import read_hypothesis, read_perplexity, read_sentences
 from fairseq_sparsemixer.tools.study.grid import Test
+
+MAGIC = b"MMIDIDX\x00\x00"  # of fairseq's MMapIndexedDataset
+HEADER = struct.Struct("<9sQBQ")  # magic, version, type, number of sentences
 
 
 def score(test: Test, output: Path) -> Dict[str, Any]:
@@ -46,6 +51,21 @@ def read_references(test: Test) -> List[str]:
     """The reference, one sentence per line."""
     assert test.reference is not None  # every test by BLEU has one
     return read_sentences(test.reference)
+
+
+def split_sizes(data: Path, name: str) -> Set[int]:
+    """The numbers of sentences of a split in fairseq's data, as the headers of its index files say; empty without any.
+
+    The files are test.idx of a language model, test.en-de.en.idx and test.en-de.de.idx of a translation.
+    """
+    found = set()
+    files = re.compile(rf"{re.escape(name)}(\.[^.]+-[^.]+\.[^.]+)?\.idx")
+    for path in filter(lambda path: files.fullmatch(path.name), data.iterdir()):
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) == HEADER.size and header.startswith(MAGIC):
+            found.add(HEADER.unpack(header)[-1])
+    return found
 
 
 def read_languages(test: Test) -> List[str]:

@@ -85,7 +85,7 @@ def _absolute(path: Path, content: Dict[str, Any]) -> Dict[str, Any]:
     """The same study with absolute paths."""
 
     def beside(value: Any) -> Any:
-        return os.path.join(os.path.realpath(path.parent), value) if isinstance(value, str) else value
+        return os.path.join(os.path.realpath(path.parent), value) if isinstance(value, str) and value.strip() else value
 
     content = {**content, **{key: beside(content[key]) for key in PATHS if key in content}}
     if isinstance(content.get("test"), dict):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Callable, Collection, Dict, List
@@ -16,7 +17,11 @@ LONGEST_NAME = 100  # characters of a folder's name
 FLAG = re.compile(r"[A-Za-z0-9][\w-]*")
 SMUGGLED = re.compile(r"-(?![\d.]|$)|--")  # the beginning of a value that argparse reads as a flag
 NEEDED_OFF = ("disable-validation", "no-save")
-OURS = ("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file", "restore-file")
+VALID = "valid"  # the split whose losses are read
+OURS = (
+    *("data", "save-dir", "seed", "num-experts", "log-file", "log-format", "user-dir", "moe-load-file"),
+    *("restore-file", "checkpoint-suffix"),
+)
 
 
 def check_keys(path: Path, key: str, content: Dict[str, Any], known: Collection[str], optional: Collection[str]) -> None:
@@ -28,25 +33,34 @@ def check_keys(path: Path, key: str, content: Dict[str, Any], known: Collection[
         remedy = f"the closest known key is {close[0]}" if close else f"known are {listed(known)}"
         require(path, False, f"has {where}{shown(unknown)}: {shown(content[unknown])}, an unknown key; {remedy}")
     missing = sorted(set(known) - set(content) - set(optional))
-    require(path, not missing, f"lacks the key {where}{missing[0] if missing else ''}")
+    require(path, not missing, f"lacks the key {where}{missing[0] if missing else ''}; add it")
 
 
 def is_name(name: str) -> bool:
     """Whether it can be a folder's name, or the beginning of one."""
-    return Path(name).name == name and name not in (".", "..") and len(name) <= LONGEST_NAME and name.isprintable()
+    whole = Path(name).name == name == name.strip() and name not in (".", "..")
+    return whole and len(name) <= LONGEST_NAME and name.isprintable()
+
+
+def as_text(path: Path, key: str, value: Any) -> str:
+    """Text in one line, or a number, or a date."""
+    good = isinstance(value, (str, int, float, date)) and not isinstance(value, bool) and str(value).strip()
+    require(path, good, f"has {key}: {shown(value)}; give a text")
+    return " ".join(str(value).split())
 
 
 def as_path(path: Path, key: str, value: Any) -> Path:
     """A path relative to the spec."""
-    require(path, isinstance(value, (str, int, float)) and not isinstance(value, bool), f"has {key}: {shown(value)}; give a path")
-    require(path, "\0" not in str(value), f"has {key}: {shown(value)}; give a path")
+    good = isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip()
+    require(path, good and "\0" not in str(value), f"has {key}: {shown(value)}; give a path")
     return Path(os.path.realpath(path.parent / str(value)))
 
 
 def as_file(path: Path, key: str, value: Any) -> Path:
     """The path of an existing file, relative to the spec."""
     file = as_path(path, key, value)
-    require(path, is_there(Path.is_file, file), f"has {key}: {shown(value)}, and there is no file {shown(file)}")
+    there = f"and there is no file {shown(file)}; give a path, relative to this file"
+    require(path, is_there(Path.is_file, file), f"has {key}: {shown(value)}, {there}")
     return file
 
 
@@ -99,6 +113,10 @@ def as_flags(path: Path, key: str, flags: Any) -> Dict[str, Any]:
         require(
             path, not flags.get(flag), f"has {key}: {flag}, but a study needs validation losses and best checkpoints; remove it"
         )
+    splits = str(flags.get("valid-subset", VALID))
+    good = VALID in splits.split(",")
+    needed = f"but a study reads the losses of {VALID}; add it, or remove the flag"
+    require(path, good, f"has {key}: valid-subset: {shown(splits)}, {needed}")
     return flags
 
 

@@ -1,10 +1,13 @@
 """The study file: the resulting grid, and invalid files."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 
 from fairseq_sparsemixer.errors import ConfigurationError
 from fairseq_sparsemixer.tools.study.commands import test_command as score_command  # a name that pytest does not collect
@@ -20,6 +23,8 @@ GOOD = {
     "seeds": [1, 2],
     "baseline": "switch",
 }
+ENDLESS = {"task": "translation"}
+LM = {"task": "language_modeling", "arch": "transformer_lm_moe_tiny", "max-update": 10}
 TUNE = {"flag": "max-lr", "values": [0.1, 0.2]}
 
 
@@ -120,6 +125,22 @@ def test_a_variants_flags_override_the_common_flags(spec):
             "flag: lr, which all routers set themselves",
         ),
         (dict(tune=TUNE, routers={"switch": {}, "switch-e4-max-lr0.1": {"router": "dense"}}), "two runs that would be called"),
+        (dict(tune={**TUNE, "values": [1, 1.0]}), "two values or more, each once"),
+        (dict(tune={**TUNE, "flag": "router"}), "has tune: flag: router, which variants differ by; make each value a variant"),
+        (dict(tune={**TUNE, "flags": {"router": "dense"}}), "has tune: flags: router, which variants differ by; remove it"),
+        (dict(title=[1]), "has title: [1]; give a text"),
+        (dict(title=True), "has title: True; give a text"),
+        (dict(title=" "), "has title: ; give a text"),
+        (dict(data=""), "has data: ; give a path"),
+        (dict(user_dir=""), "has user-dir: ; give a path"),
+        (dict(routers={"switch": None}), "routers: switch: null, but no base has it to be removed; give its flags, or {}"),
+        (dict(routers={"switch": {}, " x": {}}), "which cannot name a folder"),
+        (dict(baseline="glam"), "which is not one of its routers; name one of dense, ours, switch"),
+        (dict(wide="dense"), "has wide: dense, which has to be compared with another dense model; add one to its routers"),
+        (dict(flags={"valid-subset": "dev,valid1"}), "flags: valid-subset: dev,valid1, but a study reads the losses of valid"),
+        (dict(flags={"checkpoint-suffix": "x"}), "flags: checkpoint-suffix, which the study sets itself"),
+        (dict(test={"metric": "perplexity", "reference": "test.de"}), "reference: test.de, which perplexity does not use"),
+        (dict(test={"metric": ["bleu"]}), "metric: ['bleu']; choose from bleu, perplexity"),
         (dict(test={"metric": "rouge"}), "metric: rouge; choose from bleu, perplexity"),
         (dict(test={"metric": "bleu"}), "reference"),
         (dict(test={"metric": "bleu", "reference": "none.de"}), "no file"),
@@ -156,6 +177,39 @@ def test_the_languages_of_a_test_are_read_before_training(spec, tmp_path, text, 
         (tmp_path / "test.en").write_text(text)
     with pytest.raises(ConfigurationError, match=complaint):
         read_study(spec(test={"metric": "bleu", "reference": "test.de", "languages": "test.en"}))
+
+
+@pytest.mark.parametrize("flag", [{"quiet": True}, {"nbest": 2}])
+def test_flags_that_do_not_print_one_translation_of_each_sentence_are_refused(spec, tmp_path, flag):
+    (tmp_path / "test.de").write_text("gut\n")
+    with pytest.raises(ConfigurationError, match=f"test: flags: {next(iter(flag))}, but bleu needs one translation of each"):
+        read_study(spec(test={"metric": "bleu", "reference": "test.de", "flags": flag}))
+
+
+def write_index(path: Path, sentences: int) -> None:
+    index = MMapIndexedDataset.Index.writer(str(path), np.int32)
+    with index as writer:
+        writer.write([1] * sentences)
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ({}, "has test: reference: .*test.de of 2 lines, and the split test of its data has 3; give the text of that split"),
+    ({"gen-subset": "test1"}, "has a test, but its data .*bin have no split test1; prepare it, or remove test"),
+    ({"gen-subset": "valid"}, None),
+])  # fmt: skip
+def test_the_reference_has_as_many_lines_as_the_split_of_the_data(spec, tmp_path, flags, complaint):
+    (tmp_path / "test.de").write_text("gut\nsehr gut\n")
+    path = spec(test={"metric": "bleu", "reference": "test.de", "flags": flags})
+    for split, sentences in (("train", 9), ("test", 3), ("valid", 2)):
+        for language in ("en", "de"):
+            write_index(tmp_path / "bin" / f"{split}.en-de.{language}.idx", sentences)
+    with pytest.raises(ConfigurationError, match=complaint) if complaint else nullcontext():
+        read_study(path)
+
+
+def test_a_router_in_the_common_flags_makes_variants_dense(spec):
+    study = read_study(spec(flags={"router": "dense"}, routers={"narrow": {}, "switch": {"router": "switch"}}))
+    assert [run.name for run in study.runs()][:3] == ["narrow-seed1", "switch-e4-seed1", "switch-e8-seed1"]
 
 
 def test_invalid_yaml_and_missing_files_are_refused(tmp_path):
@@ -220,7 +274,7 @@ def test_a_user_dir_adds_its_routers(spec, tmp_path):
     routers = {"switch": {"router": "switch"}, "own": {"router": "of_a_study"}}
     with pytest.raises(ConfigurationError, match="--router of_a_study is unknown"):
         read_study(spec(routers=routers))
-    path = spec(routers=routers, user_dir="moe_of_a_study", test={"metric": "perplexity"})
+    path = spec(routers=routers, user_dir="moe_of_a_study", flags=LM, test={"metric": "perplexity"})
     study = read_study(path)
     check_flags(path, study)
     for command in (train_command(study, study.runs()[0], tmp_path), score_command(study, tmp_path)):
@@ -250,14 +304,34 @@ def test_yaml_merge_keys_work(spec):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        (dict(flags={"task": "translation", "ma-update": 10}), "has flags: ma-update, and fairseq-train has no such flag"),
-        (dict(flags={"task": "translation", "max-upd": 10}), "has flags: max-upd, and fairseq-train has no such flag"),
-        (dict(routers={"switch": {"router": "switch", "capacity": 1.0}}), "has routers: switch: capacity, and fairseq-train"),
-        (dict(flags={"optimizer": "sgd", "adam-betas": "(0.9, 0.98)"}), "has flags: adam-betas, and fairseq-train"),
+        (dict(flags={"task": "translation", "ma-update": 10}),
+         "and fairseq-train has no such flag with this task, arch and criterion; the closest is max-update"),
+        (dict(flags={"task": "translation", "max-upd": 10}), "has flags: max-upd: 10, and fairseq-train has no such flag"),
+        (dict(routers={"switch": {"router": "switch", "capacity": 1.0}}), "has routers: switch: capacity: 1.0, and"),
+        (dict(flags={"optimizer": "sgd", "adam-betas": "(0.9, 0.98)"}), "has flags: adam-betas: (0.9, 0.98), and fairseq-train"),
         (dict(flags={"arch": "transformer_moe_tyni"}), "invalid choice: 'transformer_moe_tyni'"),
-        (dict(test={"metric": "perplexity", "flags": {"bem": 5}}), "has test: flags: bem, and fairseq-eval-lm"),
-        (dict(test={"metric": "perplexity", "flags": {"context": 5}}), "has test: flags: context, and fairseq-eval-lm"),
-        (dict(flags={"task": "language_modeling", "tokens-per-sample": 512, "optimizer": "adam", "adam-betas": "(0.9,0.98)",
+        (dict(test={"metric": "perplexity", "flags": {"bem": 5}}), "has test: flags: bem: 5, and fairseq-eval-lm"),
+        (dict(test={"metric": "perplexity", "flags": {"context": 5}}), "has test: flags: context: 5, and fairseq-eval-lm"),
+        (dict(flags={**ENDLESS, "max-update": "abc"}), "has flags: max-update: abc; give a whole number"),
+        (dict(flags={**ENDLESS, "max-update": 4.5}), "has flags: max-update: 4.5; give a whole number"),
+        (dict(flags={**ENDLESS, "max-update": True}), "has flags: max-update: True, which takes a value; give one, with quotes"),
+        (dict(flags={**ENDLESS, "max-update": [1, 2]}), "which takes a single value; write several as text, such as '1,2'"),
+        (dict(flags={**ENDLESS, "target-lang": False}), "has flags: target-lang: False, which takes a value; give one"),
+        (dict(flags={**ENDLESS, "clip-norm": "x"}), "has flags: clip-norm: x; give a number"),
+        (dict(flags={**ENDLESS, "fp16": "yes"}), "has flags: fp16: yes, which takes no value; give true or false"),
+        (dict(flags={**ENDLESS, "lr": "fast"}), "has flags: lr: fast; give a number, or several with commas between them"),
+        (dict(flags={**ENDLESS, "ddp-backend": "x"}), "has flags: ddp-backend: x; choose from c10d, "),
+        (dict(flags=ENDLESS), "has routers: dense without an end of the training; give max-update or max-epoch in flags"),
+        (dict(flags={**ENDLESS, "max-update": 0}), "has routers: dense without an end of the training"),
+        (dict(flags={**ENDLESS, "max-epoch": 1, "lr": "1e-3,2e-3", "fp16": False}), None),
+        (dict(routers={"switch": {"router": "switch", "jitter-eps": -1}}), "switch, whose flags are refused: --jitter"),
+        (dict(routers={"switch": {"router": "switch", "router-option": "a=1"}}), "--router-option a=1 does not work with"),
+        (dict(routers={"switch": {"router": "topk", "moe-top-k": 9}}), "--moe-top-k 9 must lie between 1 and --num-experts 4"),
+        (dict(tune={"flag": "lr", "values": [0.1, "fast"]}), "has tune: lr: fast; give a number"),
+        (dict(test={"metric": "perplexity"}), "metric: perplexity, which the task translation does not have; give bleu"),
+        (dict(flags=LM, test={"metric": "perplexity"}), None),
+        (dict(flags={"task": "language_modeling", "tokens-per-sample": 512, "max-epoch": 1, "optimizer": "adam",
+                     "adam-betas": "(0.9,0.98)",
                      "lr-scheduler": "inverse_sqrt", "warmup-updates": 5, "criterion": "moe_label_smoothed_cross_entropy",
                      "label-smoothing": 0.1, "moe-balance-loss-weight": 0.01, "capacity-factor": 2.0}), None),
     ],
@@ -274,6 +348,8 @@ def test_flags_must_be_whole_names_of_the_programs_flags(spec, changes, complain
 
 def test_flag_values_are_never_evaluated(spec, tmp_path):
     value = f"[open('{tmp_path}/ran', 'w')]"
-    path = spec(flags={"lr": value, "adam-betas": value, "optimizer": "adam", "update-freq": value})
-    check_flags(path, read_study(path))
+    for flag in ("lr", "adam-betas", "update-freq"):
+        path = spec(flags={flag: value, "optimizer": "adam", "max-update": 1})
+        with pytest.raises(ConfigurationError, match="give a number") if flag != "adam-betas" else nullcontext():
+            check_flags(path, read_study(path))
     assert not (tmp_path / "ran").exists()

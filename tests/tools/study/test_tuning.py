@@ -179,8 +179,8 @@ def test_a_separate_tuning_seed_leaves_all_seeds_for_the_comparison(study):
 
 
 @pytest.mark.parametrize("tune, complaint", [
-    ({"flag": "lrr"}, "has tune: lrr, and fairseq-train has no such flag"),
-    ({"flags": {"max-updat": 3}}, "has tune: max-updat, and fairseq-train has no such flag"),
+    ({"flag": "lrr"}, "has tune: lrr: 1, and fairseq-train has no such flag"),
+    ({"flags": {"max-updat": 3}}, "has tune: max-updat: 3, and fairseq-train has no such flag"),
 ])  # fmt: skip
 def test_the_tuned_flag_must_be_a_flag_of_fairseq_train(study, tune, complaint):
     change(study, **tune)
