@@ -24,6 +24,8 @@ TAIL = 2.5  # percent on either side of the interval
 NOTE = """Mean ± standard deviation over seeds. `difference`: to the baseline with as many experts, mean over the common seeds
 [95% interval, paired bootstrap over the test's sentences]: whether these runs translate differently. `over seeds`: its 95%
 interval over the seeds, Student's t: whether the models do, trained again. A model is better if neither has zero in it."""
+LANGUAGE_NOTE = """Difference in {name} to the baseline with as many experts, mean over the common seeds [95% interval, paired
+bootstrap over the language's sentences]. One interval in twenty misses the true difference by chance."""
 
 Scores = Dict[str, Dict[str, np.ndarray]]  # [1 + RESAMPLES] of each run and metric: of the test set, then of each resample
 
@@ -44,7 +46,7 @@ def translations(test: Test, out: Path, runs: Members, baseline: str) -> Dict[st
     return {
         "signatures": {name: str(metric.get_signature()) for name, metric in metrics.items()},
         "models": {group: _figures(scores, members, groups, group, baseline) for group, members in groups.items()},
-        "languages": _by_language(metrics, statistics, groups, read_languages(test)),
+        "languages": _by_language(metrics, statistics, groups, read_languages(test), baseline),
     }
 
 
@@ -92,17 +94,31 @@ def _p_value(differences: np.ndarray) -> float:
 
 
 def _by_language(
-    metrics: Dict[str, Any], statistics: Dict[str, Dict[str, np.ndarray]], groups: Dict[str, Members], languages: List[str]
+    metrics: Dict[str, Any],
+    statistics: Dict[str, Dict[str, np.ndarray]],
+    groups: Dict[str, Members],
+    languages: List[str],
+    baseline: str,
 ) -> Dict[str, Dict[str, Any]]:
-    """{language: {"sentences": count, metric: {group: mean score over seeds}}}; empty if the languages are not known."""
+    """{language: {"sentences": count, metric: {group: mean score over seeds}, "difference": {metric: {group: interval}}}}.
+
+    The intervals are those of `translations`, over the sentences of one language; groups without a baseline have none. Empty if
+    the languages are not known.
+    """
+    others = {group: baseline_of(groups, group, baseline) for group in groups}
+    pairs = {group: paired(groups[group], groups[other]) for group, other in others.items() if other not in (None, group)}
     result: Dict[str, Dict[str, Any]] = {}
     for language in dict.fromkeys(languages):
         chosen = np.array([other == language for other in languages])
-        result[language] = {"sentences": int(chosen.sum())}
+        result[language] = {"sentences": int(chosen.sum()), "difference": {}}
         for name, metric in metrics.items():
-            result[language][name] = {
-                group: float(np.mean([_score(metric, statistics[run["run"]][name][chosen].sum(0)) for run in members]))
-                for group, members in groups.items()
+            scores = {run: _resampled(metric, own[name][chosen]) for run, own in statistics.items()}
+            means = {group: np.mean([scores[run["run"]][0] for run in members]) for group, members in groups.items()}
+            result[language][name] = {group: float(mean) for group, mean in means.items()}
+            result[language]["difference"][name] = {
+                group: _interval(np.mean([scores[own["run"]] - scores[theirs["run"]] for own, theirs in both], axis=0))
+                for group, both in pairs.items()
+                if both
             }
     return result
 
@@ -129,4 +145,10 @@ def _language_table(name: str, found: Dict[str, Any]) -> List[str]:
         [language, str(own["sentences"]), *(number(own[name][group], 1) for group in groups)]
         for language, own in found["languages"].items()
     ]
-    return [f"### {name} by language", markdown_table(["language", "sentences", *groups], cells)]
+    parts = [f"### {name} by language", markdown_table(["language", "sentences", *groups], cells)]
+    differences = {language: own["difference"][name] for language, own in found["languages"].items() if "difference" in own}
+    compared = [group for group in groups if any(group in own for own in differences.values())]
+    if not compared:  # or of an earlier version
+        return parts
+    cells = [[language, *(interval(own.get(group), 1) for group in compared)] for language, own in differences.items()]
+    return [*parts, LANGUAGE_NOTE.format(name=name), markdown_table(["language", *compared], cells)]

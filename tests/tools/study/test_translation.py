@@ -148,6 +148,36 @@ def test_every_language_is_scored_separately(scored, tmp_path, tagged):
             assert found["languages"][language][name]["switch-e4"] == pytest.approx(expected)
 
 
+def test_a_languages_difference_is_bootstrapped_over_its_own_sentences_and_the_common_seeds(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr(translation, "RESAMPLES", 40)
+    references, languages = sentences(30), ["de", "fr", "pl"] * 10
+    (tmp_path / "languages").write_text("\n".join(languages) + "\n")
+    switch, ours = ([spoiled(references, share, seed) for seed in seeds] for share, seeds in ((0.5, (1, 2)), (0.4, (3, 4, 5))))
+    found = scored(references, {"switch": switch, "ours": ours}, languages=tmp_path / "languages")["languages"]
+    rng = np.random.default_rng(translation.SEED)
+    picks = [np.arange(10), *(rng.integers(10, size=10) for _ in range(40))]
+    for name, kind in METRICS.items():
+        for start, language in enumerate(("de", "fr", "pl")):
+            truth = references[start::3]
+            by_pick = [
+                [kind().corpus_score([texts[start::3][i] for i in pick], [[truth[i] for i in pick]]).score for pick in picks]
+                for texts in (*ours[:2], *switch)
+            ]
+            differences = np.mean(by_pick[:2], axis=0) - np.mean(by_pick[2:], axis=0)
+            low, high = np.percentile(differences[1:], [2.5, 97.5])
+            expected = {"mean": differences[0], "low": low, "high": high}
+            assert found[language]["difference"][name] == {"ours-e4": pytest.approx(expected)}
+
+
+def test_results_of_earlier_versions_have_no_differences_by_language(scored, tmp_path):
+    references = sentences(10)
+    (tmp_path / "languages").write_text("de\n" * 10)
+    found = scored(references, {"switch": [references], "ours": [references]}, languages=tmp_path / "languages")
+    assert sum("Difference in" in part for part in translation_section({"translations": found})) == 2
+    del found["languages"]["de"]["difference"]
+    assert not any("Difference in" in part for part in translation_section({"translations": found}))
+
+
 @pytest.mark.parametrize("line", ["", "a house", "2de a house", "<2de>a house", "<de> a house"])
 def test_a_line_without_a_language_is_named(tmp_path, line):
     (tmp_path / "test.en").write_text(f"<2de> a\n{line}\n")
