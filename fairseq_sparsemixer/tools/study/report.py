@@ -24,6 +24,7 @@ NOTE = """Mean ± standard deviation over seeds.
 `p`: paired bootstrap of BLEU against the baseline, {baseline}, with the same number of experts.
 `seconds`: updates times the median time per update, without validation. `spikes`: logged training losses above 1.2 times the
 previous one. `load max/mean`: tokens of the busiest expert in any layer over the layer's mean, late in training."""
+UNFINISHED = "**Not finished:** {runs}. The figures are of the other runs."
 SECTIONS = (comparison_section, translation_section, headroom_section, tuning_section)
 
 
@@ -48,5 +49,7 @@ def rows(results: Dict[str, Any]) -> List[List[str]]:
 def markdown(results: Dict[str, Any]) -> str:
     """The report of a study's results, as `analysed` returns them."""
     parts = [f"## {results['title']}", markdown_table(COLUMNS, rows(results)), NOTE.format(baseline=results["baseline"])]
+    unfinished = results.get("unfinished")  # earlier versions did not say
+    parts += [UNFINISHED.format(runs=", ".join(unfinished))] if unfinished else []
     parts += [paragraph for section in SECTIONS for paragraph in section(results)]
     return "\n\n".join([*parts, "\n".join(results["machines"])]) + "\n"

@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List
 
 from fairseq_sparsemixer.tools.study.analysis import analysed
-from fairseq_sparsemixer.tools.study.claims import is_finished, run_folder
+from fairseq_sparsemixer.tools.study.claims import check_all, is_complete, run_folder
 from fairseq_sparsemixer.tools.study.commands import RESULT
 from fairseq_sparsemixer.tools.study.curve import Curve, count_spikes, read_validated
 from fairseq_sparsemixer.tools.study.grid import Run, Study
@@ -15,15 +16,22 @@ from fairseq_sparsemixer.tools.study.tuning import tuned, tuning
 
 
 def gather(study: Study, out: Path) -> Dict[str, Any]:
-    """The results of all finished runs, ready for JSON: their analysis (see analysis.py), tuning, and translations."""
+    """The results of all finished runs, ready for JSON: their analysis (see analysis.py), tuning, and translations.
+
+    `unfinished`: the names of the other runs. Raises ConfigurationError for runs of other flags or data than the study has now.
+    """
     study = tuned(study, out)
-    finished = [run for run in study.runs() if is_finished(run_folder(out, run))]
+    planned = replace(study, tune=None).runs()  # with those that wait for the choice of a value
+    finished = [run for run in study.runs() if is_complete(study, run, run_folder(out, run))]
+    check_all(study, [*(trial for trial in study.trials() if is_complete(study, trial, run_folder(out, trial))), *finished], out)
     runs = [_run_figures(study, run, run_folder(out, run)) for run in finished]
     machines = sorted({run["machine"] for run in runs})
-    results = analysed({"title": study.title, "machines": machines, "baseline": study.baseline, "wide": study.wide, "runs": runs})
+    about = {"title": study.title, "machines": machines, "baseline": study.baseline, "wide": study.wide}
+    unfinished = sorted({run.name for run in planned} - {run.name for run in finished})
+    results = analysed({**about, "unfinished": unfinished, "runs": runs})
     if study.tune is not None:
-        about = {"flag": study.tune.flag, "seed": study.tune.seed, "flags": study.tune.flags}
-        results["tuning"] = {**about, "models": tuning(study, out)}
+        tune = {"flag": study.tune.flag, "seed": study.tune.seed, "flags": study.tune.flags}
+        results["tuning"] = {**tune, "models": tuning(study, out)}
     if study.test is not None and study.test.metric == "bleu":
         results["translations"] = translations(study.test, out, runs, study.baseline)
         for group in results["groups"]:  # where earlier versions have it
@@ -35,6 +43,8 @@ def _run_figures(study: Study, run: Run, folder: Path) -> Dict[str, Any]:
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     log = read_validated(folder)
     curve = Curve.of(log)
+    if study.test is None:  # another study in this folder has scored it
+        result.pop("test", None)
     return {
         **result,
         "group": run.group,

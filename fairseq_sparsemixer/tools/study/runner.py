@@ -27,8 +27,9 @@ from fairseq_sparsemixer.tools.machine import describe_machine, usable_cores
 from fairseq_sparsemixer.tools.programs import ProgramFailed, child_environment
 from fairseq_sparsemixer.tools.resume import locked
 from fairseq_sparsemixer.tools.runs import TRAIN_LOG
-from fairseq_sparsemixer.tools.study.claims import claim_all, is_finished, note_finished, run_folder
+from fairseq_sparsemixer.tools.study.claims import SCORED, claim_all, is_complete, is_finished, note_finished, run_folder, scoring
 from fairseq_sparsemixer.tools.study.commands import RESULT, executable, test_command, train_command
+from fairseq_sparsemixer.tools.study.curve import read_validated
 from fairseq_sparsemixer.tools.study.grid import Run, Study
 from fairseq_sparsemixer.tools.study.scores import score
 from fairseq_sparsemixer.tools.study.tuning import DIVERGED, tuned, untunable
@@ -78,7 +79,7 @@ def run_study(study: Study, out: Path, workers: Optional[int] = None, progress: 
 
 def _run_all(study: Study, runs: List[Run], out: Path, workers: Optional[int], progress: Optional[Progress]) -> List[str]:
     """Train and score the given runs without a result, side by side. Returns one sentence for each failed run."""
-    runs = [run for run in runs if not is_finished(run_folder(out, run))]
+    runs = [run for run in runs if not is_complete(study, run, run_folder(out, run))]
     if not runs:
         return []
     places: "Queue[Dict[str, str]]" = Queue()
@@ -128,15 +129,20 @@ def _train_and_score(
     output, scored = folder / "output.txt", folder / "test.txt"
     with locked(folder / LOCK, _waiting(run, progress, stopping)) as lock:
         _end_if(stopping)
-        if is_finished(folder):  # by the previous holder of the lock
+        if is_complete(study, run, folder):  # by the previous holder of the lock
             return None
         begun = time.time()
         # the programs hold the lock, too: if they outlive this process, the next study waits for them
         call = partial(programs.run, environment=environment, interval=REFRESH, keep=[lock.fileno()])
         watch = _watch(run, folder, progress, stopping)
         result: Dict[str, Any] = {"run": run.name, "router": run.router, "num_experts": run.num_experts, "seed": run.seed}
+        trained = is_finished(folder)  # and only to be scored, as the study's test has changed
+        if trained:
+            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         try:
-            call(executable(train_command(study, run, folder)), output, "ab", watch=watch)
+            if not trained:
+                call(executable(train_command(study, run, folder)), output, "ab", watch=watch)
+                read_validated(folder)  # or there is nothing to report
         except ProgramFailed as failure:
             if not (run.trial and failure.reason.startswith(FloatingPointError.__name__)):
                 return f"{run.name} failed in training: {failure.reason} (see {output})"
@@ -144,12 +150,13 @@ def _train_and_score(
         if study.test is not None and not run.trial:
             try:
                 call(executable(test_command(study, folder)), scored, "wb", watch=partial(_end_if, stopping))
-                result["test"] = score(study.test, scored)
+                result["test"] = {**score(study.test, scored), SCORED: scoring(study)}
             except ProgramFailed as failure:
                 return f"{run.name} failed in its test: {failure.reason} (see {scored})"
             except ConfigurationError as error:
                 return f"{run.name} failed in its test: {error.message}"
-        result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
+        if not trained:
+            result.update(seconds=round(time.time() - begun, 1), machine=describe_machine())
         write_whole(folder / RESULT, json.dumps(result, indent=2))
         note_finished(folder)
     return None

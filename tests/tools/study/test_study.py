@@ -165,6 +165,100 @@ def test_a_folder_with_other_flags_is_refused(study, tmp_path):
         runner.run_study(read_study(study), tmp_path / "out", workers=1)
 
 
+def test_a_report_of_finished_runs_refuses_other_flags_and_data(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    before = study.read_text()
+    report = ["study", str(study), "--out", str(out), "--report-only"]
+    study.write_text(before.replace("max-update: 20", "max-update: 40"))
+    with pytest.raises(ConfigurationError, match="dense-seed1 was begun with other flags, --max-update 20 where the study"):
+        main(report)
+    study.write_text(before)
+    (tmp_path / "bin" / "dict.de.txt").write_text("x 1\n")
+    with pytest.raises(ConfigurationError, match="dense-seed1 was begun with other data than .*bin has now"):
+        main(report)
+    (tmp_path / "bin" / "dict.de.txt").unlink()
+    assert main(report) == 0
+
+
+def test_a_report_of_some_runs_names_the_others(study, tmp_path, capsys):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    (out / "runs/switch-e2-seed1/result.json").unlink()
+    assert main(["study", str(study), "--out", str(out), "--report-only"]) == 0
+    assert "**Not finished:** switch-e2-seed1. The figures are of the other runs." in capsys.readouterr().out
+    assert json.loads((out / "results.json").read_text())["unfinished"] == ["switch-e2-seed1"]
+    runner.run_study(read_study(study), out, workers=1)
+    assert main(["study", str(study), "--out", str(out), "--report-only"]) == 0
+    assert "Not finished" not in capsys.readouterr().out
+
+
+def scored_since(out, moment):
+    return sorted(path.parent.name for path in out.glob("runs/*/test.txt") if path.stat().st_mtime_ns > moment)
+
+
+@pytest.mark.parametrize("change", ["flags", "reference", "test added"])
+def test_runs_are_scored_again_if_the_test_changes_and_not_trained_again(change, study, tmp_path):
+    out, content = tmp_path / "out", dict(SPEC)
+    if change == "test added":
+        study.write_text(yaml.safe_dump({**content, "test": None}))
+    runner.run_study(read_study(study), out, workers=1)
+    logs = {path: path.read_text() for path in out.glob("runs/*/train.log")}
+    moment = max(path.stat().st_mtime_ns for path in out.glob("runs/*/*"))
+    study.write_text(yaml.safe_dump(SPEC))
+    if change == "flags":
+        study.write_text(yaml.safe_dump({**content, "test": {**content["test"], "flags": {"beam": 2}}}))
+    if change == "reference":
+        (tmp_path / "test.de").write_text("\n".join(["etwas ganz anderes steht hier"] * len(REFERENCE)) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="no run of"):  # the old scores do not count
+        main(["study", str(study), "--out", str(out), "--report-only"])
+    assert runner.run_study(read_study(study), out, workers=1) == []
+    assert len(logs) == 6 and all(path.read_text() == text for path, text in logs.items())
+    assert len(scored_since(out, moment)) == 6
+    moment = max(path.stat().st_mtime_ns for path in out.glob("runs/*/*"))
+    assert runner.run_study(read_study(study), out, workers=1) == [] and scored_since(out, moment) == []
+
+
+def test_a_study_without_a_test_shows_no_scores_of_another_study_in_its_folder(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    study.write_text(yaml.safe_dump({**SPEC, "test": None}))
+    assert main(["study", str(study), "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert all(group["test"] is None for group in results["groups"])
+    assert [gap["figure"] for gap in results["headroom"]] == ["valid loss"]
+
+
+def test_scores_of_earlier_versions_count_for_the_same_metric(study, tmp_path):
+    out = tmp_path / "out"
+    runner.run_study(read_study(study), out, workers=1)
+    moment = max(path.stat().st_mtime_ns for path in out.glob("runs/*/*"))
+    for path, old in zip(sorted(out.glob("runs/*/result.json")), [{"score": 7.0, "bits": 2.8}, {"score": 30.0}] * 3):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "test": old}))
+    assert runner.run_study(read_study(study), out, workers=1) == []
+    assert len(scored_since(out, moment)) == 3
+
+
+def test_moving_a_study_with_its_data_keeps_its_runs(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = read_study(study)
+    runner.run_study(begun, Path("out"), workers=1)
+    (tmp_path / "moved").mkdir()
+    for name in ("bin", "out", "study.yaml", "test.de"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    moved = read_study(tmp_path / "moved" / "study.yaml")
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "moved").glob("out/runs/*/result.json")}
+    assert runner.run_study(moved, tmp_path / "moved" / "out", workers=1) == [] and len(finished) == 6
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+
+
+def test_a_training_without_a_validation_fails_at_once(study, tmp_path):
+    player = tmp_path / "player.py"
+    player.write_text(player.read_text().replace('"valid_loss"', '"dev_loss"'))
+    failures = runner.run_study(read_study(study), tmp_path / "out", workers=1)
+    assert len(failures) == 6 and "dense-seed1 failed: " in failures[0] and "has no validation in its log" in failures[0]
+
+
 def test_a_dry_run_prints_every_command_and_starts_none(study, tmp_path, capsys):
     assert main(["study", str(study), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
