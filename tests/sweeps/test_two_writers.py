@@ -176,7 +176,14 @@ SPEC = {
         "flags": {"gen-subset": "valid", "beam": 1, "max-len-b": 10, "required-batch-size-multiple": 1},
     },
 }  # fmt: skip
-PLAYER = "import sys, time\ntime.sleep(0.2)\nif sys.argv[1] != 'fairseq-train': print('D-0\\t-1\\tw1')\n"
+PLAYER = """import sys, time
+time.sleep(0.2)
+if sys.argv[1] == "fairseq-train":
+    with open(sys.argv[sys.argv.index("--log-file") + 1], "a") as log:
+        print('{"valid_loss": "5", "valid_num_updates": "6"}', file=log)
+else:
+    for number in range(8): print(f"D-{number}\\t-1\\tw1")
+"""
 
 
 @pytest.fixture
@@ -218,7 +225,6 @@ def run_played(spec: Path, out: Path, player: Path) -> str:
 def test_two_studies_with_different_flags(study, tmp_path, capsys):
     draw, outcomes, faults = random.Random(1), Counter(), []
     (tmp_path / "player.py").write_text(PLAYER)
-    (tmp_path / "reference.en").write_text("w1\n")
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({**SPEC, "flags": {**SPEC["flags"], "lr": 0.02}}, sort_keys=False))
     for number in range(20):

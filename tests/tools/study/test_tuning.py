@@ -14,7 +14,7 @@ from fairseq_sparsemixer.tools.study.spec import check_flags, read_study
 
 SPEC = {
     "title": "played", "data": "bin", "num-experts": [2], "seeds": [1, 2],
-    "flags": {"task": "translation", "max-update": 20, "lr": 9},
+    "flags": {"task": "language_modeling", "arch": "transformer_lm_moe_tiny", "max-update": 20, "lr": 9},
     "variants": {"dense": {"router": "dense"}, "switch": {"router": "switch"}, "fixed": {"router": "switch", "lr": 5}},
     "baseline": "switch", "test": {"metric": "perplexity"},
     "tune": {"flag": "lr", "values": [1, 2, 3], "flags": {"max-update": 4}},
@@ -128,6 +128,10 @@ def test_a_nan_loss_counts_as_diverged(study):
     run(study)
     log = study.parent / "out" / "runs" / TRIALS[4] / "train.log"
     log.write_text(log.read_text().replace('"5"', '"nan"'))
+    with pytest.raises(ConfigurationError, match="--lr 2 where the study now has --lr 1"):  # which is chosen instead
+        models(study)
+    for result in study.parent.glob("out/runs/switch-e2-seed?/result.json"):
+        result.unlink()
     assert models(study)["switch-e2"]["tried"][1]["diverged"]
 
 
