@@ -88,7 +88,12 @@ def _interval(differences: np.ndarray) -> Dict[str, Optional[float]]:
 
 
 def _p_value(differences: np.ndarray) -> float:
-    """As sacreBLEU computes it, for comparison with papers: one-sided if the difference is clear."""
+    """As sacreBLEU computes it, for comparison with papers: one-sided if the difference is clear. Equal scores have 1.
+
+    sacreBLEU gives 1 / 1001 if all resamples are equal, too, as with models that translate nothing.
+    """
+    if not differences[0]:
+        return 1.0
     sizes = np.abs(differences[1:])
     return float((np.sum(sizes - sizes.mean() > abs(differences[0])) + 1) / (RESAMPLES + 1))
 

@@ -114,6 +114,7 @@ def test_identical_translations_have_zero_difference(scored):
     texts = spoiled(references, 0.3, 1)
     figures = scored(references, {"switch": [texts], "ours": [texts]})["models"]
     assert figures["ours-e4"]["BLEU"]["difference"] == {"mean": 0, "low": 0, "high": 0}
+    assert figures["ours-e4"]["BLEU"]["p"] == 1
     assert "difference" not in figures["switch-e4"]["BLEU"]
 
 
