@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterator
 
 from fairseq_sparsemixer.errors import ConfigurationError
-from fairseq_sparsemixer.moe.gates import DENSE
 from fairseq_sparsemixer.tools.study.grid import METRICS, PROGRAMS, Study, Test, Tune
 from fairseq_sparsemixer.tools.study.scores import read_languages, read_references, split_sizes
 from fairseq_sparsemixer.tools.study.spec_file import ROUTERS, read_spec_file, require, shown, variants_key
