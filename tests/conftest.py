@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -14,6 +15,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 
 for found in sorted(ROOT.parent.glob("*/data/multi30k")):  # real text in a folder next to the repository
     os.environ.setdefault("SPARSEMIXER_DATA", str(found.parent))
+
+# a busy machine must not fail a test
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 torch.set_num_threads(1)  # tensors here are tiny, so more threads only add overhead
 

@@ -62,7 +62,7 @@ def assert_identical(one: Any, other: Any) -> None:
         assert one == other
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sizes=st.lists(st.sampled_from([1, 2, 4, 8]), max_size=4), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_conversion_through_any_layouts_and_back_changes_no_bit(tmp_path_factory, sizes: List[int], dtype: torch.dtype):
     folder = tmp_path_factory.mktemp("layouts")

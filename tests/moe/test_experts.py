@@ -49,7 +49,7 @@ def test_output_and_gradients_equal_those_of_separate_networks(name, activation)
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_any_counts_work_and_experts_without_rows_get_a_zero_gradient(counts):
     experts = Experts(len(counts), 3, 4).double()

@@ -57,7 +57,7 @@ def test_onednn_agrees_with_linear(name, monkeypatch):
 
 
 @needs_grouped_mm
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=4), tail=st.integers(0, 3),
        name=st.sampled_from(list(ALL_ACTIVATIONS)))  # fmt: skip
 def test_the_grouped_product_agrees_with_the_loop_and_zeroes_the_remaining_rows(counts, tail, name):

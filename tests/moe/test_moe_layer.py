@@ -35,7 +35,7 @@ def token_by_token(layer, tokens):
     return torch.stack(outputs) if outputs else tokens
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.integers(0, 9), experts=st.integers(1, 5), seed=st.integers(0, 99), router=st.sampled_from(ROUTERS),
        mask=st.sampled_from(["none", "some", "all"]), training=st.booleans())  # fmt: skip
 def test_the_output_is_each_tokens_chosen_expert_times_its_weight(tokens, experts, seed, router, mask, training):

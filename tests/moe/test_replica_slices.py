@@ -31,7 +31,7 @@ def slices_of(index: int, count: int, parameters=()) -> ReplicaSlices:
 
 
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3), count=st.integers(1, 9))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_slices_make_up_the_whole_in_order_and_differ_little_in_size(shape, count):
     whole = torch.arange(math.prod(shape)).view(shape)
     slices = [slices_of(index, count).own(whole) for index in range(count)]

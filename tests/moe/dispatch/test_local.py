@@ -18,7 +18,7 @@ def affine_experts(scales):
     return grouped, lambda expert, token: token * scales[expert] + expert
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.integers(0, 7), experts=st.integers(1, 4), k=st.integers(1, 3), seed=st.integers(0, 99))
 def test_a_token_gets_the_weighted_sum_of_its_routed_experts(tokens, experts, k, seed):
     generator = torch.Generator().manual_seed(seed)

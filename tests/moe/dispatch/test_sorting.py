@@ -15,7 +15,7 @@ def make_routing(expert_index, num_experts, padding=None, dropped=None):
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=st.integers(0, 8), experts=st.integers(1, 5), k=st.integers(1, 3), seed=st.integers(0, 99),
        padding=st.booleans(), dropping=st.booleans())  # fmt: skip
 def test_routed_pairs_are_grouped_by_expert_in_stable_order(tokens, experts, k, seed, padding, dropping):

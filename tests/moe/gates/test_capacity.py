@@ -39,7 +39,7 @@ def served_by_hand(expert_index, weights, probabilities, padding, capacity, poli
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_choices_beyond_capacity_are_dropped_in_the_order_of_the_policy(policy, data):
     num_experts, tokens = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
@@ -145,7 +145,7 @@ def test_dropped_tokens_send_no_gradient_to_the_router():
     assert (logits.grad.abs().sum(1) > 0).tolist() == [True, False, False, False]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     tokens=st.integers(0, 40),
     experts=st.integers(1, 8),

@@ -24,7 +24,7 @@ def balance_by_loops(probabilities, expert_index, padding, num_experts):
     return num_experts * loss
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.integers(0, 7), experts=st.integers(1, 5), k=st.integers(1, 2), seed=st.integers(0, 99))
 def test_the_balance_loss_is_the_formula_over_non_padding_tokens(tokens, experts, k, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from fairseq_sparsemixer.moe.gates import GATES, gate_options
 from fairseq_sparsemixer.moe.gates.capacity import POLICIES
 from fairseq_sparsemixer.moe.gates.gshard import SECOND_EXPERT
 
-few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=12, suppress_health_check=list(HealthCheck))
 LEAST_EXPERTS = {"gshard": 2}  # two different experts per token
 UNBOUNDED = {"remoe"}  # combine weights above one
 MAYBE_NONE = {"expert_choice", "expert_threshold", "remoe"}  # a token may get no expert

@@ -48,7 +48,7 @@ def statistics_by_loops(routing):
 sizes = dict(tokens=st.integers(0, 9), experts=st.integers(1, 5), k=st.integers(1, 3), seed=st.integers(0, 99))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**sizes, padding=st.booleans(), dropping=st.booleans())
 def test_statistics_are_sums_over_non_padding_tokens(tokens, experts, k, seed, padding, dropping):
     routing = random_routing(tokens, experts, k, seed, padding, dropping)
@@ -58,7 +58,7 @@ def test_statistics_are_sums_over_non_padding_tokens(tokens, experts, k, seed, p
     assert found == expected
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(**sizes)
 def test_statistics_of_parts_sum_to_those_of_the_whole(tokens, experts, k, seed):
     whole = random_routing(tokens, experts, k, seed)
@@ -81,7 +81,7 @@ def test_columns_beyond_the_choices_are_not_counted():
     assert routing.statistics()["load"].sum() == 6
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(**sizes, padding=st.booleans(), dropping=st.booleans())
 def test_unrouted_pairs_are_padding_and_dropped_pairs(tokens, experts, k, seed, padding, dropping):
     routing = random_routing(tokens, experts, k, seed, padding, dropping)

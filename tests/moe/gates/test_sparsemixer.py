@@ -137,7 +137,7 @@ def test_zero_jitter_keeps_only_the_argmax_and_infinite_jitter_keeps_all(jitter,
 logits_row = st.lists(st.floats(-50, 50, width=32).filter(lambda v: v == 0 or abs(v) > 1e-6), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(row=logits_row, jitter=st.sampled_from([0.0, 0.1, 0.5, 2.0]))
 @example(row=[-1.0, -1.1, -1.3, -5.0], jitter=0.1)
 @example(row=[0.0, 0.0, 0.0], jitter=0.1)

@@ -42,7 +42,7 @@ def test_both_terms_equal_the_sums_of_the_formula():
     torch.testing.assert_close(exact.scale[0], torch.tensor(scale).double(), rtol=1e-6, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     loss=st.sampled_from(list(LOSSES)),
     tokens=st.integers(1, 5),

@@ -83,7 +83,7 @@ def test_reinforce_is_unbiased(label, jitter):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     method=st.sampled_from(METHODS),
     tokens=st.integers(1, 4),
