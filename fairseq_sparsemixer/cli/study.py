@@ -66,7 +66,9 @@ def run(options: argparse.Namespace) -> int:
             return INTERRUPTED
     gathered = results.gather(study, options.out)
     if not gathered["runs"]:
-        raise ConfigurationError(f"no run of {options.spec} is finished in {options.out}" + "".join(f"; {f}" for f in failures))
+        scored = "" if study.test is None else ", and scored as its test says"
+        ends = failures or ["run it without --report-only"]
+        raise ConfigurationError("; ".join([f"no run of {options.spec} is finished in {options.out}{scored}", *ends]))
     for path in filter(None, (options.out / "results.json", options.json)):
         write_json(path, gathered)
     table = report.markdown(gathered)
