@@ -71,8 +71,11 @@ def all_runs(study: Study, out: Path, more: Sequence[Path]) -> List[Dict[str, An
             found += [run for run in theirs if run["run"] and run["router"] in study.routers]
         except (ValueError, TypeError, KeyError):
             raise ConfigurationError(f"--more {path} is not the results.json of a study; give the one in its --out") from None
-    by_name = {run["run"]: run for run in reversed(found) if parts_of(study, run["router"])}
-    return list(reversed(by_name.values()))
+    by_name: Dict[str, Dict[str, Any]] = {}
+    for run in found:
+        if parts_of(study, run["router"]):
+            by_name.setdefault(run["run"], run)
+    return list(by_name.values())
 
 
 def parts_of(study: Study, variant: str) -> Optional[Dict[str, bool]]:

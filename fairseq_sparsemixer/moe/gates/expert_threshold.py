@@ -15,7 +15,6 @@ expert's tokens in training, and its shared expert (`num_shared_experts`), are l
 """
 
 import math
-from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -49,8 +48,7 @@ class Thresholds(StepState):
     def watch_cutoffs(self, routing: Routing, cutoffs: Tensor) -> Routing:
         """The routing of a batch; its backward counts the batch's cutoffs [E]."""
         tokens = routing.num_real_tokens().to(cutoffs.dtype).reshape(1)
-        amount = Amount(self, torch.cat([cutoffs * tokens, tokens]))
-        return replace(routing, combine_weight=amount.watch(routing.combine_weight), amount=amount)
+        return routing.watched(Amount(self, torch.cat([cutoffs * tokens, tokens])))
 
     def step(self, total: Tensor) -> None:
         """Move towards the mean cut-offs of the step; without tokens, nothing changes."""

@@ -22,7 +22,6 @@ also bounded from below: if fewer than k experts are active for long, it would r
 """
 
 import math
-from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -60,8 +59,7 @@ class L1Coefficient(StepState):
     def watch_sparsity(self, routing: Routing) -> Routing:
         """The routing; its backward counts active pairs."""
         pairs = routing.num_real_tokens() * self.num_experts
-        amount = Amount(self, torch.stack([routing.chosen_count().sum(), pairs]))
-        return replace(routing, combine_weight=amount.watch(routing.combine_weight), amount=amount)
+        return routing.watched(Amount(self, torch.stack([routing.chosen_count().sum(), pairs])))
 
     def step(self, total: Tensor) -> None:
         """One step towards the target sparsity."""

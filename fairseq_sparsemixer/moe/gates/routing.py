@@ -1,7 +1,7 @@
 """A gate's decision: the Routing of S tokens to k of E experts, and its statistics."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -79,6 +79,10 @@ class Routing:
             # torch.tensor would copy from the host and synchronise
             return torch.full((), len(self.expert_index), dtype=torch.int64, device=self.expert_index.device)
         return (~self.padding_mask).sum()
+
+    def watched(self, amount: Amount) -> "Routing":
+        """The routing whose backward adds the amount, also if no expert takes a token; see `amount`."""
+        return replace(self, combine_weight=amount.watch(self.combine_weight), amount=amount)
 
     def queue_positions(self, arrival: Optional[Tensor] = None) -> Tensor:
         """[S, k] int64: the position of each routed choice in its expert's queue, from 0; undefined where nothing runs.

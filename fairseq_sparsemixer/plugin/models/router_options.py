@@ -72,8 +72,10 @@ def _annotations(router: str) -> Dict[str, Any]:
 def _of_kind(text: str, annotation: Any) -> Tuple[Any, str]:
     """The text as a value of the annotated type, and nothing; or what it must be instead. Without a known type, anything."""
     value, kinds = _value(text), get_args(annotation) or (annotation,)
-    if value is None and type(None) in kinds or str in kinds:
-        return None if value is None and type(None) in kinds else text, ""
+    if value is None and type(None) in kinds:
+        return None, ""
+    if str in kinds:
+        return text, ""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if bool in kinds:
         return (bool(value), "") if isinstance(value, (bool, int)) and value in (0, 1) else (value, "true or false")

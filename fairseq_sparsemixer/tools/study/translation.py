@@ -27,7 +27,8 @@ interval over the seeds, Student's t: whether the models do, trained again. A mo
 LANGUAGE_NOTE = """Difference in {name} to the baseline with as many experts, mean over the common seeds [95% interval, paired
 bootstrap over the language's sentences]. One interval in twenty misses the true difference by chance."""
 
-Scores = Dict[str, Dict[str, np.ndarray]]  # [1 + RESAMPLES] of each run and metric: of the test set, then of each resample
+Scores = Dict[str, Dict[str, np.ndarray]]  # [1 + RESAMPLES] of each metric and run: of the test set, then of each resample
+Pairs = List[Tuple[Dict[str, Any], Dict[str, Any]]]  # runs of a group and of its baseline with the same seed; none without one
 
 
 def translations(test: Test, out: Path, runs: Members, baseline: str) -> Dict[str, Any]:
@@ -41,12 +42,13 @@ def translations(test: Test, out: Path, runs: Members, baseline: str) -> Dict[st
     runs = [run for run in runs if files[run["run"]].is_file()]
     metrics = {name: kind(references=[references]) for name, kind in METRICS.items()}
     statistics = {run["run"]: _statistics(metrics, read_translations(test, files[run["run"]])) for run in runs}
-    scores = {run: {name: _resampled(metrics[name], values) for name, values in own.items()} for run, own in statistics.items()}
+    scores = {name: {run: _resampled(metric, own[name]) for run, own in statistics.items()} for name, metric in metrics.items()}
     groups = by_group(runs)
+    pairs = {group: _pairs(groups, group, baseline) for group in groups}
     return {
         "signatures": {name: str(metric.get_signature()) for name, metric in metrics.items()},
-        "models": {group: _figures(scores, members, groups, group, baseline) for group, members in groups.items()},
-        "languages": _by_language(metrics, statistics, groups, read_languages(test), baseline),
+        "models": {group: _figures(scores, members, pairs[group]) for group, members in groups.items()},
+        "languages": _by_language(metrics, statistics, groups, pairs, read_languages(test)),
     }
 
 
@@ -67,15 +69,23 @@ def _resampled(metric: Any, statistics: np.ndarray) -> np.ndarray:
     return np.array([_score(metric, weights @ statistics) for weights in (np.ones(count), *draws)])
 
 
-def _figures(scores: Scores, members: Members, groups: Dict[str, Members], group: str, baseline: str) -> Dict[str, Any]:
+def _pairs(groups: Dict[str, Members], group: str, baseline: str) -> Pairs:
     other = baseline_of(groups, group, baseline)
-    pairs = paired(members, groups[other]) if other not in (None, group) else []
+    return [] if other in (None, group) else paired(groups[group], groups[other])
+
+
+def _differences(scores: Dict[str, np.ndarray], pairs: Pairs) -> np.ndarray:
+    """[pairs, 1 + RESAMPLES]: of one metric, given {run: [1 + RESAMPLES]}."""
+    return np.array([scores[own["run"]] - scores[theirs["run"]] for own, theirs in pairs])
+
+
+def _figures(scores: Scores, members: Members, pairs: Pairs) -> Dict[str, Any]:
     figures: Dict[str, Any] = {}
     for name in METRICS:
-        values = [float(scores[run["run"]][name][0]) for run in members]
+        values = [float(scores[name][run["run"]][0]) for run in members]
         figures[name] = {"mean": sum(values) / len(values), "deviation": deviation(values)}
         if pairs:
-            by_seed = np.array([scores[own["run"]][name] - scores[theirs["run"]][name] for own, theirs in pairs])
+            by_seed = _differences(scores[name], pairs)
             differences = by_seed.mean(axis=0)
             over_seeds = mean_interval(by_seed[:, 0].tolist())
             figures[name].update(difference=_interval(differences), over_seeds=over_seeds, p=_p_value(differences))
@@ -102,16 +112,14 @@ def _by_language(
     metrics: Dict[str, Any],
     statistics: Dict[str, Dict[str, np.ndarray]],
     groups: Dict[str, Members],
+    pairs: Dict[str, Pairs],
     languages: List[str],
-    baseline: str,
 ) -> Dict[str, Dict[str, Any]]:
     """{language: {"sentences": count, metric: {group: mean score over seeds}, "difference": {metric: {group: interval}}}}.
 
     The intervals are those of `translations`, over the sentences of one language; groups without a baseline have none. Empty if
     the languages are not known.
     """
-    others = {group: baseline_of(groups, group, baseline) for group in groups}
-    pairs = {group: paired(groups[group], groups[other]) for group, other in others.items() if other not in (None, group)}
     result: Dict[str, Dict[str, Any]] = {}
     for language in dict.fromkeys(languages):
         chosen = np.array([other == language for other in languages])
@@ -121,9 +129,7 @@ def _by_language(
             means = {group: np.mean([scores[run["run"]][0] for run in members]) for group, members in groups.items()}
             result[language][name] = {group: float(mean) for group, mean in means.items()}
             result[language]["difference"][name] = {
-                group: _interval(np.mean([scores[own["run"]] - scores[theirs["run"]] for own, theirs in both], axis=0))
-                for group, both in pairs.items()
-                if both
+                group: _interval(_differences(scores, both).mean(axis=0)) for group, both in pairs.items() if both
             }
     return result
 
